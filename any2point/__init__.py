@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _EXPORTS = {"Any2Point": "models", "Any2PointConfig": "models", "Source": "sources"}
 _MODULES = ("ops", "reference", "nn", "sources", "models", "data", "train", "viz", "numpy", "info")
 
-__all__ = ["Any2Point", "Any2PointConfig", "Source", "__version__", *_MODULES]  # noqa: PLE0604
+__all__ = ["Any2Point", "Any2PointConfig", "Source", "__version__", *_MODULES]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,0 +1,7 @@
+"""Every op in plain PyTorch: short, slow, float64-safe. The kernels are tested against it."""
+
+from __future__ import annotations
+
+from any2point.reference.squared_distance import squared_distance
+
+__all__ = ["squared_distance"]

@@ -1,0 +1,44 @@
+// Which instruction set the CPU kernels use. Each *.simd.cpp is compiled once per set into its own namespace
+// (any2point::scalar, ::avx2, ::avx512); callers choose at run time with A2P_DISPATCH_ISA.
+#pragma once
+
+namespace any2point {
+
+enum class Isa { scalar, avx2, avx512 };
+
+// The level in use: the CPU's best, unless ANY2POINT_SIMD or set_isa says less.
+Isa isa();
+const char* isa_name(Isa level);
+// False if the name is unknown or this CPU (or build) lacks the level.
+bool set_isa(const char* name);
+
+}  // namespace any2point
+
+#if defined(__x86_64__)
+#define A2P_DISPATCH_ISA(function, ...)     \
+  switch (::any2point::isa()) {             \
+    case ::any2point::Isa::avx512:          \
+      return avx512::function(__VA_ARGS__); \
+    case ::any2point::Isa::avx2:            \
+      return avx2::function(__VA_ARGS__);   \
+    default:                                \
+      return scalar::function(__VA_ARGS__); \
+  }
+// Declares one function of a *.simd.cpp in the namespace of every instruction set.
+#define A2P_DECLARE_ISA(...) \
+  namespace scalar {         \
+  __VA_ARGS__;               \
+  }                          \
+  namespace avx2 {           \
+  __VA_ARGS__;               \
+  }                          \
+  namespace avx512 {         \
+  __VA_ARGS__;               \
+  }
+#else
+#define A2P_DISPATCH_ISA(function, ...) return scalar::function(__VA_ARGS__);
+#define A2P_DECLARE_ISA(...) \
+  namespace scalar {         \
+  __VA_ARGS__;               \
+  }
+#endif
