@@ -132,13 +132,15 @@ class Build(build_ext):
 
         torch_dir, cuda = Path(torch.__file__).parent, cuda_home()
         debug = os.environ.get("DEBUG", "0") not in ("", "0")
-        build = Path(self.build_temp).resolve() / f"any2point-{'cuda' if cuda else 'cpu'}"
+        # Not setuptools' temporary folder: pip, editable installs and build_ext share these objects.
+        build = ROOT / "build" / f"{sys.implementation.cache_tag}-{'cuda' if cuda else 'cpu'}"
         cxx = os.environ.get("CXX", "g++")
         # -ffp-contract=off: the order of a squared distance's roundings is part of the contract.
         optimise = "-O0 -g" if debug else "-O3 -DNDEBUG"
         flags = (
             f"{optimise} -std=c++17 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno "
-            f"-Wall -Wextra -I{ROOT / 'csrc'} -ffile-prefix-map={ROOT}/= -ffile-prefix-map={torch_dir / 'include'}/="
+            f"-Wall -Wextra -I{ROOT / 'csrc'} -ffile-prefix-map={ROOT}/= "
+            f"-ffile-prefix-map={torch_dir / 'include'}/="
         )
         stable = f"-DTORCH_TARGET_VERSION={TORCH_FLOOR} -isystem {torch_dir / 'include'}"
         stable += " -DUSE_CUDA -DANY2POINT_WITH_CUDA" if cuda else ""
