@@ -231,8 +231,9 @@ class Wheel(bdist_wheel):
 
 
 with_numpy = environment_flag("ANY2POINT_NUMPY", "1", ("0", "1")) == "1"
-extensions = [Extension("any2point._C", sources=[], py_limited_api=True)]
-if with_numpy:
-    extensions.append(Extension("any2point._numpy", sources=[]))
 
-setup(ext_modules=extensions, cmdclass={"build_ext": Build, "bdist_wheel": Wheel})
+if __name__ == "__main__":
+    extensions = [Extension("any2point._C", sources=[], py_limited_api=True)]
+    if with_numpy:
+        extensions.append(Extension("any2point._numpy", sources=[]))
+    setup(ext_modules=extensions, cmdclass={"build_ext": Build, "bdist_wheel": Wheel})
