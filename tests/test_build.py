@@ -1,4 +1,4 @@
-"""The build and the binary: arch lists, stable ABI, no instruction leaks between SIMD levels, lazy imports."""
+"""The build and the binary: arch lists, stable ABI, separate SIMD objects, lazy imports."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_stable_abi() -> None:
 
 
 def test_needs_no_cuda_libraries() -> None:
-    """cudart is linked statically and libtorch_cuda looked up at run time: CPU-only torch can load the file."""
+    """cudart is linked statically, libtorch_cuda looked up at run time: CPU-only torch can load the file."""
     readelf = shutil.which("readelf")
     if not readelf:
         pytest.skip("readelf is not installed")
