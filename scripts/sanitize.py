@@ -1,0 +1,96 @@
+"""Every CUDA kernel once or more, on odd sizes, checked against the CPU: small enough for compute-sanitizer.
+
+compute-sanitizer --tool memcheck  --error-exitcode 1 python scripts/sanitize.py
+compute-sanitizer --tool racecheck --error-exitcode 1 python scripts/sanitize.py   (also initcheck, synccheck)
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten
+
+from any2point import ops
+
+
+def compare(name: str, function: Callable[..., Any], *arguments: Any, **options: Any) -> None:
+    """One call on the CPU and one on CUDA: equal integers, floats equal to rounding; then its gradient."""
+
+    def move(value: Any, device: str) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return value.detach().to(device).requires_grad_(value.requires_grad)
+
+    results = []
+    for device in ("cpu", "cuda"):
+        moved = [move(a, device) for a in arguments]
+        given = {key: move(value, device) for key, value in options.items()}
+        out = [x for x in tree_flatten(function(*moved, **given))[0] if isinstance(x, Tensor)]
+        leaves = [a for a in moved if isinstance(a, Tensor) and a.requires_grad]
+        if leaves:
+            graded = [x for x in out if x.requires_grad]
+            total = sum(torch.where(x.isfinite(), x, 0.0).float().square().sum() for x in graded)
+            out += torch.autograd.grad(total, leaves)  # type: ignore[arg-type]
+        results.append([x.detach().cpu() for x in out])
+    for cpu, cuda in zip(*results, strict=True):
+        exact = not cpu.is_floating_point()
+        low = cpu.dtype in (torch.float16, torch.bfloat16)
+        rtol, atol = (0.0, 0.0) if exact else (2e-2, 2e-2) if low else (1e-4, 1e-5)
+        torch.testing.assert_close(
+            cuda, cpu, rtol=rtol, atol=atol, equal_nan=True, msg=lambda m: f"{name}: {m}"
+        )
+    print("ok", name, flush=True)
+
+
+def main() -> int:
+    torch.manual_seed(0)
+    lengths, offsets = torch.tensor([37, 0, 5]), torch.tensor([0, 0, 61, 61, 130])
+    for clouds, n, m, dim in (
+        (3, 37, 20, 3),
+        (2, 1, 1, 3),
+        (2, 1025, 65, 3),
+        (1, 130, 140, 3),
+        (2, 300, 40, 5),
+    ):
+        points = torch.rand(clouds, n, dim)
+        for dtype in (torch.float32, torch.float64):
+            cast = points.to(dtype)
+            tag = f"[{clouds},{n},{dim}] {dtype}"
+            compare(f"fps {tag}", ops.farthest_point_sample, cast, m, return_distance=True)
+            for k in (1, 9, 40, 140):
+                compare(f"knn k={k} {tag}", ops.knn, cast[:, : n // 2 + 1], cast, k)
+            compare(f"knn unsorted {tag}", ops.knn, cast, cast, 7, sorted=False)
+            for mode in ("nearest", "first"):
+                compare(f"ball {mode} {tag}", ops.ball_query, cast, cast, 0.3, 11, mode=mode)
+            compare(f"voxel {tag}", ops.voxel_cluster, cast[..., :3], 0.2)
+    points = torch.rand(3, 37, 3)
+    compare("fps pointnet2", ops.farthest_point_sample, points, 20, tie="pointnet2")
+    compare("fps large", ops.farthest_point_sample, torch.rand(1, 33001, 3), 40)
+    compare("knn large", ops.knn, torch.rand(1, 77, 3), torch.rand(1, 20011, 3), 16)
+    compare("fps lengths", ops.farthest_point_sample, points, 9, lengths=lengths)
+    compare("knn lengths", ops.knn, points, points, 9, lengths=lengths, query_lengths=lengths)
+    packed = torch.rand(130, 3)
+    compare("fps packed", ops.farthest_point_sample, packed, 9, offsets=offsets)
+    compare("knn packed", ops.knn, packed, packed, 9, offsets=offsets, query_offsets=offsets)
+    compare("voxel packed", ops.voxel_cluster, packed, 0.3, offsets=offsets)
+    index = torch.randint(-1, 37, (3, 11, 6))
+    for channels in (1, 5, 96):
+        for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
+            features = torch.randn(3, 37, channels, dtype=dtype, requires_grad=True)
+            tag = f"C={channels} {dtype}"
+            compare(f"group {tag}", ops.group, features, index)
+            weight = torch.rand(3, 11, 6, dtype=dtype, requires_grad=True)
+            compare(f"interpolate {tag}", ops.interpolate, features, index, weight)
+            segment = torch.randint(-1, 19, (3, 37))
+            for reduce in ("mean", "max", "sum"):
+                compare(f"segment_pool {reduce} {tag}", ops.segment_pool, features, segment, 21, reduce)
+    torch.cuda.synchronize()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
