@@ -1,7 +1,8 @@
 """Every CUDA kernel once or more, on odd sizes, checked against the CPU: small enough for compute-sanitizer.
 
 compute-sanitizer --tool memcheck  --error-exitcode 1 python scripts/sanitize.py
-compute-sanitizer --tool racecheck --error-exitcode 1 python scripts/sanitize.py   (also initcheck, synccheck)
+compute-sanitizer --tool racecheck --error-exitcode 1 python scripts/sanitize.py
+    (likewise initcheck, synccheck)
 """
 
 from __future__ import annotations
