@@ -5,7 +5,7 @@
 STABLE_TORCH_LIBRARY(any2point, m) {
   // Padded [B, N, D] with lengths [B], or packed [P, D] with offsets [B + 1]; all of them int64.
   m.def(
-      "farthest_point_sample(Tensor points, int num_samples, Tensor? lengths, Tensor? offsets, Tensor? "
+      "farthest_point_sample(Tensor points, SymInt num_samples, Tensor? lengths, Tensor? offsets, Tensor? "
       "start, "
       "bool pointnet2) -> (Tensor index, Tensor distance)");
   m.def(

@@ -3,5 +3,10 @@
 from __future__ import annotations
 
 import any2point._extension  # noqa: F401  (registers torch.ops.any2point)
+from any2point.ops.farthest_point_sample import (
+    FarthestPoints,
+    farthest_point_hierarchy,
+    farthest_point_sample,
+)
 
-__all__: list[str] = []
+__all__ = ["FarthestPoints", "farthest_point_hierarchy", "farthest_point_sample"]

@@ -1,0 +1,70 @@
+// any2point::farthest_point_sample for torch: checks, outputs, parallel loop over clouds.
+#include <tuple>
+
+#include "common/tensor.h"
+#include "farthest_point_sample/kernel.h"
+
+namespace any2point {
+namespace {
+
+struct Call {
+  Layout layout;
+  OptionalTensor start;
+  Tensor index, distance;
+  int64_t samples;
+  bool pointnet2;
+
+  template <typename T>
+  FarthestPointSample<T> run() {
+    return {layout.points.const_data_ptr<T>(),
+            layout.rows,
+            layout.dim,
+            samples,
+            start ? start->const_data_ptr<int64_t>() : nullptr,
+            pointnet2,
+            index.mutable_data_ptr<int64_t>(),
+            distance.mutable_data_ptr<T>()};
+  }
+};
+
+Call prepare(const Tensor& points, int64_t samples, const OptionalTensor& lengths,
+             const OptionalTensor& offsets, const OptionalTensor& start, bool pointnet2) {
+  A2P_CHECK(points.scalar_type() == ScalarType::Float || points.scalar_type() == ScalarType::Double,
+            "points: expected float32 or float64");
+  A2P_CHECK(samples >= 0, "num_samples: expected at least 0, got ", samples);
+  Layout layout = layout_of("points", points, lengths, offsets);
+  A2P_CHECK(layout.dim >= 1, "points: expected at least one coordinate");
+  A2P_CHECK(!pointnet2 || layout.dim == 3, "points: expected 3 coordinates for the order of pointnet2");
+  const int64_t clouds = layout.rows.clouds;
+  OptionalTensor first;
+  if (start) first = index_tensor("start", *start, {clouds}, points);
+  Tensor index = torch::stable::new_empty(layout.points, {clouds, samples}, ScalarType::Long);
+  Tensor distance = torch::stable::new_empty(layout.points, {clouds, samples});
+  return {layout, first, index, distance, samples, pointnet2};
+}
+
+template <typename T>
+void run_cpu(const FarthestPointSample<T>& run) {
+  torch::stable::parallel_for(0, run.rows.clouds, 1, [&](int64_t first, int64_t last) {
+    farthest_point_sample_cpu(run, first, last);
+  });
+}
+
+std::tuple<Tensor, Tensor> sample_cpu(const Tensor& points, int64_t samples, const OptionalTensor& lengths,
+                                      const OptionalTensor& offsets, const OptionalTensor& start,
+                                      bool pointnet2) {
+  Call call = prepare(points, samples, lengths, offsets, start, pointnet2);
+  if (points.scalar_type() == ScalarType::Double) {
+    run_cpu(call.run<double>());
+  } else {
+    run_cpu(call.run<float>());
+  }
+  return {call.index, call.distance};
+}
+
+}  // namespace
+}  // namespace any2point
+
+STABLE_TORCH_LIBRARY_IMPL(any2point, CPU, m) {
+  m.impl("farthest_point_sample", TORCH_BOX(&any2point::sample_cpu));
+}
