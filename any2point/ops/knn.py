@@ -1,0 +1,173 @@
+"""k nearest neighbours, exact, for any k and any number of coordinates."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from any2point.ops._checks import Clouds, check_clouds, check_int, check_like, shape_text
+
+
+class KNN(NamedTuple):
+    index: Tensor  # type: ignore[assignment]  # [B, S, k] int64
+    distance: Tensor  # [B, S, k] squared
+
+
+def knn(
+    query: Tensor,
+    points: Tensor,
+    k: int,
+    *,
+    query_lengths: Tensor | None = None,
+    lengths: Tensor | None = None,
+    query_offsets: Tensor | None = None,
+    offsets: Tensor | None = None,
+    sorted: bool = True,
+) -> KNN:
+    """The k nearest points of every query, within its cloud.
+
+    Equals, for one cloud of finite points::
+
+        distance, index = torch.cdist(query, points).square().sort(dim=1, stable=True)
+        index, distance = index[:, :k], distance[:, :k]
+
+    Exact: neighbours are ordered by (distance, index), so equal distances go to the lowest index. Points
+    with a NaN or infinite coordinate are nobody's neighbour, and a query with one has no neighbour.
+
+    Args:
+        query: ``[B, S, D]`` float32 or float64 (float16 and bfloat16 are raised to float32), any D >= 1; or
+            ``[Q, D]`` with `query_offsets`. Any unit, any scale.
+        points: ``[B, N, D]`` of the same dtype; or ``[P, D]`` with `offsets`. May be `query` itself: a point
+            is then its own first neighbour.
+        k: Neighbours per query, at least 0, no upper limit; more than there are points is legal, see Returns.
+        query_lengths: ``[B]`` int64, how many of the S rows of each cloud are queries.
+        lengths: ``[B]`` int64, how many of the N rows belong to each cloud; the others are ignored.
+        query_offsets: ``[B + 1]`` int64; the queries of cloud b are rows ``query_offsets[b]`` to
+            ``query_offsets[b + 1]`` of the packed queries. Goes with `offsets`.
+        offsets: ``[B + 1]`` int64, the same for packed points.
+        sorted: False gives the same neighbours in ascending order of index, which is faster.
+
+    Returns:
+        ``(index, distance)``, each ``[B, S, k]``, or ``[Q, k]`` if packed. index is int64: rows of the cloud
+        (of the packed tensor with `offsets`). distance is the *squared* Euclidean distance. Where there are
+        fewer than k neighbours, and in rows beyond `query_lengths`, the end is index -1, distance +inf.
+
+    Raises:
+        TypeError: A dtype or a type is wrong.
+        ValueError: A shape, a device or a value is wrong, or query and points differ in batch size.
+
+    Differentiable in: query and points, through distance (twice too); index -1 carries no gradient.
+    Deterministic: yes, backward included; CPU and CUDA give the same bits.
+    Complexity: O(S N D) work, O((N + S) D + S k) memory. On the CPU large clouds with D <= 3 go through a
+    tree: O(S (k + log N)) for points spread like those of a surface or a volume.
+
+    Example:
+        >>> points = torch.rand(2, 1024, 3)
+        >>> index, distance = knn(points[:, :512], points, 16)
+        >>> index.shape
+        torch.Size([2, 512, 16])
+    """
+    k = check_int("k", k, at_least=0)
+    queries, clouds = check_pair(query, points, query_lengths, lengths, query_offsets, offsets)
+    distance, index = torch.ops.any2point.knn.default(
+        queries.points,
+        clouds.points,
+        k,
+        queries.lengths,
+        clouds.lengths,
+        queries.offsets,
+        clouds.offsets,
+        bool(sorted),
+    )
+    return KNN(index, distance)
+
+
+def check_pair(
+    query: object,
+    points: object,
+    query_lengths: object,
+    lengths: object,
+    query_offsets: object,
+    offsets: object,
+) -> tuple[Clouds, Clouds]:
+    """Queries and points of the same clouds, both padded or both packed."""
+    if (query_offsets is None) != (offsets is None):
+        missing, given = (
+            ("query_offsets", "offsets") if query_offsets is None else ("offsets", "query_offsets")
+        )
+        raise ValueError(f"{missing}: expected a tensor, as {given} is given (both packed, or both padded)")
+    queries = check_clouds(query, query_lengths, query_offsets, name="query", prefix="query_")
+    clouds = check_clouds(points, lengths, offsets)
+    check_like("query", queries.points, "points", clouds.points)
+    if clouds.points.shape[-1] < 1:
+        raise ValueError(f"points: expected D >= 1, got shape {shape_text(clouds.points)}")
+    if queries.points.shape[-1] != clouds.points.shape[-1]:
+        raise ValueError(
+            f"query: expected D = {clouds.points.shape[-1]} like `points`, "
+            f"got shape {shape_text(queries.points)}"
+        )
+    if queries.batch != clouds.batch:
+        raise ValueError(f"query: expected {clouds.batch} clouds like `points`, got {queries.batch}")
+    return queries, clouds
+
+
+def distance_backward(grad: Tensor, query: Tensor, points: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of query and points for one of the distances, ``[B, S, k]`` or ``[Q, k]``; differentiable.
+
+    grad_query is the sum of 2 g (q - p) over a query's neighbours; grad_points is minus the same terms summed
+    over the pairs of each point, by an inverse list instead of atomics.
+    """
+    packed = points.dim() == 2
+    if packed:
+        grad, query, points, index = (x[None] for x in (grad, query, points, index))
+    batch, rows, k = index.shape
+    dim = points.shape[-1]
+    flat = index.reshape(batch, rows * k)
+    valid = (index >= 0)[..., None]
+    difference = query[:, :, None] - _gather(points, flat).view(batch, rows, k, dim)
+    # Masked before the product: the query of a missing pair may be infinite, and its gradient anything.
+    term = torch.where(valid, difference, 0.0) * torch.where(valid, 2 * grad[..., None], 0.0)
+    grad_query = term.sum(2)
+    grad_points = -_scatter(term.view(batch, rows * k, dim), flat, points.shape[1])
+    return (grad_query[0], grad_points[0]) if packed else (grad_query, grad_points)
+
+
+def _gather(features: Tensor, index: Tensor) -> Tensor:
+    features = torch.nn.functional.pad(features, (0, 0, 0, 1))  # a row of zeros for index -1
+    target = torch.where(index >= 0, index, features.shape[1] - 1)
+    return features.gather(1, target[..., None].expand(-1, -1, features.shape[2]))
+
+
+def _scatter(grad: Tensor, index: Tensor, num_rows: int) -> Tensor:
+    target = torch.where(index >= 0, index, num_rows)[..., None].expand_as(grad)
+    return grad.new_zeros(grad.shape[0], num_rows + 1, grad.shape[2]).scatter_add(1, target, grad)[:, :-1]
+
+
+@torch.library.register_fake("any2point::knn")
+def _fake(
+    query: Tensor,
+    points: Tensor,
+    k: int,
+    query_lengths: Tensor | None,
+    lengths: Tensor | None,
+    query_offsets: Tensor | None,
+    offsets: Tensor | None,
+    sorted: bool,
+) -> tuple[Tensor, Tensor]:
+    shape = (*query.shape[:-1], k)
+    return query.new_empty(shape), query.new_empty(shape, dtype=torch.int64)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(inputs[0], inputs[1], output[1])
+
+
+def _backward(ctx: Any, grad: Tensor, _index: Any) -> tuple[Tensor | None, ...]:
+    query, points, index = ctx.saved_tensors
+    return *distance_backward(grad, query, points, index), *(None,) * 6
+
+
+torch.library.register_autograd("any2point::knn", _backward, setup_context=_setup_context)

@@ -1,0 +1,28 @@
+// any2point::knn for torch.
+#include <limits>
+#include <tuple>
+
+#include "knn/call.h"
+
+namespace any2point {
+namespace {
+
+std::tuple<Tensor, Tensor> knn_cpu(const Tensor& query, const Tensor& points, int64_t k,
+                                   const OptionalTensor& query_lengths, const OptionalTensor& lengths,
+                                   const OptionalTensor& query_offsets, const OptionalTensor& offsets,
+                                   bool sorted) {
+  const NeighbourCall call =
+      prepare_neighbours(query, points, k, query_lengths, lengths, query_offsets, offsets, false);
+  const Choice choice = sorted ? Choice::nearest : Choice::set;
+  if (points.scalar_type() == ScalarType::Double) {
+    run_neighbours_cpu(call.run(k, std::numeric_limits<double>::infinity(), choice));
+  } else {
+    run_neighbours_cpu(call.run(k, std::numeric_limits<float>::infinity(), choice));
+  }
+  return {call.distance, call.index};
+}
+
+}  // namespace
+}  // namespace any2point
+
+STABLE_TORCH_LIBRARY_IMPL(any2point, CPU, m) { m.impl("knn", TORCH_BOX(&any2point::knn_cpu)); }
