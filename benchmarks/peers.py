@@ -1,0 +1,116 @@
+"""The CPU peers of the op benchmarks, each guarded: absent ones are skipped with a reason.
+
+GPU peers come from a folder outside the repository (`--peers DIR`) that holds a module `peers` with
+`load() -> {name: Peer}`; a `Peer` has `fps`, `knn` and `group`, each None or an op with
+`prepare(*inputs) -> args` (untimed), `run(*args)` (timed), `finish(result, *inputs)` (untimed, to our
+conventions) and `graph` (what a CUDA graph can capture in place of `run`, or None).
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Sampler = Callable[[np.ndarray, int], np.ndarray]
+Search = Callable[[np.ndarray, np.ndarray, int], tuple[np.ndarray, np.ndarray]]
+
+
+def missing(module: str) -> str:
+    """Why a module cannot be used here; empty if it can."""
+    try:
+        importlib.import_module(module)
+    except Exception as error:
+        return f"{module}: {error}"
+    return ""
+
+
+@cache
+def samplers() -> dict[str, Sampler]:
+    """Exact farthest point samplers for NumPy: fpsample's variants, start 0."""
+    if missing("fpsample"):
+        return {}
+    import fpsample
+
+    def line(height: int) -> Sampler:
+        return lambda points, samples: fpsample.bucket_fps_kdline_sampling(points, samples, height, 0)
+
+    found: dict[str, Sampler] = {f"fpsample kdline h={h}": line(h) for h in (3, 5, 7, 9)}
+    found["fpsample kdtree"] = lambda points, samples: fpsample.bucket_fps_kdtree_sampling(points, samples, 0)
+    found["fpsample vanilla"] = lambda points, samples: fpsample.fps_sampling(points, samples, 0)
+    return found
+
+
+@cache
+def searches() -> dict[str, Search]:
+    """Exact neighbour searches for NumPy, one thread, build and query: (index, squared distance)."""
+    found: dict[str, Search] = {}
+    if not missing("scipy.spatial"):
+        from scipy.spatial import cKDTree
+
+        def scipy(
+            query: np.ndarray, points: np.ndarray, k: int, **options: Any
+        ) -> tuple[np.ndarray, np.ndarray]:
+            distance, index = cKDTree(points, **options).query(query, k, workers=1)
+            return index, distance
+
+        found["scipy cKDTree"] = scipy
+        found["scipy cKDTree sliding"] = lambda query, points, k: scipy(
+            query, points, k, balanced_tree=False, compact_nodes=False
+        )
+    if not missing("pykdtree.kdtree"):
+        from pykdtree.kdtree import KDTree
+
+        def pykdtree(
+            query: np.ndarray, points: np.ndarray, k: int, leaf: int
+        ) -> tuple[np.ndarray, np.ndarray]:
+            distance, index = KDTree(points, leafsize=leaf).query(query, k)
+            return index, distance
+
+        found["pykdtree"] = lambda query, points, k: pykdtree(query, points, k, 16)
+        found["pykdtree leaf=32"] = lambda query, points, k: pykdtree(query, points, k, 32)
+    return found
+
+
+@cache
+def gpu_peers(folder: str | None) -> dict[str, Any]:
+    """The GPU peers of `folder` (see above), or {}."""
+    if not folder or not torch.cuda.is_available():
+        return {}
+    # Under its own name: `peers` of that folder must not be confused with this module.
+    path = Path(folder).resolve()
+    sys.path.insert(0, str(path))
+    spec = importlib.util.spec_from_file_location("any2point_gpu_peers", path / "peers.py")
+    if spec is None or spec.loader is None:
+        raise FileNotFoundError(f"`--peers`: expected a folder with peers.py, got {folder}")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module.load(verbose=True)
+
+
+def torch_knn(query: Tensor, points: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """`cdist` + `topk` (not squared: the order is the same)."""
+    distance, index = torch.cdist(query, points).topk(k, dim=-1, largest=False)
+    return index, distance
+
+
+def torch_group(features: Tensor, index: Tensor) -> Tensor:
+    """Advanced indexing."""
+    batch = torch.arange(features.shape[0], device=features.device).view(-1, *[1] * (index.dim() - 1))
+    return features[batch, index]
+
+
+def torch_group_gather(features: Tensor, index: Tensor) -> Tensor:
+    """`gather` over flat rows."""
+    flat = index.flatten(1)
+    rows = features.gather(1, flat[..., None].expand(-1, -1, features.shape[-1]))
+    return rows.view(*index.shape, features.shape[-1])

@@ -1,0 +1,65 @@
+"""The claimed CPU speeds, measured and asserted: one thread for everybody, the same run, interleaved rounds.
+
+A ratio is the best other library's time over ours, each in its quietest round (the median call of a time
+slice); the ratio of the medians over all rounds is printed with it. Ours is the NumPy interface, as theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks import common, peers
+
+common.require("farthest_point_sample")
+ours = pytest.importorskip("any2point.numpy", exc_type=ImportError)
+
+OURS = "any2point"
+
+
+def compare(functions: dict[str, Callable[[], Any]], required: float, rounds: int, label: str) -> None:
+    times = common.interleave(functions, rounds=rounds)
+    best = {name: min(values) for name, values in times.items()}
+    middle = {name: float(np.median(values)) for name, values in times.items()}
+    rival = min((name for name in best if name != OURS), key=best.__getitem__)
+    ratio, steady = best[rival] / best[OURS], middle[rival] / middle[OURS]
+    print(f"\n{label}: {ratio:.2f}x the best other, {rival} (medians {steady:.2f}x, required {required:g}x)")
+    for name in sorted(best, key=best.__getitem__):
+        print(f"  {best[name] * 1e3:10.3f} ms  (median {middle[name] * 1e3:.3f})  {name}")
+    assert ratio >= required, f"{label}: {ratio:.2f}x the speed of {rival}, expected {required:g}x"
+
+
+@pytest.mark.skipif(not peers.samplers(), reason=peers.missing("fpsample"))
+@pytest.mark.parametrize(
+    ("rows", "samples", "required", "rounds"), [(1024, 512, 3.0, 25), (100_000, 25_000, 4.0, 5)]
+)
+def test_farthest_point_sample(rows: int, samples: int, required: float, rounds: int) -> None:
+    points = common.cloud("cube", 1, rows)[0]
+    functions: dict[str, Callable[[], Any]] = {OURS: lambda: ours.farthest_point_sample(points, samples)}
+    picks = functions[OURS]()
+    for name, sample in peers.samplers().items():
+        if rows > 10_000 and name == "fpsample vanilla":
+            continue  # seconds a call
+        common.check_samples(sample(points, samples), picks, exact=False, match=0.99)
+        functions[name] = lambda sample=sample: sample(points, samples)
+    compare(functions, required, rounds, f"farthest_point_sample {rows} -> {samples}")
+
+
+@pytest.mark.skipif(not peers.searches(), reason="neither scipy nor pykdtree is installed")
+@pytest.mark.parametrize(
+    ("queries", "rows", "k", "required", "rounds"),
+    [(512, 1024, 81, 5.0, 25), (100_000, 100_000, 16, 1.5, 5)],
+)
+def test_knn(queries: int, rows: int, k: int, required: float, rounds: int) -> None:
+    points = common.cloud("cube", 1, rows)[0]
+    query = points[:queries].copy()
+    functions: dict[str, Callable[[], Any]] = {OURS: lambda: ours.knn(query, points, k)}
+    expected = functions[OURS]()
+    for name, search in peers.searches().items():
+        index, distance = search(query, points, k)
+        common.check_neighbors(index, np.asarray(distance, dtype=np.float64) ** 2, expected)
+        functions[name] = lambda search=search: search(query, points, k)
+    compare(functions, required, rounds, f"knn {queries} queries, {rows} points, k={k}")
