@@ -55,9 +55,7 @@ def test_cpu(measure: Callable[..., Any], provider: str, queries: int, rows: int
         a, b = torch.from_numpy(query), torch.from_numpy(points)
         call = lambda: peers.torch_knn(a, b, k)  # noqa: E731
     elif provider == "any2point.numpy":
-        search = getattr(pytest.importorskip("any2point.numpy"), "knn", None)
-        if search is None:
-            pytest.skip("any2point.numpy has no knn")
+        search = common.require_numpy("knn")
         call = lambda: search(query[0], points[0], k)  # noqa: E731
     else:
         call = lambda: peers.searches()[provider](query[0], points[0], k)  # noqa: E731

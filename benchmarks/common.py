@@ -54,6 +54,16 @@ def require(op: str) -> Any:
     return ops
 
 
+def require_numpy(op: str) -> Callable[..., Any]:
+    """`any2point.numpy`'s op, or a skip of the calling test."""
+    import pytest
+
+    module = pytest.importorskip("any2point.numpy", exc_type=ImportError)
+    if not hasattr(module, op):
+        pytest.skip(f"any2point.numpy has no {op}")
+    return getattr(module, op)
+
+
 @dataclass(frozen=True)
 class Cost:
     """Bytes that must move (inputs read, outputs written, once) and lane operations of the direct method."""

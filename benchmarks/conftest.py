@@ -85,7 +85,7 @@ def measure(benchmark: Any) -> Callable[..., Any]:
                 return result
 
         seconds = min(common._timed(call) for _ in range(3))
-        rounds = int(np.clip(0.5 / max(seconds, 1e-9), 3, 2000))
+        rounds = int(np.clip(0.3 / max(seconds, 1e-9), 3, 2000))
         return benchmark.pedantic(call, rounds=rounds, iterations=1, warmup_rounds=1)
 
     return run
