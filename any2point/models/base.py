@@ -1,0 +1,86 @@
+"""What every trainable model of the package offers: its parameters sorted, its input checked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from any2point.models.config import Any2PointConfig
+from any2point.models.summary import Summary, count_parameters
+
+# Coordinates beyond this are clamped after centring, so that squared distances stay finite.
+_LIMIT = 1e9
+
+
+class PointModel(nn.Module):
+    """Base of `Any2Point` and its controls; `class_names` names the logits, if known."""
+
+    config: Any2PointConfig
+    class_names: list[str] | None
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """The parameters that are trained."""
+        return [p for p in self.parameters() if p.requires_grad]
+
+    def parameter_groups(self, weight_decay: float = 0.05) -> list[dict[str, Any]]:
+        """Trained parameters for an optimiser: weights decayed; biases and normalisations not.
+
+        As officially, the class token and its position are decayed too (the token unless `config.cls_decay`
+        is off).
+        """
+        decayed, plain = [], []
+        for name, parameter in self.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            leaf = name.rsplit(".", 1)[-1]
+            undecayed = parameter.dim() < 2 or leaf.endswith("bias") or "norm" in name
+            undecayed = undecayed or (name == "cls_token" and not self.config.cls_decay)
+            (plain if undecayed else decayed).append(parameter)
+        return [
+            {"params": decayed, "weight_decay": weight_decay},
+            {"params": plain, "weight_decay": 0.0},
+        ]
+
+    def parts(self) -> dict[str, list[nn.Parameter]]:
+        """Parameters by the part of the model they belong to."""
+        parts: dict[str, list[nn.Parameter]] = {}
+        for name, parameter in self.named_parameters():
+            parts.setdefault(self.part_of(name), []).append(parameter)
+        return parts
+
+    def part_of(self, name: str) -> str:
+        """The part that a parameter belongs to."""
+        return name.split(".", 1)[0]
+
+    def summary(self) -> Summary:
+        """Counts of trained and frozen parameters by part."""
+        return count_parameters(self.parts())
+
+    def prepare(self, points: Tensor) -> Tensor:
+        """Check a batch of clouds and bring it to the coordinates that the network works in.
+
+        Args:
+            points: `[B, N, 3]` floating point; float16 and bfloat16 are widened.
+
+        Returns:
+            `[B, N, 3]` float32 or float64, centred if `config.center`.
+        """
+        if not isinstance(points, Tensor) or not points.is_floating_point():
+            got = points.dtype if isinstance(points, Tensor) else type(points).__name__
+            raise TypeError(f"`points`: expected a floating point tensor [B, N, 3], got {got}")
+        if points.dim() != 3 or points.shape[-1] != 3 or points.shape[0] == 0:
+            raise ValueError(f"`points`: expected shape [B, N, 3] with B > 0, got {list(points.shape)}")
+        needed = max(self.config.sizes[0], self.config.counts[0])
+        if points.shape[1] < needed:
+            raise ValueError(
+                f"`points`: expected at least {needed} points per cloud (the first stage's centres and "
+                f"neighbours), got {points.shape[1]}"
+            )
+        dtype = torch.float64 if points.dtype == torch.float64 else torch.float32
+        if self.config.center:
+            # In float64 the mean does not depend on the order of the points, to float32 rounding.
+            wide = points.to(torch.float64)
+            points = (wide - wide.mean(1, keepdim=True)).clamp(-_LIMIT, _LIMIT)
+        return points.to(dtype)

@@ -1,0 +1,39 @@
+"""Control: the tokenizer alone with a linear head, that is, the model without its transformer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from any2point.models.any2point import build_tokenizer
+from any2point.models.base import PointModel
+from any2point.models.config import _DEFAULT, Any2PointConfig
+
+
+class TokenizerProbe(PointModel):
+    """Tokenizer, maximum and mean over tokens, one linear layer: what a model gets without any transformer.
+
+    Args:
+        config: configuration; only the fields of the tokenizer and `num_classes` play a part.
+        width: channels of the tokens.
+        class_names: names of the logits.
+    """
+
+    def __init__(
+        self, config: Any2PointConfig, width: int, class_names: Sequence[str] | None = None
+    ) -> None:
+        super().__init__()
+        import dataclasses
+
+        missing = {name: value for name, value in _DEFAULT.items() if getattr(config, name) is None}
+        self.config = config = dataclasses.replace(config, **missing)
+        self.class_names = None if class_names is None else list(class_names)
+        self.tokenizer = build_tokenizer(config, width)
+        self.head = nn.Linear(2 * width, config.num_classes)
+
+    def forward(self, points: Tensor) -> Tensor:
+        """`points [B, N, 3]` -> logits `[B, num_classes]`."""
+        tokens = self.tokenizer(self.prepare(points)).features
+        return self.head(torch.cat([tokens.amax(1), tokens.mean(1)], dim=-1))

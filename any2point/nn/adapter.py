@@ -1,0 +1,118 @@
+"""What is trained inside the frozen blocks: bottleneck adapters and the guided aggregation's weights."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from any2point.nn.batch_norm import BatchNorm
+from any2point.ops.guided_aggregate import CellAttention as CellAttentionTensors
+from any2point.ops.guided_aggregate import guided_aggregate
+
+
+class Adapter(nn.Module):
+    """Bottleneck on the output of an MLP: `scale * up(dropout(QuickGELU(down(x))))`."""
+
+    def __init__(self, width: int, hidden: int, *, scale: float, dropout: float) -> None:
+        super().__init__()
+        self.down = nn.Linear(width, hidden)
+        self.up = nn.Linear(hidden, width)
+        self.scale, self.dropout = scale, dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, T, C]` -> `[B, T, C]`."""
+        x = self.down(x)
+        x = F.dropout(x * torch.sigmoid(1.702 * x), self.dropout, self.training)
+        return self.scale * self.up(x)
+
+
+class CellAttention(nn.Module):
+    """Attention inside the cells of each view, one set of weights per view, shared by all blocks."""
+
+    def __init__(self, width: int, hidden: int, heads: int, views: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm_weight = nn.Parameter(torch.ones(views, width))
+        self.norm_bias = nn.Parameter(torch.zeros(views, width))
+        self.qkv_weight = nn.Parameter(torch.empty(views, 3 * hidden, width))
+        self.qkv_bias = nn.Parameter(torch.zeros(views, 3 * hidden))
+        self.proj_weight = nn.Parameter(torch.empty(views, width, hidden))
+        self.proj_bias = nn.Parameter(torch.zeros(views, width))
+        for weight in (self.qkv_weight, self.proj_weight):
+            for view in weight:
+                nn.init.xavier_uniform_(view)
+
+    def tensors(self) -> CellAttentionTensors:
+        """The weights, as the op takes them."""
+        return CellAttentionTensors(
+            self.norm_weight,
+            self.norm_bias,
+            self.qkv_weight,
+            self.qkv_bias,
+            self.proj_weight,
+            self.proj_bias,
+        )
+
+
+class GuidedAdapter(nn.Module):
+    """The trained part of one block: an adapter, and the normalisations of the guided aggregation.
+
+    Args:
+        width: channels C.
+        hidden: bottleneck of the adapter.
+        views: V.
+        scale: factor on the adapter.
+        dropout: inside the adapter.
+        coefficient: factor on the guided blend.
+        pooling: "mean" or "max+mean".
+        num_cells: cells per view.
+        count_empty: official statistics, with empty cells as zero rows.
+        norm_eps: of the layer normalisation before the attention in cells.
+        path_rate: probability of dropping the attention branch.
+        path_rows: official rule: drop it per token.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        views: int,
+        *,
+        scale: float,
+        dropout: float,
+        coefficient: float,
+        pooling: str,
+        num_cells: int,
+        count_empty: bool,
+        norm_eps: float,
+        path_rate: float = 0.0,
+        path_rows: bool = False,
+    ) -> None:
+        super().__init__()
+        self.adapter = Adapter(width, hidden, scale=scale, dropout=dropout)
+        self.view_norm = BatchNorm(views, width)
+        self.space_norm = BatchNorm(width)
+        self.coefficient, self.pooling = coefficient, pooling
+        self.num_cells, self.count_empty, self.norm_eps = num_cells, count_empty, norm_eps
+        self.path_rate, self.path_rows = path_rate, path_rows
+
+    def forward(self, tokens: Tensor, cell: Tensor, cluster: Tensor, attention: CellAttention) -> Tensor:
+        """`tokens [B, S, C]` -> `[B, S, C]`, see `any2point.ops.guided_aggregate`."""
+        return guided_aggregate(
+            tokens,
+            cell,
+            cluster,
+            attention.tensors(),
+            self.view_norm.tensors(),
+            self.space_norm.tensors(),
+            num_cells=self.num_cells,
+            num_heads=attention.heads,
+            coefficient=self.coefficient,
+            pooling=self.pooling,
+            count_empty=self.count_empty,
+            drop_path=self.path_rate,
+            drop_path_rows=self.path_rows,
+            training=self.training,
+            norm_eps=self.norm_eps,
+        )

@@ -1,0 +1,27 @@
+"""Classification head."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+class ClassificationHead(nn.Sequential):
+    """Two hidden layers with batch normalisation, ReLU and dropout, then the logits: `[B, F]` -> `[B, classes]`."""
+
+    def __init__(
+        self, features: int, classes: int, *, hidden: int = 256, dropout: float = 0.5, bias: bool = False
+    ) -> None:
+        super().__init__(
+            nn.Linear(features, hidden, bias=bias),
+            nn.BatchNorm1d(hidden),
+            nn.ReLU(),
+            nn.Dropout(dropout),
+            nn.Linear(hidden, hidden, bias=bias),
+            nn.BatchNorm1d(hidden),
+            nn.ReLU(),
+            nn.Dropout(dropout),
+            nn.Linear(hidden, classes),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)

@@ -1,0 +1,136 @@
+"""Guided aggregation: tokens pooled in the cells of every source view, blended by their agreement with 3D."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from any2point.ops.group import group
+from any2point.ops.segment_pool import segment_pool
+from any2point.reference.batch_norm import BatchNorm
+from any2point.reference.guided_aggregate import CellAttention
+from any2point.reference.guided_aggregate import guided_aggregate as _composition
+
+__all__ = ["BatchNorm", "CellAttention", "guided_aggregate"]
+
+
+def guided_aggregate(
+    features: Tensor,
+    cell: Tensor,
+    cluster: Tensor,
+    attention: CellAttention,
+    view_norm: BatchNorm,
+    space_norm: BatchNorm,
+    *,
+    num_cells: int,
+    num_heads: int,
+    coefficient: float,
+    scale: float | None = None,
+    pooling: str = "mean",
+    count_empty: bool = False,
+    drop_path: float = 0.0,
+    drop_path_rows: bool = False,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    norm_eps: float = 1e-5,
+) -> Tensor:
+    """Add to every token a blend of what the cells of V views, guided by its 3D voxel, hold around it.
+
+    For each view v, tokens attend to the tokens of their cell and are averaged over it:
+    `g_v = GELU(BN_v(mean_cell(x + attention_v(LN_v(x)))))`, spread back to the tokens. With
+    `s = GELU(BN(max_voxel x + mean_voxel x))` the result is
+    `x + coefficient * sum_v w_v g_v / sum_v w_v`, `w_v = (cos(g_v, s) + 1) / 2`.
+
+    Args:
+        features: `[B, S, C]` floating point tokens x, without class token.
+        cell: `[B, V, S]` int64, cell of every token in every view, in `[0, num_cells)`.
+        cluster: `[B, S]` int64, voxel of every token, numbered consecutively over the batch from 0.
+        attention: weights of LayerNorm and attention inside cells, stacked over the views.
+        view_norm: batch normalisations of the views, tensors `[V, C]`; running statistics updated in place
+            when training.
+        space_norm: batch normalisation of the voxels, tensors `[C]`.
+        num_cells: cells per view and cloud.
+        num_heads: heads of the attention; the inner width M is `attention.proj_weight.shape[-1]`.
+        coefficient: factor on the blend.
+        scale: factor on the attention's scores, `M^-0.5` by default (of the inner width, as officially).
+        pooling: "mean", or "max+mean" (their sum).
+        count_empty: official rule: cells without a token enter the statistics of `view_norm` as rows of zeros.
+        drop_path: probability of dropping the attention branch when training.
+        drop_path_rows: official rule: drop it per token instead of per cloud.
+        training: batch statistics (True) or running ones.
+        momentum: of the running statistics.
+        eps: of the batch normalisations.
+        norm_eps: of the layer normalisations.
+
+    Returns:
+        `[B, S, C]`.
+
+    Raises:
+        ValueError: shapes do not fit each other, or the option `pooling` is unknown.
+        TypeError: `cell` or `cluster` is not int64.
+
+    Differentiable in: features and every weight.
+    Deterministic: yes.
+    Complexity: O(B V S (C + S M)) time and O(B V S C) memory when training.
+
+    Source: Any2Point (Tang et al., ECCV 2024), any-to-3D guided adapter.
+
+    Example:
+        >>> tokens = torch.rand(2, 128, 768)
+        >>> out = guided_aggregate(tokens, cell, cluster, attention, view_norm, space_norm,
+        ...                        num_cells=39, num_heads=6, coefficient=0.3)
+        >>> out.shape
+        torch.Size([2, 128, 768])
+    """
+    if features.dim() != 3:
+        raise ValueError(f"`features`: expected shape [B, S, C], got {list(features.shape)}")
+    batch, count, width = features.shape
+    if cell.dim() != 3 or cell.shape[0] != batch or cell.shape[2] != count:
+        raise ValueError(f"`cell`: expected shape [{batch}, V, {count}], got {list(cell.shape)}")
+    if cluster.shape != (batch, count):
+        raise ValueError(f"`cluster`: expected shape [{batch}, {count}], got {list(cluster.shape)}")
+    for name, index in (("cell", cell), ("cluster", cluster)):
+        if index.dtype != torch.int64:
+            raise TypeError(f"`{name}`: expected int64, got {index.dtype}")
+    views, inner = cell.shape[1], attention.proj_weight.shape[-1]
+    if attention.proj_weight.shape != (views, width, inner):
+        got = list(attention.proj_weight.shape)
+        raise ValueError(f"`attention`: expected proj_weight [{views}, {width}, M], got {got}")
+    if attention.qkv_weight.shape != (views, 3 * inner, width):
+        got = list(attention.qkv_weight.shape)
+        raise ValueError(f"`attention`: expected qkv_weight [{views}, {3 * inner}, {width}], got {got}")
+    if inner % num_heads:
+        raise ValueError(f"`num_heads`: expected a divisor of the inner width {inner}, got {num_heads}")
+    if view_norm.weight.shape != (views, width):
+        got = list(view_norm.weight.shape)
+        raise ValueError(f"`view_norm`: expected tensors [{views}, {width}], got {got}")
+    if space_norm.weight.shape != (width,):
+        got = list(space_norm.weight.shape)
+        raise ValueError(f"`space_norm`: expected tensors [{width}], got {got}")
+    if pooling not in ("mean", "max+mean"):
+        raise ValueError(f"`pooling`: expected 'mean' or 'max+mean', got {pooling!r}")
+    if not 0 <= drop_path < 1:
+        raise ValueError(f"`drop_path`: expected a probability below 1, got {drop_path}")
+    return _composition(
+        features,
+        cell,
+        cluster,
+        attention,
+        view_norm,
+        space_norm,
+        num_cells=num_cells,
+        num_heads=num_heads,
+        coefficient=coefficient,
+        scale=inner**-0.5 if scale is None else scale,
+        pooling=pooling,
+        count_empty=count_empty,
+        drop_path=drop_path,
+        drop_path_rows=drop_path_rows,
+        training=training,
+        momentum=momentum,
+        eps=eps,
+        norm_eps=norm_eps,
+        group=group,
+        segment_pool=segment_pool,
+    )

@@ -1,0 +1,114 @@
+"""Local aggregation: neighbours of each centre, with their relative positions, to one feature per centre."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from any2point.ops.group import group
+from any2point.reference.batch_norm import BatchNorm
+from any2point.reference.local_aggregate import ResidualUnit
+from any2point.reference.local_aggregate import local_aggregate as _composition
+
+__all__ = ["BatchNorm", "ResidualUnit", "local_aggregate"]
+
+
+def local_aggregate(
+    points: Tensor,
+    features: Tensor,
+    center: Tensor,
+    neighbor: Tensor,
+    units: Sequence[ResidualUnit],
+    *,
+    normalize: str = "scan",
+    guard: bool = True,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    alpha: float = 1000.0,
+    beta: float = 100.0,
+) -> Tensor:
+    """Gather K neighbours per centre, add a sinusoid of their offset, apply residual units, take the maximum.
+
+    With `x[b,s,k] = concat(features[neighbor], features[center]) + P(points[neighbor] - points[center])` it
+    equals `max_k units(x)`, where `P` is the sinusoidal encoding of the normalised offset and every unit is
+    `ReLU(x + BN(Linear(ReLU(BN(Linear(x))))))`.
+
+    Args:
+        points: `[B, N, 3]` float32 or float64 coordinates.
+        features: `[B, N, C]` floating point.
+        center: `[B, S]` int64, rows of the S centres.
+        neighbor: `[B, S, K]` int64, rows of their neighbours; -1 (missing) counts as the centre itself.
+        units: weights of the residual units on `2C` channels; see `ResidualUnit`.
+        normalize: "scan" (offsets divided by the largest one of the group, per axis) or "mn40" (by the standard
+            deviation of all offsets).
+        guard: False gives the official behaviour: 0/0 = NaN for flat groups, and one standard deviation over
+            the whole batch.
+        training: batch statistics in the batch normalisations, and running ones updated in place.
+        momentum: of the running statistics.
+        eps: of the batch normalisations.
+        alpha: ratio of the sinusoid's longest to its shortest wavelength.
+        beta: factor on the normalised offset.
+
+    Returns:
+        `[B, S, 2C]` in the dtype of `features`.
+
+    Raises:
+        ValueError: shapes, or the option `normalize`, are not as above.
+        TypeError: an index is not int64, or `points` not float32 or float64.
+
+    Differentiable in: features, points and every weight.
+    Deterministic: yes.
+    Complexity: O(B S K (C H + C)) time, O(B S K C) memory.
+
+    Source: Point-NN / Point-PN (Zhang et al., CVPR 2023), LGA module; Any2Point (Tang et al., ECCV 2024).
+
+    Example:
+        >>> norm = lambda c: BatchNorm(torch.ones(c), torch.zeros(c), torch.zeros(c), torch.ones(c))
+        >>> unit = ResidualUnit(torch.randn(6, 12), None, norm(6), torch.randn(12, 6), None, norm(12))
+        >>> points, center = torch.rand(1, 32, 3), torch.arange(8)[None]
+        >>> neighbor = knn(points[:, :8], points, 4).index
+        >>> local_aggregate(points, torch.rand(1, 32, 6), center, neighbor, [unit]).shape
+        torch.Size([1, 8, 12])
+    """
+    if points.dim() != 3 or points.shape[-1] != 3:
+        raise ValueError(f"`points`: expected shape [B, N, 3], got {list(points.shape)}")
+    if points.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"`points`: expected float32 or float64, got {points.dtype}")
+    if features.dim() != 3 or features.shape[:2] != points.shape[:2]:
+        expected = f"[{points.shape[0]}, {points.shape[1]}, C]"
+        raise ValueError(f"`features`: expected shape {expected}, got {list(features.shape)}")
+    if center.dim() != 2 or center.shape[0] != points.shape[0]:
+        raise ValueError(f"`center`: expected shape [{points.shape[0]}, S], got {list(center.shape)}")
+    if neighbor.dim() != 3 or neighbor.shape[:2] != center.shape:
+        expected = f"[{center.shape[0]}, {center.shape[1]}, K]"
+        raise ValueError(f"`neighbor`: expected shape {expected}, got {list(neighbor.shape)}")
+    for name, index in (("center", center), ("neighbor", neighbor)):
+        if index.dtype != torch.int64:
+            raise TypeError(f"`{name}`: expected int64, got {index.dtype}")
+    if neighbor.shape[-1] == 0:
+        raise ValueError("`neighbor`: expected at least one neighbour, got K = 0")
+    if normalize not in ("scan", "mn40"):
+        raise ValueError(f"`normalize`: expected 'scan' or 'mn40', got {normalize!r}")
+    width = 2 * features.shape[-1]
+    for unit in units:
+        if unit.in_weight.shape[-1] != width or unit.out_weight.shape[0] != width:
+            got = f"{list(unit.in_weight.shape)} and {list(unit.out_weight.shape)}"
+            raise ValueError(f"`units`: expected weights [H, {width}] and [{width}, H], got {got}")
+    return _composition(
+        points,
+        features,
+        center,
+        neighbor,
+        units,
+        normalize=normalize,
+        guard=guard,
+        training=training,
+        momentum=momentum,
+        eps=eps,
+        alpha=alpha,
+        beta=beta,
+        group=group,
+    )

@@ -1,0 +1,88 @@
+"""Virtual projection: position encodings of a 1D or 2D source modality for 3D token centres."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from any2point.reference.virtual_project import VirtualProjection, cell_grid
+from any2point.reference.virtual_project import virtual_project as _composition
+
+__all__ = ["VirtualProjection", "cell_grid", "virtual_project"]
+
+
+def virtual_project(
+    centers: Tensor,
+    table: Tensor,
+    views: Tensor,
+    *,
+    cell: float,
+    size: Sequence[int] | None = None,
+    camera: float | None = None,
+    wrap: bool = False,
+    scramble: bool = False,
+) -> VirtualProjection:
+    """Project centres onto V virtual lines or images and read the source's position table there.
+
+    Lines (`table [L, C]`, `views [V, 3]`): with `t` the min-max position of the cloud along the line,
+    `position = t (size - 1)`. Images (`table [H, W, C]`, `views [V, 3, 3]`): `p = (centre - middle) view` is
+    seen in perspective along its third axis by a camera that has the whole cloud in view;
+    `position = ((p_x / depth + 1) / 2 (width - 1), (p_y / depth + 1) / 2 (height - 1))`. The encoding is the
+    table, (bi)linearly interpolated at the position, averaged over the views.
+
+    Args:
+        centers: `[B, S, 3]` float32 or float64.
+        table: position encodings `[L, C]` of a sequence, or `[H, W, C]` of an image, without class token.
+        views: directions `[V, 3]` (any length) or rotations `[V, 3, 3]`, applied from the right.
+        cell: edge of a cell in units of position.
+        size: extent of the positions, `[length]` or `[height, width]`; by default that of the table.
+        camera: distance of the camera from the origin (of the coordinates, no re-centring); by default it is
+            placed for each cloud so that the whole cloud is in view.
+        wrap: official rule. Lines: `position = (length t - 1/2) mod length`, read over the range of the whole
+            batch with a zero vector at integers and beyond the end. Images: the pixel modulo the image.
+        scramble: official rule: the averaged encoding is stored channels first and read as tokens first.
+
+    Returns:
+        `VirtualProjection(position [B, V, S, 1 or 2], cell [B, V, S] int64, encoding [B, S, C])`; cells are
+        numbered row by row, below the product of `cell_grid(size, cell)`.
+
+    Raises:
+        ValueError: shapes do not fit each other, or `cell` is not positive.
+        TypeError: `centers` are not float32 or float64.
+
+    Differentiable in: table; and in `centers` through the interpolation weights of `encoding`.
+    Deterministic: yes, forward.
+    Complexity: O(B V S C) time, O(B S C) memory.
+
+    Source: Any2Point (Tang et al., ECCV 2024), 3D-to-any virtual projection.
+
+    Example:
+        >>> out = virtual_project(torch.rand(2, 128, 3), torch.rand(77, 64), torch.eye(3), cell=2)
+        >>> out.position.shape, int(out.cell.max()), out.encoding.shape
+        (torch.Size([2, 3, 128, 1]), 38, torch.Size([2, 128, 64]))
+    """
+    if centers.dim() != 3 or centers.shape[-1] != 3 or centers.shape[1] == 0:
+        raise ValueError(f"`centers`: expected shape [B, S, 3] with S > 0, got {list(centers.shape)}")
+    if centers.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"`centers`: expected float32 or float64, got {centers.dtype}")
+    if table.dim() not in (2, 3):
+        raise ValueError(f"`table`: expected shape [L, C] or [H, W, C], got {list(table.shape)}")
+    expected = "[V, 3]" if table.dim() == 2 else "[V, 3, 3]"
+    if views.dim() != table.dim() or views.shape[0] == 0 or any(n != 3 for n in views.shape[1:]):
+        raise ValueError(f"`views`: expected shape {expected} for this table, got {list(views.shape)}")
+    if not cell > 0:
+        raise ValueError(f"`cell`: expected a positive number, got {cell}")
+    if size is not None and len(size) != table.dim() - 1:
+        raise ValueError(f"`size`: expected {table.dim() - 1} number(s) for this table, got {list(size)}")
+    return _composition(
+        centers,
+        table,
+        views.to(centers.dtype),
+        cell=cell,
+        size=size,
+        camera=camera,
+        wrap=wrap,
+        scramble=scramble,
+    )

@@ -1,0 +1,71 @@
+"""Batch normalisation of rows of which only some count: shared by the aggregation references."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class BatchNorm(NamedTuple):
+    """Weight, bias and running statistics of one batch normalisation, each `[C]` (or `[V, C]` for V of them)."""
+
+    weight: Tensor
+    bias: Tensor
+    running_mean: Tensor
+    running_var: Tensor
+
+
+def batch_norm(rows: Tensor, norm: BatchNorm, *, training: bool, momentum: float, eps: float) -> Tensor:
+    """Batch normalisation of `rows [R, C]` with float32 (or better) statistics; updates them when training."""
+    return F.batch_norm(
+        rows, norm.running_mean, norm.running_var, norm.weight, norm.bias, training, momentum, eps
+    )
+
+
+def masked_batch_norm(
+    rows: Tensor,
+    norm: BatchNorm,
+    occupied: Tensor,
+    total: int | None = None,
+    *,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    """Batch normalisation whose statistics are those of the occupied rows, and of zero rows up to `total`.
+
+    Equals `F.batch_norm(rows[occupied])` (or, with `total`, of the occupied rows stacked on
+    `total - occupied.sum()` rows of zeros) at the occupied rows, without a shape that depends on data.
+
+    Args:
+        rows: `[R, C]` floating point; values at rows that are not occupied are ignored.
+        norm: parameters and running statistics `[C]`; the statistics are updated in place when training.
+        occupied: `[R]` bool.
+        total: number of rows the statistics count, or None for the occupied ones alone.
+        training: batch statistics (True) or running ones (False).
+        momentum: weight of the batch in the running statistics.
+        eps: added to the variance.
+
+    Returns:
+        `[R, C]`; rows that are not occupied hold values of no meaning, but finite ones.
+    """
+    dtype = rows.dtype
+    rows = rows.to(torch.promote_types(dtype, torch.float32))
+    if not training:
+        scale = norm.weight * torch.rsqrt(norm.running_var + eps)
+        return (rows * scale + (norm.bias - norm.running_mean * scale)).to(dtype)
+    kept = torch.where(occupied[:, None], rows, 0.0)
+    present = occupied.sum().to(rows.dtype)
+    count = present.clamp(min=1) if total is None else present.new_tensor(float(total))
+    mean = kept.sum(0) / count
+    centered = rows - mean
+    spread = torch.where(occupied[:, None], centered, 0.0).square().sum(0)
+    var = (spread + (count - present).clamp(min=0) * mean.square()) / count
+    with torch.no_grad():
+        unbiased = var * (count / (count - 1).clamp(min=1))
+        norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), momentum)
+        norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), momentum)
+    return (centered * (torch.rsqrt(var + eps) * norm.weight) + norm.bias).to(dtype)

@@ -1,0 +1,158 @@
+"""Reading of checkpoint files and folders into plain dictionaries of tensors; nothing is ever executed."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_NAMES = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin")
+_SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
+_WRAPPERS = ("state_dict", "model", "base_model", "module", "teacher")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file, or a clear ValueError."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"`path`: cannot read {path}: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"`path`: expected a JSON object in {path}, got {type(value).__name__}")
+    return value
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, or a clear ValueError."""
+    try:
+        from safetensors.torch import load_file
+    except ImportError:
+        raise ImportError("reading safetensors needs it: pip install any2point[sources]") from None
+    try:
+        return load_file(str(path))
+    except Exception as error:
+        raise ValueError(f"`path`: {path} is not a complete safetensors file ({_line(error)})") from None
+
+
+def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], Path]:
+    """The tensors of a checkpoint, the `config.json` beside them (or {}), and the file they came from.
+
+    Args:
+        path: a safetensors or torch file, or a folder that holds one.
+
+    Returns:
+        `(tensors, config, file)`; prefixes of data-parallel training are removed.
+
+    Raises:
+        ValueError: there is no such file, or it is truncated, foreign or needs code to be executed.
+    """
+    path = Path(path).expanduser()
+    file = _find(path)
+    config_file = file.parent / "config.json"
+    config = read_json(config_file) if config_file.is_file() else {}
+    with file.open("rb") as stream:
+        head = stream.read(9)
+    if len(head) < 9:
+        raise ValueError(f"`path`: {file} is empty or truncated")
+    if head[8:9] == b"{":
+        state: Any = read_safetensors(file)
+    else:
+        state = _read_torch(file)
+    return _tensors(state, file), config, file
+
+
+def _find(path: Path) -> Path:
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        raise ValueError(f"`path`: no file or folder {path}")
+    for name in _NAMES:
+        if (path / name).is_file():
+            return path / name
+    files = sorted(f for f in path.iterdir() if f.suffix in _SUFFIXES and f.is_file())
+    if len(files) != 1:
+        found = ", ".join(f.name for f in files) or "none"
+        raise ValueError(f"`path`: expected one checkpoint file in {path}, got {found}")
+    return files[0]
+
+
+def _read_torch(file: Path) -> Any:
+    if zipfile.is_zipfile(file):
+        with zipfile.ZipFile(file) as archive:
+            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+                raise ValueError(
+                    f"`path`: {file} is a TorchScript archive, which would have to be executed; "
+                    "save its state_dict() as safetensors first"
+                )
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"`path`: cannot read {file} as a checkpoint ({_line(error)})") from None
+
+
+def _line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return (text[0] if text else type(error).__name__)[:160]
+
+
+def _tensors(state: Any, file: Path) -> dict[str, Tensor]:
+    for name in _WRAPPERS:
+        if isinstance(state, Mapping) and isinstance(state.get(name), Mapping):
+            state = state[name]
+    if not isinstance(state, Mapping):
+        raise ValueError(f"`path`: expected a dictionary of tensors in {file}, got {type(state).__name__}")
+    tensors = {str(key): value for key, value in state.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise ValueError(f"`path`: no tensors in {file}")
+    if all(key.startswith("module.") for key in tensors):
+        tensors = {key.removeprefix("module."): value for key, value in tensors.items()}
+    return tensors
+
+
+def find_prefix(keys: Iterable[str], probe: str, *, exclude: str | None = None) -> str | None:
+    """What stands before `probe` in the shortest key that ends with it, or None if no key does."""
+    found = [key[: -len(probe)] for key in keys if key.endswith(probe)]
+    found = [p for p in found if (not p or p.endswith(".")) and not (exclude and exclude in p)]
+    return min(found, key=len) if found else None
+
+
+def count_blocks(keys: Iterable[str], pattern: str) -> int:
+    """Number of consecutive i from 0 for which `pattern.format(i)` is a key."""
+    names, depth = set(keys), 0
+    while pattern.format(depth) in names:
+        depth += 1
+    return depth
+
+
+class Reader:
+    """Takes tensors out of a state dict by name, in float32, and keeps account of what it did not use."""
+
+    def __init__(self, state: Mapping[str, Tensor], prefix: str = "") -> None:
+        self.state = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+        self.used: set[str] = set()
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.state
+
+    def take(self, name: str) -> Tensor:
+        """The tensor as float32, contiguous; ValueError if it is missing or not floating point."""
+        if name not in self.state:
+            raise ValueError(f"`path`: tensor {name!r} is missing: the checkpoint is incomplete or foreign")
+        value = self.state[name]
+        if not value.is_floating_point():
+            raise ValueError(f"`path`: expected floating point in tensor {name!r}, got {value.dtype}")
+        self.used.add(name)
+        return value.detach().to(torch.float32).contiguous()
+
+    def pair(self, source: str, target: str) -> dict[str, Tensor]:
+        """Weight and bias of a layer under their new name."""
+        return {f"{target}.{leaf}": self.take(f"{source}.{leaf}") for leaf in ("weight", "bias")}
+
+    def unused(self) -> tuple[str, ...]:
+        """Names of the tensors that were not taken."""
+        return tuple(sorted(set(self.state) - self.used))

@@ -1,0 +1,288 @@
+"""A source: a pretrained transformer as data (tensors and a layout), whatever its modality."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from any2point.sources.checkpoint import read_checkpoint
+from any2point.sources.encoder import FrozenEncoder, Layout
+
+
+@dataclass(frozen=True)
+class Source:
+    """The frozen transformer that is fine-tuned for point clouds, in one canonical form.
+
+    Attributes:
+        name: family: "clip-text", "bert", "dinov2" or "imagebind".
+        modality: "language", "vision" or "audio".
+        width: channels C.
+        depth: number of blocks.
+        heads: attention heads.
+        layout: how a block is put together.
+        tensors: weights under canonical names: `blocks.<i>.{norm1,attn.qkv,attn.proj,norm2,mlp.fc1,mlp.fc2}`,
+            `blocks.<i>.{ls1,ls2}`, `input_norm` and, where the source has one, the final `norm`.
+        position_table: `[L, C]` for sequences, `[H, W, C]` for images, without the class token's row.
+        cls_token: `[C]` value that the class token starts from, or None for a random start.
+        cls_position: `[C]` position encoding of the class token, or None for a random start.
+        origin: how to get these weights again: `{"path": ...}` or `{"seed": ...}`, with the family.
+        unused: tensors of the checkpoint that play no part.
+    """
+
+    name: str
+    modality: str
+    width: int
+    depth: int
+    heads: int
+    layout: Layout
+    tensors: Mapping[str, Tensor] = field(repr=False)
+    position_table: Tensor = field(repr=False)
+    cls_token: Tensor | None = field(default=None, repr=False)
+    cls_position: Tensor | None = field(default=None, repr=False)
+    origin: Mapping[str, Any] = field(default_factory=dict)
+    unused: tuple[str, ...] = field(default=(), repr=False)
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads:
+            raise ValueError(f"`heads`: expected a divisor of the width {self.width}, got {self.heads}")
+        if self.position_table.dim() not in (2, 3) or self.position_table.shape[-1] != self.width:
+            got = list(self.position_table.shape)
+            raise ValueError(f"`position_table`: expected [L, {self.width}] or [H, W, {self.width}], got {got}")
+        expected = {k: v.shape for k, v in self._skeleton().state_dict().items()}
+        for name, shape in expected.items():
+            if name not in self.tensors:
+                raise ValueError(f"`tensors`: expected a tensor {name!r}, got none")
+            if self.tensors[name].shape != shape:
+                got = list(self.tensors[name].shape)
+                raise ValueError(f"`tensors`: expected shape {list(shape)} for {name!r}, got {got}")
+
+    @property
+    def has_cls(self) -> bool:
+        """Whether the source has a class token of its own."""
+        return self.cls_token is not None
+
+    @property
+    def mlp_width(self) -> int:
+        """Hidden width of the MLPs."""
+        return self.tensors["blocks.0.mlp.fc1.weight"].shape[0]
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over all tensors: two sources with the same fingerprint are the same network."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self._all_tensors().items()):
+            digest.update(f"{name} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def encoder(self) -> FrozenEncoder:
+        """The transformer as a module; its parameters share memory with `tensors`."""
+        encoder = self._skeleton()
+        names = encoder.state_dict().keys()
+        encoder.load_state_dict({name: self.tensors[name] for name in names}, strict=True, assign=True)
+        return encoder.requires_grad_(False)
+
+    def _skeleton(self) -> FrozenEncoder:
+        with torch.device("meta"):
+            return FrozenEncoder(self.width, self.depth, self.heads, self.mlp_width, self.layout)
+
+    def _all_tensors(self) -> dict[str, Tensor]:
+        tensors = dict(self.tensors) | {"position_table": self.position_table}
+        for name in ("cls_token", "cls_position"):
+            value = getattr(self, name)
+            if value is not None:
+                tensors[name] = value
+        return tensors
+
+    def describe(self) -> dict[str, Any]:
+        """What is written to a `config.json`: enough to rebuild the source, given its tensors."""
+        shape = list(self.position_table.shape[:-1])
+        return {
+            "family": self.name,
+            "modality": self.modality,
+            "width": self.width,
+            "depth": self.depth,
+            "heads": self.heads,
+            "positions": shape,
+            "layout": asdict(self.layout),
+            "origin": dict(self.origin),
+            "fingerprint": self.fingerprint,
+        }
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Every tensor of the source under its canonical name, for saving."""
+        return {name: tensor.contiguous() for name, tensor in self._all_tensors().items()}
+
+    @classmethod
+    def from_state_dict(cls, description: Mapping[str, Any], state: Mapping[str, Tensor]) -> Source:
+        """Inverse of `describe()` and `state_dict()`."""
+        tensors = dict(state)
+        extra = {name: tensors.pop(name, None) for name in ("position_table", "cls_token", "cls_position")}
+        if extra["position_table"] is None:
+            raise ValueError("`state`: expected a tensor 'position_table', got none")
+        return cls(
+            name=description["family"],
+            modality=description["modality"],
+            width=description["width"],
+            depth=description["depth"],
+            heads=description["heads"],
+            layout=Layout(**description["layout"]),
+            tensors=tensors,
+            origin=dict(description.get("origin", {})),
+            **extra,  # type: ignore[arg-type]
+        )
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        path: str | Path,
+        family: str | None = None,
+        *,
+        depth: int | None = None,
+        heads: int | None = None,
+    ) -> Source:
+        """Read a pretrained transformer from a local file or folder.
+
+        Args:
+            path: `.safetensors`, or a torch file with a plain state dict, or a folder with one (and, as the
+                hub has it, a `config.json`).
+            family: "clip-text", "bert" or "dinov2"; recognised by the names of the tensors if None.
+            depth: use the first blocks only.
+            heads: attention heads, where neither `config.json` nor the family's convention tells.
+
+        Raises:
+            ValueError: the file is missing, truncated or of no known family.
+
+        Example:
+            >>> source = Source.from_checkpoint("all-MiniLM-L6-v2")
+            >>> source.name, source.width, source.depth
+            ('bert', 384, 6)
+        """
+        from any2point.sources import FAMILIES
+
+        state, config, file = read_checkpoint(path)
+        if family is None:
+            matching = [name for name, entry in FAMILIES.items() if entry.matches(state)]
+            if not matching:
+                seen = ", ".join(sorted(state)[:4])
+                known = ", ".join(FAMILIES)
+                raise ValueError(
+                    f"`path`: {file} holds no known family ({known}); {len(state)} tensors, such as {seen}"
+                )
+            family = matching[0]
+        entry = get_family(family)
+        origin = {"path": str(Path(path).expanduser().resolve())}
+        if depth is not None:
+            origin["depth"] = depth  # type: ignore[assignment]
+        if heads is not None:
+            origin["heads"] = heads  # type: ignore[assignment]
+        return entry.convert(state, config, depth=depth, heads=heads, origin=origin)
+
+    @classmethod
+    def random(
+        cls,
+        family: str,
+        *,
+        width: int | None = None,
+        depth: int | None = None,
+        heads: int | None = None,
+        positions: tuple[int, ...] | None = None,
+        seed: int = 0,
+    ) -> Source:
+        """The architecture of a family with random weights, as it would be before pretraining.
+
+        Args:
+            family: "clip-text", "bert", "dinov2" or "imagebind".
+            width: channels; the family's base model by default, as for the arguments that follow.
+            depth: blocks.
+            heads: attention heads; by default of 64 channels each.
+            positions: shape of the position table, `(L,)` or `(H, W)`.
+            seed: of the weights; the same seed gives the same source.
+        """
+        entry = get_family(family)
+        width = entry.width if width is None else width
+        depth = entry.depth if depth is None else depth
+        heads = max(1, width // 64) if heads is None else heads
+        positions = entry.positions if positions is None else tuple(positions)
+        if len(positions) != len(entry.positions):
+            raise ValueError(f"`positions`: expected {len(entry.positions)} number(s), got {positions}")
+        generator = torch.Generator().manual_seed(seed)
+
+        def normal(*shape: int) -> Tensor:
+            return 0.02 * torch.randn(*shape, generator=generator)
+
+        with torch.device("meta"):
+            shapes = FrozenEncoder(width, depth, heads, 4 * width, entry.layout).state_dict()
+        tensors = {}
+        for name, value in shapes.items():
+            if value.dim() == 2:
+                tensors[name] = normal(*value.shape)
+            else:
+                tensors[name] = torch.zeros(value.shape) if name.endswith("bias") else torch.ones(value.shape)
+        if entry.layout.norm == "pre":
+            tensors |= {"norm.weight": torch.ones(width), "norm.bias": torch.zeros(width)}
+        origin = {"seed": seed, "width": width, "depth": depth, "heads": heads, "positions": list(positions)}
+        return cls(
+            name=entry.name,
+            modality=entry.modality,
+            width=width,
+            depth=depth,
+            heads=heads,
+            layout=entry.layout,
+            tensors=tensors,
+            position_table=normal(*positions, width),
+            cls_token=normal(width) if entry.has_cls else None,
+            cls_position=normal(width) if entry.has_cls else None,
+            origin=origin,
+        )
+
+    @classmethod
+    def from_origin(cls, description: Mapping[str, Any]) -> Source:
+        """The source that `describe()` described, from its seed or from the path it once had."""
+        origin, family = dict(description["origin"]), description["family"]
+        if "seed" in origin:
+            return cls.random(family, **origin)
+        if "path" in origin:
+            return cls.from_checkpoint(origin.pop("path"), family, **origin)
+        raise ValueError(f"`source`: this {family} source was built in memory and has to be given")
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row of the table of source families: how to recognise and read its checkpoints."""
+
+    name: str
+    modality: str
+    width: int
+    depth: int
+    positions: tuple[int, ...]
+    layout: Layout
+    has_cls: bool
+    matches: Callable[[Mapping[str, Tensor]], bool]
+    convert: Callable[..., Source]
+
+
+def get_family(name: str) -> Family:
+    """The family of that name, or a ValueError that lists them."""
+    from any2point.sources import FAMILIES
+
+    if name not in FAMILIES:
+        raise ValueError(f"`family`: expected one of {', '.join(FAMILIES)}, got {name!r}")
+    return FAMILIES[name]
+
+
+def choose_depth(available: int, depth: int | None) -> int:
+    """The number of blocks to use, checked against what the checkpoint has."""
+    if available == 0:
+        raise ValueError("`path`: the checkpoint holds no complete block")
+    if depth is None:
+        return available
+    if not 1 <= depth <= available:
+        raise ValueError(f"`depth`: expected 1 to {available} blocks, got {depth}")
+    return depth
