@@ -30,8 +30,8 @@ from any2point.sources import Source
 class Encoding(NamedTuple):
     """Features of a cloud.
 
-    `tokens [B, T, C]` and their `centers [B, T, 3]` (points of the input), the class token `cls [B, C]`, and the
-    pooled `feature [B, 2C]` that the head sees.
+    `tokens [B, T, C]` and their `centers [B, T, 3]` (points of the input), the class token `cls [B, C]`, and
+    the pooled `feature [B, 2C]` that the head sees.
     """
 
     tokens: Tensor
@@ -45,7 +45,7 @@ class Any2Point(PointModel):
 
     Args:
         config: the configuration; None fields are resolved for the source.
-        source: the frozen transformer. Its final LayerNorm and class token are starting points of trained ones.
+        source: the frozen transformer. Its final LayerNorm and class token start the model's trained ones.
         class_names: names of the logits.
 
     Example:
@@ -157,7 +157,7 @@ class Any2Point(PointModel):
             revision: of the hub repository.
 
         Raises:
-            ValueError: a file is missing, truncated or foreign, or the source is another than the one trained.
+            ValueError: a file is missing, truncated or foreign, or the source is not the one trained with.
         """
         from any2point.models.hub import load
 
@@ -209,7 +209,7 @@ def build_tokenizer(config: Any2PointConfig, width: int) -> Tokenizer:
         normalize=config.normalize,
         guard=bool(config.guard),
         start=str(config.fps_start),
-        tie=str(config.fps_tie),
+        tie=config.fps_tie,  # type: ignore[arg-type]
     )
 
 
@@ -242,7 +242,7 @@ def _build_projection(config: Any2PointConfig, source: Source) -> VirtualProject
 
 
 def _build_encoder(config: Any2PointConfig, source: Source, num_cells: int) -> AdaptedEncoder:
-    layout = dataclasses.replace(source.layout, eps=config.norm_eps)
+    layout = dataclasses.replace(source.layout, eps=config.norm_eps)  # type: ignore[arg-type]
     frozen = dataclasses.replace(source, layout=layout).encoder()
     rates = torch.linspace(0, config.drop_path, source.depth).tolist()
     adapters = [

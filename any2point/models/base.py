@@ -30,7 +30,8 @@ class PointModel(nn.Module):
         As officially, the class token and its position are decayed too (the token unless `config.cls_decay`
         is off).
         """
-        decayed, plain = [], []
+        decayed: list[nn.Parameter] = []
+        plain: list[nn.Parameter] = []
         for name, parameter in self.named_parameters():
             if not parameter.requires_grad:
                 continue

@@ -1,4 +1,4 @@
-"""Everything that defines a model apart from its source, with every deviation of the official code as an option."""
+"""Everything that defines a model apart from its source; every quirk of the official code is an option."""
 
 from __future__ import annotations
 
@@ -39,19 +39,19 @@ class Any2PointConfig:
 
     Attributes:
         num_classes: logits.
-        num_points: points per cloud, from which the stages of the tokenizer are derived. Clouds of another size
-            are accepted as long as they have the points that the first stage picks.
+        num_points: points per cloud, from which the stages of the tokenizer are derived. Clouds of another
+            size are accepted as long as they have the points that the first stage picks.
         num_tokens: tokens per cloud, T.
         neighbors: K of the nearest neighbours, one for all stages or one each.
         stage_sizes: centres per stage; a geometric progression from num_points to num_tokens by default.
-        tokenizer_width: channels of the first embedding; has to be the source's width / 8, which is the default.
+        tokenizer_width: channels of the first embedding; the source's width / 8, or None for that.
         tokenizer_units: residual units per stage.
         tokenizer_hidden: bottleneck of the last stage.
         normalize: how offsets of neighbours are normalised: "scan" or "mn40".
         views: number of lines or images, V.
         lines: directions of the lines, V triples, instead of evenly spread ones.
         cell: edge of a cell in positions; 2/77 of a line or 26/518 of an image's side by default.
-        position_size: extent of the positions, `(length,)` or `(height, width)`; the table's shape by default.
+        position_size: extent of the positions, `(length,)` or `(height, width)`; by default the table's.
         voxel_size: edge of the voxels that guide the aggregation, in units of the coordinates.
         adapter_dim: bottleneck of the adapters.
         adapter_dropout: in the adapters.
@@ -72,18 +72,18 @@ class Any2PointConfig:
         cls_decay: whether the class token is decayed by the optimiser.
         parity: None, or "official" to turn on every quirk of the official code that follows.
         center: subtract each cloud's mean, so that a translation does not matter. Official: False.
-        fps_start: first centre: "farthest" point from the mean, so that the order of the points does not matter;
-            official: "first" in the array.
+        fps_start: first centre: "farthest" point from the mean, so that the order of the points does not
+            matter. Official: "first" in the array.
         fps_tie: "lowest" index; official: "pointnet2" (tree order of ties, points near the origin skipped).
-        guard: guard the normalisation of neighbourhoods against 0/0 and take the standard deviation per cloud.
-            Official: False: NaN for flat neighbourhoods, one standard deviation for the batch.
+        guard: guard the normalisation of neighbourhoods against 0/0, and take the standard deviation per
+            cloud. Official: False: NaN for flat neighbourhoods, one standard deviation for the batch.
         attention_axis: "tokens" of a cloud; official for CLIP text: the "batch".
-        wrap: official: coordinates wrap around (lines: `(77 t - 1/2) mod 77`, with the table read over the range
-            of the whole batch; images: modulo the image) instead of ending at the ends.
-        permuted_lines: official: the direction `line_direction` under six axis permutations (of which only four
-            or six are distinct lines) instead of evenly spread lines.
+        wrap: official: coordinates wrap around (lines: `(77 t - 1/2) mod 77`, with the table read over the
+            range of the whole batch; images: modulo the image) instead of ending at the ends.
+        permuted_lines: official: the direction `line_direction` under six axis permutations (of which only
+            four or six are distinct lines) instead of evenly spread lines.
         line_direction: the one direction of `permuted_lines`.
-        camera: distance of a fixed camera; None places it so that the whole cloud is in view. Official: fixed.
+        camera: distance of a fixed camera; None places it for the whole cloud to be in view. Official: fixed.
         scramble: official for images: position encodings stored channels first and read as tokens first.
         table_grid: shape that an image table is read as, where official and true layout differ (ImageBind).
         position_adds: how often position encodings are added: "once", "every" block, or "both".
@@ -140,10 +140,10 @@ class Any2PointConfig:
     drop_path_rows: bool | None = None
 
     def __post_init__(self) -> None:
-        for name in ("neighbors", "stage_sizes", "tokenizer_units", "position_size", "line_direction", "table_grid"):
-            value = getattr(self, name)
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
             if isinstance(value, list):
-                object.__setattr__(self, name, tuple(value))
+                object.__setattr__(self, field.name, tuple(value))
         if self.lines is not None:
             object.__setattr__(self, "lines", tuple(tuple(float(x) for x in line) for line in self.lines))
         self._check()
@@ -236,7 +236,8 @@ class Any2PointConfig:
         if (config.permuted_lines or (official and image)) and config.views != 6:
             raise ValueError(f"`views`: expected 6 with the official views, got {config.views}")
         if config.position_size is not None and len(config.position_size) != (2 if image else 1):
-            raise ValueError(f"`position_size`: expected {2 if image else 1} number(s), got {config.position_size}")
+            shape = config.position_size
+            raise ValueError(f"`position_size`: expected {2 if image else 1} number(s), got {shape}")
         return config
 
     def to_dict(self) -> dict[str, Any]:

@@ -77,7 +77,7 @@ def load(
     description = read_json(directory / CONFIG)
     if description.get("model_type") != "any2point":
         got = description.get("model_type")
-        raise ValueError(f"`directory`: expected the model_type any2point in {directory / CONFIG}, got {got!r}")
+        raise ValueError(f"`directory`: expected model_type 'any2point' in {directory / CONFIG}, got {got!r}")
     try:
         config = Any2PointConfig.from_dict(description["config"])
         expected = description["source"]["fingerprint"]
@@ -121,7 +121,7 @@ def _find_source(description: dict[str, Any], directory: Path, path: str | Path 
         return Source.from_origin(recorded)
     except ValueError as error:
         raise ValueError(
-            f"`source`: the {recorded['family']} source of {directory} is not to be had; give source=. {error}"
+            f"`source`: cannot find the {recorded['family']} source of {directory}; give source=. {error}"
         ) from None
 
 
@@ -135,7 +135,7 @@ def _folder(location: str | Path, revision: str | None) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
-        raise ValueError(f"`directory`: no folder {directory}, and huggingface_hub is not installed") from None
+        raise ValueError(f"`directory`: no folder {directory}, and no huggingface_hub to ask") from None
     try:
         return Path(snapshot_download(text, revision=revision, allow_patterns=[CONFIG, WEIGHTS, SOURCE]))
     except Exception as error:

@@ -21,9 +21,7 @@ class TokenizerProbe(PointModel):
         class_names: names of the logits.
     """
 
-    def __init__(
-        self, config: Any2PointConfig, width: int, class_names: Sequence[str] | None = None
-    ) -> None:
+    def __init__(self, config: Any2PointConfig, width: int, class_names: Sequence[str] | None = None) -> None:
         super().__init__()
         import dataclasses
 

@@ -9,7 +9,7 @@ from any2point.reference.batch_norm import BatchNorm as BatchNormTensors
 
 
 class BatchNorm(nn.Module):
-    """Holds weight, bias, running mean and variance of one (or, with a leading shape, several) normalisations."""
+    """Weight, bias, running mean and variance of one (with a leading shape: several) normalisations."""
 
     running_mean: Tensor
     running_var: Tensor

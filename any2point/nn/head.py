@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 
 class ClassificationHead(nn.Sequential):
-    """Two hidden layers with batch normalisation, ReLU and dropout, then the logits: `[B, F]` -> `[B, classes]`."""
+    """Two hidden layers with batch normalisation, ReLU, dropout; then logits: `[B, F]` -> `[B, classes]`."""
 
     def __init__(
         self, features: int, classes: int, *, hidden: int = 256, dropout: float = 0.5, bias: bool = False

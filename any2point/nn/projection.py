@@ -32,8 +32,8 @@ def spread_lines(views: int) -> Tensor:
         return torch.eye(3)
     if views == 6:
         golden = (1 + math.sqrt(5)) / 2
-        lines = [(0, 1, golden), (0, 1, -golden), (1, golden, 0), (1, -golden, 0), (golden, 0, 1), (-golden, 0, 1)]
-        return torch.tensor(lines) / math.sqrt(1 + golden * golden)
+        pairs = torch.tensor([[0, 1, golden], [0, 1, -golden]]) / math.sqrt(1 + golden * golden)
+        return torch.cat([pairs.roll(shift, 1) for shift in range(3)])
     turn = math.pi * (3 - math.sqrt(5))
     lines = []
     for i in range(views):
@@ -53,7 +53,7 @@ def official_rotations() -> Tensor:
 
 
 def spread_rotations(views: int) -> Tensor:
-    """Rotations `[V, 3, 3]` whose third axis, the line of sight, is spread over the sphere; six look along axes."""
+    """Rotations `[V, 3, 3]` with lines of sight (the third axis) spread over the sphere; six: along axes."""
     if views == 6:
         return official_rotations()
     turn = math.pi * (3 - math.sqrt(5))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ class Tokens(NamedTuple):
 
     features: Tensor
     centers: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]
 
 
 def stage_sizes(num_points: int, num_tokens: int, stages: int = 3) -> tuple[int, ...]:
@@ -72,7 +72,7 @@ class Tokenizer(nn.Module):
         normalize: str = "scan",
         guard: bool = True,
         start: str = "farthest",
-        tie: str = "lowest",
+        tie: Literal["lowest", "pointnet2"] = "lowest",
     ) -> None:
         super().__init__()
         self.sizes, self.neighbors = tuple(sizes), tuple(neighbors)
@@ -96,7 +96,7 @@ class Tokenizer(nn.Module):
         """`points [B, N, 3]` float32 or float64 -> tokens of the last stage."""
         batch = points.shape[0]
         x = F.linear(points.to(self.embed.weight.dtype), self.embed.weight).flatten(0, 1)
-        step = {"training": self.training, "momentum": 0.1, "eps": 1e-5}
+        step: dict[str, Any] = {"training": self.training, "momentum": 0.1, "eps": 1e-5}
         x = batch_norm(x, self.embed_norm.tensors(), **step).relu().unflatten(0, (batch, -1))
 
         levels = farthest_point_hierarchy(points, list(self.sizes), start=self._first(points), tie=self.tie)
@@ -106,7 +106,7 @@ class Tokenizer(nn.Module):
             center = index if stage == 0 else torch.arange(size, device=points.device).expand(batch, size)
             centers = points.gather(1, center[..., None].expand(-1, -1, 3))
             neighbor = knn(centers, points, count, sorted=False).index
-            units = [unit.tensors() for unit in self.stages[stage]]  # type: ignore[union-attr]
+            units = [unit.tensors() for unit in self.stages[stage]]  # type: ignore[attr-defined]
             x = local_aggregate(
                 points, x, center, neighbor, units, normalize=self.normalize, guard=self.guard, **step
             )

@@ -55,7 +55,7 @@ def guided_aggregate(
         coefficient: factor on the blend.
         scale: factor on the attention's scores, `M^-0.5` by default (of the inner width, as officially).
         pooling: "mean", or "max+mean" (their sum).
-        count_empty: official rule: cells without a token enter the statistics of `view_norm` as rows of zeros.
+        count_empty: official rule: cells without a token enter the statistics of `view_norm` as zeros.
         drop_path: probability of dropping the attention branch when training.
         drop_path_rows: official rule: drop it per token instead of per cloud.
         training: batch statistics (True) or running ones.

@@ -42,8 +42,8 @@ def local_aggregate(
         center: `[B, S]` int64, rows of the S centres.
         neighbor: `[B, S, K]` int64, rows of their neighbours; -1 (missing) counts as the centre itself.
         units: weights of the residual units on `2C` channels; see `ResidualUnit`.
-        normalize: "scan" (offsets divided by the largest one of the group, per axis) or "mn40" (by the standard
-            deviation of all offsets).
+        normalize: "scan" (offsets divided by the largest one of the group, per axis) or "mn40" (by the
+            standard deviation of all offsets).
         guard: False gives the official behaviour: 0/0 = NaN for flat groups, and one standard deviation over
             the whole batch.
         training: batch statistics in the batch normalisations, and running ones updated in place.

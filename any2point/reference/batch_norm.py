@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class BatchNorm(NamedTuple):
-    """Weight, bias and running statistics of one batch normalisation, each `[C]` (or `[V, C]` for V of them)."""
+    """Weight, bias and running statistics of one batch normalisation, each `[C]` (`[V, C]` for V of them)."""
 
     weight: Tensor
     bias: Tensor
@@ -19,7 +19,7 @@ class BatchNorm(NamedTuple):
 
 
 def batch_norm(rows: Tensor, norm: BatchNorm, *, training: bool, momentum: float, eps: float) -> Tensor:
-    """Batch normalisation of `rows [R, C]` with float32 (or better) statistics; updates them when training."""
+    """Batch normalisation of `rows [R, C]` ; updates the running statistics when training."""
     return F.batch_norm(
         rows, norm.running_mean, norm.running_var, norm.weight, norm.bias, training, momentum, eps
     )

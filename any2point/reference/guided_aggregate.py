@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -91,7 +91,7 @@ def guided_aggregate(
     rows = batch * count
     flat = features.flatten(0, 1)
     row = torch.arange(rows, device=features.device)
-    step = {"training": training, "momentum": momentum, "eps": eps}
+    step: dict[str, Any] = {"training": training, "momentum": momentum, "eps": eps}
 
     space = segment_pool(flat, cluster.flatten(), rows, "max")
     space = space + segment_pool(flat, cluster.flatten(), rows, "mean")

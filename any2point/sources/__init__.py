@@ -6,8 +6,6 @@ from any2point.sources import bert, clip_text, dinov2
 from any2point.sources.encoder import FrozenEncoder, Layout
 from any2point.sources.source import Family, Source
 
-FAMILIES: dict[str, Family] = {
-    family.FAMILY.name: family.FAMILY for family in (clip_text, bert, dinov2)
-}
+FAMILIES: dict[str, Family] = {family.FAMILY.name: family.FAMILY for family in (clip_text, bert, dinov2)}
 
 __all__ = ["FAMILIES", "Family", "FrozenEncoder", "Layout", "Source"]

@@ -36,9 +36,7 @@ def _convert(
     if prefix is None:
         raise ValueError(f"`path`: expected CLIP's text tower, but no tensor is named ...{_PROBE}")
     reader = Reader(state, prefix)
-    depth = choose_depth(
-        count_blocks(reader.state, "transformer.resblocks.{}.attn.in_proj_weight"), depth
-    )
+    depth = choose_depth(count_blocks(reader.state, "transformer.resblocks.{}.attn.in_proj_weight"), depth)
     table = reader.take("positional_embedding")
     tensors: dict[str, Tensor] = {}
     for i in range(depth):

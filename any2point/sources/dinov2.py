@@ -1,8 +1,8 @@
-"""DINOv2 vision transformers, with the names of the original repository or of Hugging Face: pre-norm, LayerScale.
+"""DINOv2 vision transformers, named as in the original repository or on Hugging Face: pre-norm, LayerScale.
 
-The position table is the square patch grid (37 x 37 for a 518 pixel image and 14 pixel patches); the row of the
-class token is split off and starts the class token's position, as the checkpoint's class token starts the class
-token. The patch embedding, mask token and register tokens play no part.
+The position table is the square patch grid (37 x 37 for a 518 pixel image and 14 pixel patches); the row of
+the class token is split off and starts the class token's position, as the checkpoint's class token starts the
+class token. The patch embedding, mask token and register tokens play no part.
 """
 
 from __future__ import annotations
@@ -81,7 +81,8 @@ def _convert(
     else:
         depth = choose_depth(count_blocks(reader.state, "encoder.layer.{}.layer_scale1.lambda1"), depth)
         tensors = _hf_blocks(reader, depth)
-        position, cls_token = reader.take("embeddings.position_embeddings"), reader.take("embeddings.cls_token")
+        position = reader.take("embeddings.position_embeddings")
+        cls_token = reader.take("embeddings.cls_token")
     table, cls_position = split_table(position)
     width = table.shape[-1]
     return Source(

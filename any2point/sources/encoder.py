@@ -45,7 +45,9 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, *, axis: str = "tokens", causal: bool = False, dropout: float = 0.0) -> Tensor:
+    def forward(
+        self, x: Tensor, *, axis: str = "tokens", causal: bool = False, dropout: float = 0.0
+    ) -> Tensor:
         """`x [B, T, C]`; with axis "batch" every token slot attends over the clouds of the batch."""
         if axis == "batch":
             x = x.transpose(0, 1)
@@ -93,7 +95,7 @@ class Block(nn.Module):
         dropout: float = 0.0,
         path_rate: float = 0.0,
     ) -> Tensor:
-        """`x [B, T, C]` -> `[B, T, C]`; `adapter` is added to the MLP's branch as a function of that branch."""
+        """`x [B, T, C]` -> `[B, T, C]`; `adapter` takes the MLP's branch, and its output is added to it."""
         y = self.attn(x if self.post_norm else self.norm1(x), axis=axis, causal=causal, dropout=dropout)
         y = y if self.ls1 is None else self.ls1 * y
         x = x + (drop_path(y, path_rate) if path_rate else y)

@@ -53,7 +53,9 @@ class Source:
             raise ValueError(f"`heads`: expected a divisor of the width {self.width}, got {self.heads}")
         if self.position_table.dim() not in (2, 3) or self.position_table.shape[-1] != self.width:
             got = list(self.position_table.shape)
-            raise ValueError(f"`position_table`: expected [L, {self.width}] or [H, W, {self.width}], got {got}")
+            raise ValueError(
+                f"`position_table`: expected [L, {self.width}] or [H, W, {self.width}], got {got}"
+            )
         expected = {k: v.shape for k, v in self._skeleton().state_dict().items()}
         for name, shape in expected.items():
             if name not in self.tensors:
