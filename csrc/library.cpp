@@ -16,6 +16,22 @@ STABLE_TORCH_LIBRARY(any2point, m) {
       "ball_query(Tensor query, Tensor points, float radius, int k, Tensor? query_lengths, Tensor? lengths, "
       "Tensor? query_offsets, Tensor? offsets, bool nearest) -> (Tensor distance, Tensor index, Tensor count)");
 
+  // Canonical layouts: features [B, N, C], index [B, R], grad [B, R, C]; -1 in an index is no row.
+  m.def("group(Tensor features, Tensor index) -> Tensor");
+  m.def("_group_backward(Tensor grad, Tensor index, SymInt num_rows) -> Tensor");
+  // index and weight [B, S, K]; weight in float32 (float64 with float64 features).
+  m.def("interpolate(Tensor features, Tensor index, Tensor weight) -> Tensor");
+  m.def("_interpolate_features_grad(Tensor grad, Tensor index, Tensor weight, SymInt num_rows) -> Tensor");
+  m.def("_interpolate_weight_grad(Tensor grad, Tensor features, Tensor index) -> Tensor");
+  m.def(
+      "voxel_cluster(Tensor points, float[] size, Tensor? lengths, Tensor? offsets, Tensor? origin) -> "
+      "(Tensor cluster, Tensor start, Tensor order, Tensor count)");
+  // features [R, C], segment [R]; order and start: an inverse list of segment. saved: what the gradient needs.
+  m.def(
+      "segment_pool(Tensor features, Tensor segment, SymInt num_segments, str reduce, Tensor? order, Tensor? "
+      "start) -> (Tensor pooled, Tensor saved)");
+  m.def("_segment_pool_backward(Tensor grad, Tensor segment, Tensor saved, str reduce) -> Tensor");
+
   // The SIMD level in use ("scalar", "avx2", "avx512"); a non-empty argument sets it, for tests.
   m.def("_simd(str level) -> str");
 }

@@ -9,14 +9,24 @@ from any2point.ops.farthest_point_sample import (
     farthest_point_hierarchy,
     farthest_point_sample,
 )
+from any2point.ops.group import group
+from any2point.ops.interpolate import interpolate, inverse_distance_weight
 from any2point.ops.knn import KNN, knn
+from any2point.ops.segment_pool import segment_pool
+from any2point.ops.voxel_cluster import VoxelCluster, voxel_cluster
 
 __all__ = [
     "KNN",
     "BallQuery",
     "FarthestPoints",
+    "VoxelCluster",
     "ball_query",
     "farthest_point_hierarchy",
     "farthest_point_sample",
+    "group",
+    "interpolate",
+    "inverse_distance_weight",
     "knn",
+    "segment_pool",
+    "voxel_cluster",
 ]
