@@ -8,13 +8,16 @@ STABLE_TORCH_LIBRARY(any2point, m) {
       "farthest_point_sample(Tensor points, SymInt num_samples, Tensor? lengths, Tensor? offsets, Tensor? "
       "start, "
       "bool pointnet2) -> (Tensor index, Tensor distance)");
-  // Distances come first: opcheck sums outputs in place, which a leading integer tensor would make impossible.
+  // Distances come first: opcheck sums outputs in place, which a leading integer tensor would make
+  // impossible.
   m.def(
-      "knn(Tensor query, Tensor points, int k, Tensor? query_lengths, Tensor? lengths, Tensor? query_offsets, "
+      "knn(Tensor query, Tensor points, int k, Tensor? query_lengths, Tensor? lengths, Tensor? "
+      "query_offsets, "
       "Tensor? offsets, bool sorted) -> (Tensor distance, Tensor index)");
   m.def(
       "ball_query(Tensor query, Tensor points, float radius, int k, Tensor? query_lengths, Tensor? lengths, "
-      "Tensor? query_offsets, Tensor? offsets, bool nearest) -> (Tensor distance, Tensor index, Tensor count)");
+      "Tensor? query_offsets, Tensor? offsets, bool nearest) -> (Tensor distance, Tensor index, Tensor "
+      "count)");
 
   // Canonical layouts: features [B, N, C], index [B, R], grad [B, R, C]; -1 in an index is no row.
   m.def("group(Tensor features, Tensor index) -> Tensor");
@@ -26,7 +29,8 @@ STABLE_TORCH_LIBRARY(any2point, m) {
   m.def(
       "voxel_cluster(Tensor points, float[] size, Tensor? lengths, Tensor? offsets, Tensor? origin) -> "
       "(Tensor cluster, Tensor start, Tensor order, Tensor count)");
-  // features [R, C], segment [R]; order and start: an inverse list of segment. saved: what the gradient needs.
+  // features [R, C], segment [R]; order and start: an inverse list of segment. saved: what the gradient
+  // needs.
   m.def(
       "segment_pool(Tensor features, Tensor segment, SymInt num_segments, str reduce, Tensor? order, Tensor? "
       "start) -> (Tensor pooled, Tensor saved)");

@@ -19,7 +19,7 @@ class VoxelCluster(NamedTuple):
     cluster: Tensor  # [B, N] or [P] int64: number of each point's voxel, -1 for none
     start: Tensor  # [R + 1] int64: where each cluster begins in `order`
     order: Tensor  # [R] int64: rows sorted by cluster
-    count: Tensor  # [] int64: number of clusters
+    count: Tensor  # type: ignore[assignment]  # [] int64: number of clusters
 
 
 def voxel_cluster(
@@ -45,7 +45,7 @@ def voxel_cluster(
             Below it ``trunc`` rounds towards it, so the cells next to it are twice as wide.
 
     Returns:
-        `VoxelCluster`. Clusters are numbered from 0 without gaps over the whole batch, by cloud, then z, y and
+        `VoxelCluster`. Clusters are numbered from 0 without gaps over the whole batch, by cloud, z, y and
         x. ``order`` lists rows of the flattened tensor by cluster, ascending within each, and at the end the
         rows of no cluster: padding and points with a coordinate that is not finite. The rows of cluster i are
         ``order[start[i]:start[i + 1]]``; beyond ``count``, ``start`` repeats its last value.

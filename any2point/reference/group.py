@@ -18,7 +18,7 @@ def group(features: Tensor, index: Tensor) -> Tensor:
     """
     rows, channels = features.shape[-2:]
     if index.numel() and not -1 <= int(index.min()) <= int(index.max()) < rows:
-        raise ValueError(f"index: expected values in -1..{rows - 1}, got {int(index.min())}..{int(index.max())}")
+        raise ValueError(f"index: expected values in -1..{rows - 1}")
     extended = torch.cat([features, features.new_zeros(*features.shape[:-2], 1, channels)], -2)
     index = torch.where(index < 0, rows, index.long())
     if features.dim() == 2:

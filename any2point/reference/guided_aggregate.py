@@ -84,7 +84,7 @@ def guided_aggregate(
     eps: float = 1e-5,
     norm_eps: float = 1e-5,
     group: Callable[[Tensor, Tensor], Tensor] = reference_group,
-    segment_pool: Callable[[Tensor, Tensor, int, str], Tensor] = reference_segment_pool,
+    segment_pool: Callable[..., Tensor] = reference_segment_pool,
 ) -> Tensor:
     """See `any2point.ops.guided_aggregate`; `group` and `segment_pool` are the primitives to use."""
     batch, views, count = cell.shape

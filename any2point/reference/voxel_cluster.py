@@ -54,7 +54,7 @@ def voxel_cluster(
     if not bool(((voxel >= -(2.0**31)) & (voxel < 2.0**31)).all()):
         raise ValueError("size: expected voxels large enough to be numbered in int32 from the origin")
     keys = torch.cat([cloud[:, None], voxel.long().flip(-1)], 1)
-    unique, number, counts = torch.unique(keys, dim=0, return_inverse=True, return_counts=True)
+    _, number, counts = torch.unique(keys, dim=0, return_inverse=True, return_counts=True)
     if not len(kept):  # torch.unique refuses nothing, but gives no shape to rely on
         number, counts = rows[:0], rows[:0]
 

@@ -63,7 +63,8 @@ inline void narrow(float value, BFloat16* out) {
   out->bits = uint16_t(value != value ? 0x7fc0 : rounded);
 }
 inline void narrow(float value, Half* out) {
-  const uint32_t bits = detail::bits_of_float(value), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+  const uint32_t bits = detail::bits_of_float(value), sign = bits >> 16 & 0x8000,
+                 magnitude = bits & 0x7fffffff;
   uint32_t result;
   if (magnitude >= 0x47800000) {  // 65536 and above, infinity, NaN
     result = magnitude > 0x7f800000 ? 0x7e00 : 0x7c00;

@@ -15,8 +15,12 @@ Tensor group_cpu_op(const Tensor& features_, const Tensor& index_) {
   const int64_t clouds = features.size(0), entries = index_.size(1), channels = features.size(2);
   const Tensor index = index_tensor("index", index_, {clouds, entries}, features);
   Tensor out = torch::stable::new_empty(features, {clouds, entries, channels});
-  const Group args{features.const_data_ptr(), index.const_data_ptr<int64_t>(),  out.mutable_data_ptr(),
-                   features.size(1),          entries, channels * element_size(features)};
+  const Group args{features.const_data_ptr(),
+                   index.const_data_ptr<int64_t>(),
+                   out.mutable_data_ptr(),
+                   features.size(1),
+                   entries,
+                   channels * element_size(features)};
   std::atomic<int64_t> bad{-1};
   const int64_t grain = std::max<int64_t>(1, 65536 / std::max<int64_t>(args.row_bytes, 16));
   torch::stable::parallel_for(0, index.numel(), grain, [&](int64_t lo, int64_t hi) {

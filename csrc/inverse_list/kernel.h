@@ -1,6 +1,6 @@
 // The inverse of an index: for every row, in ascending order, the entries that point at it (a CSR list). With
-// it the transpose of a gather is a gather too: each row adds up its own entries, in a fixed order and without
-// atomics. Torch-free; shared by group, interpolate and segment_pool.
+// it the transpose of a gather is a gather too: each row adds up its own entries, in a fixed order and
+// without atomics. Torch-free; shared by group, interpolate and segment_pool.
 //
 // Padded by clouds: index [B, R] with values in [0, N), everything else is left out. start is [B, N + 1]: the
 // entries of row n of cloud b are order[start[b][n]] ... order[start[b][n + 1] - 1], numbered b * R + r. A
@@ -24,19 +24,19 @@ enum class Reduce { sum, mean, max };
 struct GatherReduce {
   Dtype dtype;
   Reduce reduce;
-  const void* source;    // [entries / per_source, channels]
-  const void* weight;    // [entries] of the accumulator's type, or null: ones
+  const void* source;  // [entries / per_source, channels]
+  const void* weight;  // [entries] of the accumulator's type, or null: ones
   int64_t channels;
-  int64_t per_source;    // neighbouring entries that share a row of the source
-  int64_t sources;       // rows of the source; entries of a prebuilt list that point elsewhere are left out
-  int64_t rows;          // N
-  bool wide;             // the list is int64, else uint32
-  const void* start;     // [B, N + 1]
-  const void* order;     // [entries]
+  int64_t per_source;  // neighbouring entries that share a row of the source
+  int64_t sources;     // rows of the source; entries of a prebuilt list that point elsewhere are left out
+  int64_t rows;        // N
+  bool wide;           // the list is int64, else uint32
+  const void* start;   // [B, N + 1]
+  const void* order;   // [entries]
   int64_t entries;
-  void* out;             // [B, N, channels]
-  int64_t* argmax;       // max: [B, N, channels], the lowest entry that attains it; -1 in empty rows
-  int64_t* count;        // mean: [B, N], entries of each row; or null
+  void* out;        // [B, N, channels]
+  int64_t* argmax;  // max: [B, N, channels], the lowest entry that attains it; -1 in empty rows
+  int64_t* count;   // mean: [B, N], entries of each row; or null
 };
 
 // Items [begin, end) of the B * N * column_tiles(channels) items of work.

@@ -11,7 +11,8 @@ namespace any2point {
 namespace {
 
 Reduce reduce_of(const std::string& name) {
-  A2P_CHECK(name == "sum" || name == "mean" || name == "max", "reduce: expected mean, max or sum, got ", name);
+  A2P_CHECK(name == "sum" || name == "mean" || name == "max", "reduce: expected mean, max or sum, got ",
+            name);
   return name == "sum" ? Reduce::sum : name == "mean" ? Reduce::mean : Reduce::max;
 }
 

@@ -22,8 +22,8 @@ struct VoxelPoints {
 int64_t voxel_count_cpu(const VoxelPoints& points, int64_t cloud);
 
 // Sorts the finite rows of a cloud by (voxel, row) into order[0 .. count); cluster[row] becomes the number of
-// the voxel among those of the cloud. Returns how many voxels there are, or -1 - row for a row whose voxel has
-// a coordinate outside of int32.
+// the voxel among those of the cloud. Returns how many voxels there are, or -1 - row for a row whose voxel
+// has a coordinate outside of int32.
 int64_t voxel_sort_cpu(const VoxelPoints& points, int64_t cloud, int64_t count, int64_t* order,
                        int64_t* cluster);
 
