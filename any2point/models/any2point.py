@@ -23,7 +23,7 @@ from any2point.nn import (
     spread_rotations,
 )
 from any2point.nn.projection import official_rotations
-from any2point.ops.voxel_cluster import voxel_cluster
+from any2point.ops import voxel_cluster
 from any2point.sources import Source
 
 

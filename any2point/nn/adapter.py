@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from any2point.nn.batch_norm import BatchNorm
-from any2point.ops.guided_aggregate import CellAttention as CellAttentionTensors
-from any2point.ops.guided_aggregate import guided_aggregate
+from any2point.ops import CellAttention as CellAttentionTensors
+from any2point.ops import guided_aggregate
 
 
 class Adapter(nn.Module):

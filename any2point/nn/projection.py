@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from any2point.ops.virtual_project import VirtualProjection as Projected
-from any2point.ops.virtual_project import cell_grid, virtual_project
+from any2point.ops import VirtualProjection as Projected
+from any2point.ops import virtual_project
+from any2point.ops.virtual_project import cell_grid
 
 # The six rotations of the official code, p' = p R, written as (axis, sign) of each new coordinate.
 _AXES = (

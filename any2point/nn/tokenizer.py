@@ -10,9 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from any2point.nn.batch_norm import BatchNorm
-from any2point.ops.farthest_point_sample import farthest_point_hierarchy
-from any2point.ops.knn import knn
-from any2point.ops.local_aggregate import ResidualUnit, local_aggregate
+from any2point.ops import ResidualUnit, farthest_point_hierarchy, knn, local_aggregate
 from any2point.reference.batch_norm import batch_norm
 
 

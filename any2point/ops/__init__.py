@@ -10,23 +10,33 @@ from any2point.ops.farthest_point_sample import (
     farthest_point_sample,
 )
 from any2point.ops.group import group
+from any2point.ops.guided_aggregate import CellAttention, guided_aggregate
 from any2point.ops.interpolate import interpolate, inverse_distance_weight
 from any2point.ops.knn import KNN, knn
+from any2point.ops.local_aggregate import BatchNorm, ResidualUnit, local_aggregate
 from any2point.ops.segment_pool import segment_pool
+from any2point.ops.virtual_project import VirtualProjection, virtual_project
 from any2point.ops.voxel_cluster import VoxelCluster, voxel_cluster
 
 __all__ = [
     "KNN",
     "BallQuery",
+    "BatchNorm",
+    "CellAttention",
     "FarthestPoints",
+    "ResidualUnit",
+    "VirtualProjection",
     "VoxelCluster",
     "ball_query",
     "farthest_point_hierarchy",
     "farthest_point_sample",
     "group",
+    "guided_aggregate",
     "interpolate",
     "inverse_distance_weight",
     "knn",
+    "local_aggregate",
     "segment_pool",
+    "virtual_project",
     "voxel_cluster",
 ]
