@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 import torch
 
+from any2point import ops
 from benchmarks import common, peers
-
-ops = common.require("ball_query")
 
 SHAPES = [(512, 1024, 0.2, 32), (2048, 8192, 0.1, 32)]  # queries, points, radius, k
 

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
+from any2point import numpy as a2p_numpy
+from any2point import ops
 from any2point.reference import squared_distance
 from benchmarks import common, peers
-
-ops = common.require("farthest_point_sample")
 
 SIZES = [(1024, 512), (2048, 512), (8192, 2048), (100_000, 25_000)]
 GPU_SHAPES = [(32, 1024, 512), (32, 2048, 512), (32, 8192, 2048), (8, 16384, 4096), (1, 100_000, 25_000)]
@@ -64,7 +64,7 @@ def test_cpu(measure: Callable[..., Any], provider: str, rows: int, samples: int
     if provider == "any2point":
         call = lambda: ops.farthest_point_sample(tensor, samples)[0]  # noqa: E731
     else:
-        sample = SAMPLERS.get(provider) or common.require_numpy("farthest_point_sample")
+        sample = SAMPLERS.get(provider) or a2p_numpy.farthest_point_sample
         call = lambda: sample(points[0], samples)  # noqa: E731
     match = check(np.asarray(call()).astype(np.int64), provider, kind, rows)
     measure(

@@ -8,9 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from any2point import ops
 from benchmarks import common, peers
-
-ops = common.require("group")
 
 SHAPES = [(1, 1024, 96, 512, 81), (4, 512, 192, 256, 64)]  # clouds, points, channels, queries, k
 PROVIDERS = {

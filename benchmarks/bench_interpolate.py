@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from any2point import ops
 from benchmarks import common, peers
-
-ops = common.require("interpolate")
 
 SHAPES = [(2, 128, 384, 1024, 3), (1, 1024, 96, 8192, 3)]  # clouds, points, channels, queries, k
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from any2point import numpy as a2p_numpy
+from any2point import ops
 from benchmarks import common, peers
-
-ops = common.require("knn")
 
 # queries, points, k
 SIZES = [(512, 1024, 81), (256, 512, 64), (512, 1024, 16), (2048, 8192, 32), (100_000, 100_000, 16)]
@@ -55,8 +55,7 @@ def test_cpu(measure: Callable[..., Any], provider: str, queries: int, rows: int
         a, b = torch.from_numpy(query), torch.from_numpy(points)
         call = lambda: peers.torch_knn(a, b, k)  # noqa: E731
     elif provider == "any2point.numpy":
-        search = common.require_numpy("knn")
-        call = lambda: search(query[0], points[0], k)  # noqa: E731
+        call = lambda: a2p_numpy.knn(query[0], points[0], k)  # noqa: E731
     else:
         call = lambda: peers.searches()[provider](query[0], points[0], k)  # noqa: E731
     index, distance = (np.asarray(part).reshape(queries, k) for part in call())

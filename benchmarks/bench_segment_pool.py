@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from any2point import ops
 from benchmarks import common
-
-ops = common.require("segment_pool")
 
 SHAPES = [(4096, 768, 1248), (100_000, 96, 20_000)]  # rows, channels, segments
 

@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from any2point import ops
 from benchmarks import common
-
-ops = common.require("voxel_cluster")
 
 SHAPES = [(32, 128, 0.08), (1, 100_000, 0.05)]  # clouds, points, voxel edge
 

@@ -44,26 +44,6 @@ def cloud(kind: str, batch: int, rows: int, seed: int = 0) -> np.ndarray:
     return (direction * radius).astype(np.float32)
 
 
-def require(op: str) -> Any:
-    """`any2point.ops`, or a skip of the calling suite where it or the op is missing."""
-    import pytest
-
-    ops = pytest.importorskip("any2point.ops", exc_type=ImportError)
-    if not hasattr(ops, op):
-        pytest.skip(f"any2point.ops has no {op}", allow_module_level=True)
-    return ops
-
-
-def require_numpy(op: str) -> Callable[..., Any]:
-    """`any2point.numpy`'s op, or a skip of the calling test."""
-    import pytest
-
-    module = pytest.importorskip("any2point.numpy", exc_type=ImportError)
-    if not hasattr(module, op):
-        pytest.skip(f"any2point.numpy has no {op}")
-    return getattr(module, op)
-
-
 @dataclass(frozen=True)
 class Cost:
     """Bytes that must move (inputs read, outputs written, once) and lane operations of the direct method."""
@@ -116,18 +96,14 @@ def cpu() -> Machine:
     copy = min(_timed(lambda: np.copyto(target, source)) for _ in range(5))
     a = torch.randn(512, 512)
     product = min(_timed(lambda: a @ a) for _ in range(5))
-    try:
-        import any2point.ops  # noqa: F401
+    import any2point.ops  # noqa: F401  (registers the ops)
 
-        simd = torch.ops.any2point._simd("")
-    except (ImportError, AttributeError):
-        simd = ""
     return Machine(
         device=_cpu_name(),
         driver="",
         cuda="",
         torch=torch.__version__,
-        simd=simd,
+        simd=torch.ops.any2point._simd(""),
         bandwidth=2 * source.nbytes / copy,
         lanes=512**3 / product,
     )

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
+from any2point import numpy as a2p_numpy
+from any2point import ops
 from benchmarks import common, peers
-
-ops = common.require("farthest_point_sample")
 
 OURS = "any2point"
 
@@ -38,8 +38,7 @@ def compare(functions: dict[str, Callable[[], Any]], required: float, rounds: in
 )
 def test_farthest_point_sample(rows: int, samples: int, required: float, rounds: int) -> None:
     points = common.cloud("cube", 1, rows)[0]
-    ours = common.require_numpy("farthest_point_sample")
-    functions: dict[str, Callable[[], Any]] = {OURS: lambda: ours(points, samples)}
+    functions: dict[str, Callable[[], Any]] = {OURS: lambda: a2p_numpy.farthest_point_sample(points, samples)}
     common.check_samples(
         functions[OURS](), ops.farthest_point_sample(torch.from_numpy(points)[None], samples)[0]
     )
@@ -62,8 +61,7 @@ def test_farthest_point_sample(rows: int, samples: int, required: float, rounds:
 def test_knn(queries: int, rows: int, k: int, required: float, rounds: int) -> None:
     points = common.cloud("cube", 1, rows)[0]
     query = points[:queries].copy()
-    ours = common.require_numpy("knn")
-    functions: dict[str, Callable[[], Any]] = {OURS: lambda: ours(query, points, k)}
+    functions: dict[str, Callable[[], Any]] = {OURS: lambda: a2p_numpy.knn(query, points, k)}
     expected = functions[OURS]()
     for name, search in peers.searches().items():
         index, distance = search(query, points, k)
