@@ -60,10 +60,11 @@ class Case:
 
 
 def covering(points: Tensor, index: Tensor) -> float:
-    """Largest squared distance of a point to the picks (first cloud)."""
+    """Largest squared distance of a point to the picks (first cloud), but for points that a peer never picks."""
     chosen = points[0, index[0]]
-    parts = (torch.cdist(part, chosen).amin(1).amax() for part in points[0].split(8192))
-    return float(torch.stack(list(parts)).amax().square())
+    some = points[0][points[0].square().sum(-1) > 1e-3]
+    parts = [torch.cdist(part, chosen).amin(1).amax() for part in some.split(8192)]
+    return float(torch.stack(parts).amax().square())
 
 
 def fps_cases(rivals: dict[str, Any]) -> list[Case]:
