@@ -60,7 +60,7 @@ class Case:
 
 
 def covering(points: Tensor, index: Tensor) -> float:
-    """Largest squared distance of a point to the picks (first cloud), but for points that a peer never picks."""
+    """Largest squared distance of a point to the picks (first cloud), without those a peer never picks."""
     chosen = points[0, index[0]]
     some = points[0][points[0].square().sum(-1) > 1e-3]
     parts = [torch.cdist(part, chosen).amin(1).amax() for part in some.split(8192)]
