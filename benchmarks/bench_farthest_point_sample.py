@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from any2point import numpy as a2p_numpy
 from any2point import ops
 from any2point.reference import squared_distance
 from benchmarks import common, peers
@@ -63,9 +62,11 @@ def test_cpu(measure: Callable[..., Any], provider: str, rows: int, samples: int
     tensor = torch.from_numpy(points)
     if provider == "any2point":
         call = lambda: ops.farthest_point_sample(tensor, samples)[0]  # noqa: E731
+    elif provider == "any2point.numpy":
+        numpy_ops = pytest.importorskip("any2point.numpy")
+        call = lambda: numpy_ops.farthest_point_sample(points[0], samples)  # noqa: E731
     else:
-        sample = SAMPLERS.get(provider) or a2p_numpy.farthest_point_sample
-        call = lambda: sample(points[0], samples)  # noqa: E731
+        call = lambda: SAMPLERS[provider](points[0], samples)  # noqa: E731
     match = check(np.asarray(call()).astype(np.int64), provider, kind, rows)
     measure(
         call,

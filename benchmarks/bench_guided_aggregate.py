@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from any2point import ops
-from any2point.ops.guided_aggregate import BatchNorm, CellAttention
+from any2point.ops.guided_aggregate import BatchNorm, CellAttention, guided_aggregate
 from any2point.reference.guided_aggregate import guided_aggregate as composed
 from benchmarks import common
 
@@ -23,7 +22,7 @@ def _composed(*args: Any, **options: Any) -> torch.Tensor:
     return composed(*args, scale=12**-0.5, **options)
 
 
-PROVIDERS = {"any2point": ops.guided_aggregate, "torch": _composed}
+PROVIDERS = {"any2point": guided_aggregate, "torch": _composed}
 
 
 @pytest.mark.parametrize("mode", ["forward", "backward"])

@@ -8,13 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from any2point import ops
-from any2point.ops.local_aggregate import BatchNorm, ResidualUnit
+from any2point.ops.local_aggregate import BatchNorm, ResidualUnit, local_aggregate
 from any2point.reference.local_aggregate import local_aggregate as composed
 from benchmarks import common, peers
 
 STAGES = [(1024, 512, 81, 96, 96, 2), (512, 256, 81, 192, 192, 1), (256, 128, 81, 384, 32, 1)]
-PROVIDERS = {"any2point": ops.local_aggregate, "torch": composed}
+PROVIDERS = {"any2point": local_aggregate, "torch": composed}
 
 
 def units(width: int, hidden: int, count: int, device: str) -> list[ResidualUnit]:

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from any2point import ops
+from any2point.ops.virtual_project import virtual_project
 from any2point.reference.virtual_project import virtual_project as composed
 from benchmarks import common
 
 SHAPES = [(32, 128, (77,), 768, 6), (32, 128, (37, 37), 768, 6)]  # clouds, centres, table, channels, views
-PROVIDERS = {"any2point": ops.virtual_project, "torch": composed}
+PROVIDERS = {"any2point": virtual_project, "torch": composed}
 
 
 @pytest.mark.parametrize("mode", ["forward", "backward"])
