@@ -74,18 +74,23 @@ def test_cpu(measure: Callable[..., Any], provider: str, queries: int, rows: int
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("shape", GPU_SHAPES, ids=str)
-def test_gpu(measure: Callable[..., Any], shape: tuple[int, int, int, int]) -> None:
+@pytest.mark.parametrize("provider", ["any2point", *peers.GPU_PEERS])
+def test_gpu(
+    measure: Callable[..., Any], gpu_peer: Callable[..., Any], provider: str, shape: tuple[int, int, int, int]
+) -> None:
     batch, queries, rows, k = shape
     query, points = (torch.from_numpy(part) for part in inputs("ball", batch, queries, rows))
-    first, second = query.cuda(), points.cuda()
-    expected = ops.knn(query, points, k)
-    index, distance = ops.knn(first, second, k)
-    match = common.check_samples(index.cpu(), expected[0])
-    torch.testing.assert_close(distance.cpu(), expected[1], rtol=0, atol=0)
+    run, finish = gpu_peer(provider, "knn", ops.knn, query.cuda(), points.cuda(), k)
+    expected, got = ops.knn(query, points, k), finish(run())
+    if provider == "any2point":
+        match = common.check_samples(got[0].cpu(), expected[0])
+        torch.testing.assert_close(got[1].cpu(), expected[1], rtol=0, atol=0)
+    else:
+        match = common.check_neighbors(got[0].cpu(), got[1].cpu(), expected, tolerance=1e-4)
     measure(
-        lambda: ops.knn(first, second, k),
+        run,
         op="knn",
-        provider="any2point",
+        provider=provider,
         shape=f"ball {batch},{queries},{rows},{k}",
         device="cuda",
         cost=common.cost_knn(*shape),

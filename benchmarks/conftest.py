@@ -7,6 +7,7 @@ pytest benchmarks/test_claims.py -s                   # the claimed ratios, meas
 
 from __future__ import annotations
 
+import functools
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before the first import that starts a pool
@@ -39,8 +40,21 @@ def device(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def gpu_peers(request: pytest.FixtureRequest) -> dict[str, Any]:
-    return peers.gpu_peers(request.config.getoption("--peers"))
+def gpu_peer(request: pytest.FixtureRequest) -> Callable[..., Any]:
+    """`gpu_peer(provider, op, ours, *inputs) -> (run, finish)`; skips where the peer or its op is missing."""
+
+    def find(provider: str, op: str, ours: Callable[..., Any], *inputs: Any) -> tuple[Any, Any]:
+        if provider == "any2point":
+            return functools.partial(ours, *inputs), lambda result: result
+        found = peers.gpu_peers(request.config.getoption("--peers")).get(provider)
+        if found is None or getattr(found, op) is None:
+            pytest.skip(f"{provider} has no {op}" if found else f"{provider}: not given by --peers")
+        peer = getattr(found, op)
+        return functools.partial(peer.run, *peer.prepare(*inputs)), lambda result: peer.finish(
+            result, *inputs
+        )
+
+    return find
 
 
 @pytest.fixture

@@ -22,6 +22,7 @@ from torch import Tensor
 
 Sampler = Callable[[np.ndarray, int], np.ndarray]
 Search = Callable[[np.ndarray, np.ndarray, int], tuple[np.ndarray, np.ndarray]]
+GPU_PEERS = ["pointnet2_ops", "pytorch3d", "pointops", "torch_fps"]
 
 
 def missing(module: str) -> str:
