@@ -50,9 +50,8 @@ def gpu_peer(request: pytest.FixtureRequest) -> Callable[..., Any]:
         if found is None or getattr(found, op) is None:
             pytest.skip(f"{provider} has no {op}" if found else f"{provider}: not given by --peers")
         peer = getattr(found, op)
-        return functools.partial(peer.run, *peer.prepare(*inputs)), lambda result: peer.finish(
-            result, *inputs
-        )
+        run = functools.partial(peer.run, *peer.prepare(*inputs))
+        return run, lambda result: peer.finish(result, *inputs)
 
     return find
 
