@@ -3,7 +3,7 @@
 // C++ library (its inline functions would be emitted with this set's instructions and could be the copy that
 // the linker keeps for everybody), and everything inside namespace any2point::A2P_ISA.
 //
-// Float: kLanes floats. Masks are plain bit sets, lane 0 in bit 0.
+// Float: kLanes floats. Masks are plain bit sets, lane 0 in bit 0. Words: kLanes uint32, each a set of bits.
 #pragma once
 
 #include <stdint.h>
@@ -37,6 +37,13 @@ A2P_INLINE Mask less_equal(Float a, Float b) { return _mm512_cmp_ps_mask(a, b, _
 A2P_INLINE Mask equal(Float a, Float b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
 A2P_INLINE float reduce_max(Float a) { return _mm512_reduce_max_ps(a); }
 A2P_INLINE float reduce_min(Float a) { return _mm512_reduce_min_ps(a); }
+// The largest lane, in every lane.
+A2P_INLINE Float splat_max(Float a) {
+  a = _mm512_max_ps(a, _mm512_shuffle_f32x4(a, a, 0x4e));
+  a = _mm512_max_ps(a, _mm512_shuffle_f32x4(a, a, 0xb1));
+  a = _mm512_max_ps(a, _mm512_permute_ps(a, 0x4e));
+  return _mm512_max_ps(a, _mm512_permute_ps(a, 0xb1));
+}
 // Writes the lanes of `mask` to p, packed; may touch kLanes floats. Returns how many were kept.
 A2P_INLINE int compress(float* p, Float a, Mask mask) {
   _mm512_storeu_ps(p, _mm512_maskz_compress_ps((__mmask16)mask, a));
@@ -49,6 +56,15 @@ A2P_INLINE int compress_index(int32_t* p, int32_t first, Mask mask) {
   _mm512_storeu_si512(p, _mm512_maskz_compress_epi32((__mmask16)mask, index));
   return __builtin_popcount(mask);
 }
+typedef __m512i Words;
+A2P_INLINE Words no_words() { return _mm512_setzero_si512(); }
+// `words`, with `bits` added in the lanes where a < b.
+A2P_INLINE Words add_where_less(Words words, uint32_t bits, Float a, Float b) {
+  return _mm512_mask_or_epi32(words, _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), words,
+                              _mm512_set1_epi32((int)bits));
+}
+A2P_INLINE Mask nonzero(Words words) { return _mm512_test_epi32_mask(words, words); }
+A2P_INLINE void store(uint32_t* p, Words words) { _mm512_storeu_si512(p, words); }
 
 #elif defined(__AVX2__)
 
@@ -77,6 +93,11 @@ A2P_INLINE float reduce_min(Float a) {
   b = _mm_min_ps(b, _mm_movehl_ps(b, b));
   return _mm_cvtss_f32(_mm_min_ss(b, _mm_shuffle_ps(b, b, 1)));
 }
+A2P_INLINE Float splat_max(Float a) {
+  a = _mm256_max_ps(a, _mm256_permute2f128_ps(a, a, 1));
+  a = _mm256_max_ps(a, _mm256_permute_ps(a, 0x4e));
+  return _mm256_max_ps(a, _mm256_permute_ps(a, 0xb1));
+}
 // AVX2 has no compress: bits of the mask spread to bytes, pext packs the lane numbers, permutevar moves.
 A2P_INLINE __m256i packing(Mask mask) {
   const uint64_t bytes = _pdep_u64(mask, 0x0101010101010101ull) * 0xff;
@@ -91,6 +112,17 @@ A2P_INLINE int compress_index(int32_t* p, int32_t first, Mask mask) {
   _mm256_storeu_si256((__m256i*)p, _mm256_add_epi32(packing(mask), _mm256_set1_epi32(first)));
   return __builtin_popcount(mask);
 }
+typedef __m256i Words;
+A2P_INLINE Words no_words() { return _mm256_setzero_si256(); }
+A2P_INLINE Words add_where_less(Words words, uint32_t bits, Float a, Float b) {
+  const __m256i chosen = _mm256_castps_si256(_mm256_cmp_ps(a, b, _CMP_LT_OQ));
+  return _mm256_or_si256(words, _mm256_and_si256(chosen, _mm256_set1_epi32((int)bits)));
+}
+A2P_INLINE Mask nonzero(Words words) {
+  const __m256i zero = _mm256_cmpeq_epi32(words, _mm256_setzero_si256());
+  return 0xffu & ~(Mask)_mm256_movemask_ps(_mm256_castsi256_ps(zero));
+}
+A2P_INLINE void store(uint32_t* p, Words words) { _mm256_storeu_si256((__m256i*)p, words); }
 
 #else
 
@@ -159,6 +191,21 @@ A2P_INLINE int compress_index(int32_t* p, int32_t first, Mask mask) {
   A2P_LANES if (mask >> i & 1) p[n++] = first + i;
   return n;
 }
+A2P_INLINE Float splat_max(Float a) { return splat(reduce_max(a)); }
+struct Words {
+  uint32_t lane[kLanes];
+};
+A2P_INLINE Words no_words() { return Words{}; }
+A2P_INLINE Words add_where_less(Words words, uint32_t bits, Float a, Float b) {
+  A2P_LANES words.lane[i] |= a.lane[i] < b.lane[i] ? bits : 0;
+  return words;
+}
+A2P_INLINE Mask nonzero(Words words) {
+  Mask m = 0;
+  A2P_LANES m |= (Mask)(words.lane[i] != 0) << i;
+  return m;
+}
+A2P_INLINE void store(uint32_t* p, Words words) { A2P_LANES p[i] = words.lane[i]; }
 #undef A2P_LANES
 
 #endif

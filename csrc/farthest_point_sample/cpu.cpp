@@ -8,9 +8,11 @@
 
 #include <cmath>
 #include <limits>
-#include <vector>
+#include <memory>
 
 #include "common/distance.h"
+#include "common/isa.h"
+#include "farthest_point_sample/cpu.h"
 
 namespace any2point {
 namespace {
@@ -33,30 +35,6 @@ int64_t first_pick(const T* points, int64_t count, int64_t dim, int64_t wanted) 
   return -1;
 }
 
-template <typename T>
-void sample_sequentially(const T* points, int64_t count, int64_t dim, int64_t samples, int64_t pick, T* level,
-                         int64_t* index, T* distance) {
-  for (int64_t i = 0; i < count; i++) {
-    level[i] = finite(points + i * dim, dim) ? std::numeric_limits<T>::infinity() : T(-1);
-  }
-  for (int64_t j = 0; j < samples && pick >= 0; j++) {
-    index[j] = pick;
-    distance[j] = level[pick];
-    level[pick] = -1;
-    const T* taken = points + pick * dim;
-    T best = -1;
-    pick = -1;
-    for (int64_t i = 0; i < count; i++) {
-      const T d = squared_distance(points + i * dim, taken, dim);
-      level[i] = d < level[i] ? d : level[i];
-      if (level[i] > best) {
-        best = level[i];
-        pick = i;
-      }
-    }
-  }
-}
-
 uint32_t reversed_bits(uint32_t value, int bits) {
   uint32_t result = 0;
   for (int b = 0; b < bits; b++) result |= (value >> b & 1) << (bits - 1 - b);
@@ -67,27 +45,28 @@ uint32_t reversed_bits(uint32_t value, int bits) {
 // take part; a tie goes to the smallest bit-reversed thread number, then to the smallest index; picked points
 // stay in the race (duplicates once all levels are 0); and if no point takes part, the pick is index 0.
 template <typename T>
-void sample_as_pointnet2(const T* points, int64_t count, int64_t samples, int64_t pick, T* level,
-                         int64_t* index, T* distance) {
+void sample_as_pointnet2(const FarthestPointCloud<T>& cloud) {
+  T* level = reinterpret_cast<T*>(cloud.scratch);
   int bits = 0;  // its block has 2^bits threads, thread t visits t, t + 2^bits, ...
-  while (bits < 9 && (int64_t(2) << bits) <= count) bits++;
+  while (bits < 9 && (int64_t(2) << bits) <= cloud.count) bits++;
   const int64_t threads = int64_t(1) << bits;
-  for (int64_t i = 0; i < count; i++) {
-    const T* p = points + i * 3;
+  for (int64_t i = 0; i < cloud.count; i++) {
+    const T* p = cloud.points + i * 3;
     const bool far = double(squared_distance3(p[0], p[1], p[2])) > 1e-3;
     level[i] = far && finite(p, 3) ? T(1e10) : T(-1);
   }
-  const int64_t fallback = first_pick(points, count, 3, 0);
+  const int64_t fallback = first_pick(cloud.points, cloud.count, 3, 0);
+  int64_t pick = cloud.pick;
   T reached = std::numeric_limits<T>::infinity();
-  for (int64_t j = 0; j < samples && pick >= 0; j++) {
-    index[j] = pick;
-    distance[j] = reached;
-    const T* taken = points + pick * 3;
+  for (int64_t j = 0; j < cloud.samples; j++) {
+    cloud.index[j] = pick;
+    cloud.distance[j] = reached;
+    const T* taken = cloud.points + pick * 3;
     T best = -1;
     pick = fallback;
     for (int64_t rank = 0; rank < threads; rank++) {
-      for (int64_t i = reversed_bits(uint32_t(rank), bits); i < count; i += threads) {
-        const T d = squared_distance(points + i * 3, taken, 3);
+      for (int64_t i = reversed_bits(uint32_t(rank), bits); i < cloud.count; i += threads) {
+        const T d = squared_distance(cloud.points + i * 3, taken, 3);
         level[i] = d < level[i] ? d : level[i];
         if (level[i] > best) {
           best = level[i];
@@ -99,29 +78,77 @@ void sample_as_pointnet2(const T* points, int64_t count, int64_t samples, int64_
   }
 }
 
+class Scratch {
+ public:
+  char* at_least(int64_t size) {
+    if (size > size_) {
+      bytes_.reset(new char[size]);  // not zeroed
+      size_ = size;
+    }
+    return bytes_.get();
+  }
+
+ private:
+  std::unique_ptr<char[]> bytes_;
+  int64_t size_ = 0;
+};
+
+bool batched_pays(const FarthestPointCloud<float>& cloud){
+    A2P_DISPATCH_ISA(farthest_point_batched_pays, cloud.count, cloud.dim, cloud.samples)} int64_t
+    batched_scratch(int64_t count, int64_t dim) {
+  A2P_DISPATCH_ISA(farthest_point_batched_scratch, count, dim)
+}
+void sample_batched(const FarthestPointCloud<float>& cloud){
+    A2P_DISPATCH_ISA(farthest_point_batched, cloud)} int64_t sequential_scratch(int64_t count, int64_t dim) {
+  A2P_DISPATCH_ISA(farthest_point_sequential_scratch, count, dim)
+}
+void sample_sequential(const FarthestPointCloud<float>& cloud) {
+  A2P_DISPATCH_ISA(farthest_point_sequential, cloud)
+}
+void sample_sequential(const FarthestPointCloud<double>& cloud) {
+  A2P_DISPATCH_ISA(farthest_point_sequential_double, cloud)
+}
+
+void sample(FarthestPointCloud<float> cloud, Scratch& scratch) {
+  if (batched_pays(cloud)) {
+    cloud.scratch = scratch.at_least(batched_scratch(cloud.count, cloud.dim));
+    return sample_batched(cloud);
+  }
+  cloud.scratch = scratch.at_least(sequential_scratch(cloud.count, cloud.dim));
+  sample_sequential(cloud);
+}
+void sample(FarthestPointCloud<double> cloud, Scratch& scratch) {
+  cloud.scratch = scratch.at_least(sequential_scratch(cloud.count, cloud.dim));
+  sample_sequential(cloud);
+}
+
 }  // namespace
 
 template <typename T>
 void farthest_point_sample_cpu(const FarthestPointSample<T>& run, int64_t first, int64_t last) {
-  std::vector<T> level;
-  for (int64_t cloud = first; cloud < last; cloud++) {
-    const int64_t count = run.rows.count(cloud), base = run.rows.index_base(cloud);
-    const T* points = run.points + run.rows.begin(cloud) * run.dim;
-    int64_t* index = run.index + cloud * run.samples;
-    T* distance = run.distance + cloud * run.samples;
+  Scratch scratch;
+  for (int64_t b = first; b < last; b++) {
+    FarthestPointCloud<T> cloud{};
+    cloud.points = run.points + run.rows.begin(b) * run.dim;
+    cloud.count = run.rows.count(b);
+    cloud.dim = run.dim;
+    cloud.samples = run.samples;
+    cloud.index = run.index + b * run.samples;
+    cloud.distance = run.distance + b * run.samples;
     for (int64_t j = 0; j < run.samples; j++) {
-      index[j] = -1;
-      distance[j] = 0;
+      cloud.index[j] = -1;
+      cloud.distance[j] = 0;
     }
-    level.resize(count);
-    const int64_t pick = first_pick(points, count, run.dim, run.start ? run.start[cloud] : 0);
+    cloud.pick = first_pick(cloud.points, cloud.count, cloud.dim, run.start ? run.start[b] : 0);
+    if (cloud.pick < 0 || run.samples == 0) continue;
     if (run.pointnet2) {
-      sample_as_pointnet2(points, count, run.samples, pick, level.data(), index, distance);
+      cloud.scratch = scratch.at_least(cloud.count * int64_t(sizeof(T)));
+      sample_as_pointnet2(cloud);
     } else {
-      sample_sequentially(points, count, run.dim, run.samples, pick, level.data(), index, distance);
+      sample(cloud, scratch);
     }
-    if (base == 0) continue;
-    for (int64_t j = 0; j < run.samples; j++) index[j] += index[j] < 0 ? 0 : base;
+    const int64_t base = run.rows.index_base(b);
+    for (int64_t j = 0; base && j < run.samples && cloud.index[j] >= 0; j++) cloud.index[j] += base;
   }
 }
 
