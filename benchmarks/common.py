@@ -182,16 +182,19 @@ def check_neighbors(
     return same
 
 
-def _timed(function: Callable[[], Any]) -> float:
-    begin = time.perf_counter()
+def _timed(function: Callable[[], Any], clock: Callable[[], float] = time.perf_counter) -> float:
+    begin = clock()
     function()
-    return time.perf_counter() - begin
+    return clock() - begin
 
 
 def interleave(
     functions: dict[str, Callable[[], Any]], *, rounds: int = 15, slice_seconds: float = 0.01
 ) -> dict[str, list[float]]:
-    """Seconds per call, one value a round; every round runs all functions, so that noise hits all alike.
+    """CPU seconds per call, one value a round; every round runs all functions, so that noise hits all alike.
+
+    CPU time of the process: on a busy machine short calls fit between two interruptions and long ones do not,
+    so wall time would favour the faster function. More threads than one count as what they cost.
 
     A value is the median call of a slice of at least `slice_seconds` (at least one call).
     """
@@ -203,7 +206,7 @@ def interleave(
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
             calls: list[float] = []
             while sum(calls) < slice_seconds:
-                calls.append(_timed(functions[name]))
+                calls.append(_timed(functions[name], time.process_time))
             times[name].append(float(np.median(calls)))
     return times
 

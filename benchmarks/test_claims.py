@@ -1,6 +1,6 @@
 """The claimed CPU speeds, measured and asserted: one thread for everybody, the same run, interleaved rounds.
 
-A ratio is the best other library's time over ours, each in its quietest round (the median call of a time
+A ratio is the best other library's CPU time over ours, each in its quietest round (the median call of a time
 slice); the ratio of the medians over all rounds is printed with it. Ours is the NumPy interface, as theirs.
 """
 
