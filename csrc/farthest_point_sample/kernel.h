@@ -24,4 +24,11 @@ struct FarthestPointSample {
 template <typename T>
 void farthest_point_sample_cpu(const FarthestPointSample<T>& run, int64_t first, int64_t last);
 
+// On the current CUDA device. The workspace needs no initial contents; its size is 0 for most runs.
+template <typename T>
+int64_t farthest_point_sample_workspace(const FarthestPointSample<T>& run);
+// Returns a cudaError_t.
+template <typename T>
+int farthest_point_sample_cuda(const FarthestPointSample<T>& run, void* workspace, void* stream);
+
 }  // namespace any2point

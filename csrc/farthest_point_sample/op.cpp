@@ -62,9 +62,39 @@ std::tuple<Tensor, Tensor> sample_cpu(const Tensor& points, int64_t samples, con
   return {call.index, call.distance};
 }
 
+#ifdef ANY2POINT_WITH_CUDA
+template <typename T>
+void run_cuda(const FarthestPointSample<T>& run, const Tensor& like) {
+  const int64_t bytes = farthest_point_sample_workspace(run);
+  const Tensor workspace = torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
+  void* stream = current_stream(like.get_device_index());
+  check_cuda("farthest_point_sample",
+             farthest_point_sample_cuda(run, bytes ? workspace.mutable_data_ptr() : nullptr, stream));
+}
+
+std::tuple<Tensor, Tensor> sample_cuda(const Tensor& points, int64_t samples, const OptionalTensor& lengths,
+                                       const OptionalTensor& offsets, const OptionalTensor& start,
+                                       bool pointnet2) {
+  const torch::stable::accelerator::DeviceGuard guard(points.get_device_index());
+  Call call = prepare(points, samples, lengths, offsets, start, pointnet2);
+  if (points.scalar_type() == ScalarType::Double) {
+    run_cuda(call.run<double>(), points);
+  } else {
+    run_cuda(call.run<float>(), points);
+  }
+  return {call.index, call.distance};
+}
+#endif
+
 }  // namespace
 }  // namespace any2point
 
 STABLE_TORCH_LIBRARY_IMPL(any2point, CPU, m) {
   m.impl("farthest_point_sample", TORCH_BOX(&any2point::sample_cpu));
 }
+
+#ifdef ANY2POINT_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(any2point, CUDA, m) {
+  m.impl("farthest_point_sample", TORCH_BOX(&any2point::sample_cuda));
+}
+#endif
