@@ -71,6 +71,8 @@ def segment_pool(
     if order is not None and start is not None:
         order = check_index("order", check_tensor("order", order, dims=1, layout="[R]"), like=features,
                             like_name="features")  # fmt: skip
+        if order.shape[0] != segment.numel():
+            raise ValueError(f"order: expected one value for each of {segment.numel()} rows, got {shape_text(order)}")
         start = check_index("start", check_tensor("start", start, dims=1, layout="[S + 1]"), like=features,
                             like_name="features")  # fmt: skip
         if start.shape[0] <= num_segments:

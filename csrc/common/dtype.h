@@ -5,6 +5,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "common/layout.h"
+
 namespace any2point {
 
 enum class Dtype { f16, bf16, f32, f64 };
@@ -29,22 +31,27 @@ template <typename T>
 using Accumulator = typename AccumulatorOf<T>::type;
 
 namespace detail {
-inline float float_of_bits(uint32_t bits) {
+A2P_HOST_DEVICE float float_of_bits(uint32_t bits) {
   float value;
   memcpy(&value, &bits, 4);
   return value;
 }
-inline uint32_t bits_of_float(float value) {
+A2P_HOST_DEVICE uint32_t bits_of_float(float value) {
   uint32_t bits;
   memcpy(&bits, &value, 4);
   return bits;
 }
 }  // namespace detail
 
-inline float widen(float value) { return value; }
-inline double widen(double value) { return value; }
-inline float widen(BFloat16 value) { return detail::float_of_bits(uint32_t(value.bits) << 16); }
-inline float widen(Half value) {
+A2P_HOST_DEVICE float widen(float value) { return value; }
+A2P_HOST_DEVICE double widen(double value) { return value; }
+A2P_HOST_DEVICE float widen(BFloat16 value) { return detail::float_of_bits(uint32_t(value.bits) << 16); }
+A2P_HOST_DEVICE float widen(Half value) {
+#ifdef __CUDA_ARCH__
+  float wide;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(value.bits));
+  return wide;
+#else
   // The exponent is rebased by a multiplication, which also normalises subnormals; infinity and NaN come out
   // at 2^16 or above and are moved to the top exponent.
   const uint32_t magnitude = uint32_t(value.bits & 0x7fff) << 13;
@@ -52,17 +59,21 @@ inline float widen(Half value) {
   uint32_t bits = detail::bits_of_float(scaled);
   bits |= scaled >= 65536.0f ? 0x7f800000u : 0u;
   return detail::float_of_bits(bits | uint32_t(value.bits & 0x8000) << 16);
+#endif
 }
 
 // Rounded to nearest even.
-inline void narrow(float value, float* out) { *out = value; }
-inline void narrow(double value, double* out) { *out = value; }
-inline void narrow(float value, BFloat16* out) {
+A2P_HOST_DEVICE void narrow(float value, float* out) { *out = value; }
+A2P_HOST_DEVICE void narrow(double value, double* out) { *out = value; }
+A2P_HOST_DEVICE void narrow(float value, BFloat16* out) {
   const uint32_t bits = detail::bits_of_float(value);
   const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
   out->bits = uint16_t(value != value ? 0x7fc0 : rounded);
 }
-inline void narrow(float value, Half* out) {
+A2P_HOST_DEVICE void narrow(float value, Half* out) {
+#ifdef __CUDA_ARCH__
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(out->bits) : "f"(value));
+#else
   const uint32_t bits = detail::bits_of_float(value), sign = bits >> 16 & 0x8000,
                  magnitude = bits & 0x7fffffff;
   uint32_t result;
@@ -74,6 +85,7 @@ inline void narrow(float value, Half* out) {
     result = (magnitude - 0x38000000 + 0xfff + (magnitude >> 13 & 1)) >> 13;
   }
   out->bits = uint16_t(sign | result);
+#endif
 }
 
 // Calls function(T{}) with the element type of `dtype`.

@@ -18,4 +18,8 @@ struct Group {
 // Entries [begin, end) of the B * R. Returns the position of the first value outside [-1, N), or -1.
 int64_t group_cpu(const Group& args, int64_t begin, int64_t end);
 
+// All entries of all clouds; rows of a value outside [-1, N) are filled with `nan`, 8 bytes. Returns a
+// cudaError_t.
+int group_cuda(const Group& args, int64_t clouds, uint64_t nan, void* stream);
+
 }  // namespace any2point

@@ -25,4 +25,8 @@ int64_t interpolate_cpu(const Interpolate& args, int64_t begin, int64_t end);
 // out[b, s, k] = grad[b, s] . features[b, index[b, s, k]], 0 for -1.
 int64_t interpolate_weight_grad_cpu(const Interpolate& args, int64_t begin, int64_t end);
 
+// The same for all queries, NaN where an index is outside of [-1, N). They return a cudaError_t.
+int interpolate_cuda(const Interpolate& args, int64_t clouds, void* stream);
+int interpolate_weight_grad_cuda(const Interpolate& args, int64_t clouds, void* stream);
+
 }  // namespace any2point

@@ -47,8 +47,17 @@ Arguments arguments(const Tensor& features, const Tensor& index, const Tensor* w
   return a;
 }
 
-template <typename Kernel>
-void run(const Arguments& a, const Kernel& kernel) {
+using CpuKernel = int64_t (*)(const Interpolate&, int64_t, int64_t);
+using CudaKernel = int (*)(const Interpolate&, int64_t, void*);
+
+void run(const Arguments& a, CpuKernel kernel, [[maybe_unused]] CudaKernel cuda_kernel) {
+#ifdef ANY2POINT_WITH_CUDA
+  if (a.features.is_cuda()) {
+    const OnDevice device(a.features);
+    check_cuda("interpolate", cuda_kernel(a.kernel, a.features.size(0), device.stream));
+    return;
+  }
+#endif
   std::atomic<int64_t> bad{-1};
   const int64_t work = std::max<int64_t>(1, a.kernel.neighbours * a.kernel.channels);
   torch::stable::parallel_for(0, a.index.size(0) * a.kernel.queries, std::max<int64_t>(1, 16384 / work),
@@ -65,7 +74,7 @@ Tensor interpolate(const Tensor& features, const Tensor& index, const Tensor& we
   Arguments a = arguments(features, index, &weight, nullptr);
   Tensor out = torch::stable::new_empty(a.features, {index.size(0), index.size(1), features.size(2)});
   a.kernel.out = out.mutable_data_ptr();
-  run(a, interpolate_cpu);
+  run(a, interpolate_cpu, A2P_CUDA(interpolate_cuda));
   return out;
 }
 
@@ -73,7 +82,7 @@ Tensor interpolate_weight_grad(const Tensor& grad, const Tensor& features, const
   Arguments a = arguments(features, index, nullptr, &grad);
   Tensor out = torch::stable::new_empty(a.features, a.index.sizes(), accumulator_of(features));
   a.kernel.out = out.mutable_data_ptr();
-  run(a, interpolate_weight_grad_cpu);
+  run(a, interpolate_weight_grad_cpu, A2P_CUDA(interpolate_weight_grad_cuda));
   return out;
 }
 
@@ -103,3 +112,10 @@ STABLE_TORCH_LIBRARY_IMPL(any2point, CPU, m) {
   m.impl("_interpolate_features_grad", TORCH_BOX(&any2point::interpolate_features_grad));
   m.impl("_interpolate_weight_grad", TORCH_BOX(&any2point::interpolate_weight_grad));
 }
+#ifdef ANY2POINT_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(any2point, CUDA, m) {
+  m.impl("interpolate", TORCH_BOX(&any2point::interpolate));
+  m.impl("_interpolate_features_grad", TORCH_BOX(&any2point::interpolate_features_grad));
+  m.impl("_interpolate_weight_grad", TORCH_BOX(&any2point::interpolate_weight_grad));
+}
+#endif

@@ -17,10 +17,10 @@ struct Row {
   int64_t lo, hi, width;
 
   int64_t entry(int64_t i) const { return static_cast<int64_t>(order[i]); }
-  // Null for what a broken prebuilt list may hold.
+  // A prebuilt list may hold anything; it must not lead out of the source.
   const T* at(int64_t e) const {
     const int64_t row = args.per_source == 1 ? e : e / args.per_source;
-    return row < 0 || row >= args.sources ? nullptr : source + row * args.channels;
+    return source + std::clamp<int64_t>(row, 0, args.sources - 1) * args.channels;
   }
 
   void sum(A* total) const {
@@ -28,7 +28,6 @@ struct Row {
     for (int64_t c = 0; c < width; c++) total[c] = 0;
     for (int64_t i = lo; i < hi; i++) {
       const T* values = at(entry(i));
-      if (!values) continue;
       if (weight) {
         const A w = weight[entry(i)];
         for (int64_t c = 0; c < width; c++) total[c] += w * widen(values[c]);
@@ -43,7 +42,6 @@ struct Row {
     for (int64_t i = lo; i < hi; i++) {
       const int64_t e = entry(i);
       const T* values = at(e);
-      if (!values) continue;
       for (int64_t c = 0; c < width; c++) {
         const A value = widen(values[c]);
         // The first entry, a larger one, or the first NaN.

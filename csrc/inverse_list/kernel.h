@@ -18,6 +18,18 @@ template <typename List>
 int64_t inverse_list_cpu(const int64_t* index, int64_t entries, int64_t rows, int64_t base, List* start,
                          List* order);
 
+// The same on CUDA, all clouds at once: asynchronous, without reading anything back; values out of range are
+// left out. Functions on CUDA return a cudaError_t.
+constexpr int64_t kCudaListLimit = 0xffffe000;  // entries; the rest of 2^32 is room for sums of places
+struct InverseListCuda {
+  const int64_t* index;  // [B, R]
+  int64_t clouds, entries, rows;
+  uint32_t* start;  // [B, N + 1]
+  uint32_t* order;  // [B * R]
+};
+int64_t inverse_list_workspace(const InverseListCuda& list);
+int inverse_list_cuda(const InverseListCuda& list, void* workspace, int64_t bytes, void* stream);
+
 enum class Reduce { sum, mean, max };
 
 // out[row] = reduce over the entries e of `row` of weight[e] * source[e / per_source], with fixed order.
@@ -28,7 +40,7 @@ struct GatherReduce {
   const void* weight;  // [entries] of the accumulator's type, or null: ones
   int64_t channels;
   int64_t per_source;  // neighbouring entries that share a row of the source
-  int64_t sources;     // rows of the source; entries of a prebuilt list that point elsewhere are left out
+  int64_t sources;     // rows of the source; a prebuilt list that leads elsewhere is clamped to them
   int64_t rows;        // N
   bool wide;           // the list is int64, else uint32
   const void* start;   // [B, N + 1]
@@ -42,5 +54,11 @@ struct GatherReduce {
 // Items [begin, end) of the B * N * column_tiles(channels) items of work.
 void gather_reduce_cpu(const GatherReduce& args, int64_t begin, int64_t end);
 int64_t column_tiles(int64_t channels);
+
+// All `rows` = B * N rows; the list is uint32 and valid.
+int64_t gather_reduce_workspace(const GatherReduce& args, int64_t rows);
+int gather_reduce_cuda(const GatherReduce& args, int64_t rows, void* workspace, void* stream);
+// A prebuilt list to uint32, clamped to 0..bound.
+int narrow_list_cuda(const int64_t* from, int64_t n, int64_t bound, uint32_t* to, void* stream);
 
 }  // namespace any2point

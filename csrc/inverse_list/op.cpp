@@ -54,7 +54,53 @@ void refuse_index(const char* name, const int64_t* index, int64_t bad, int64_t r
   A2P_CHECK(false, name, ": expected values in -1..", rows - 1, ", got ", index[bad], " at position ", bad);
 }
 
+#ifdef ANY2POINT_WITH_CUDA
+Tensor scratch(const Tensor& like, int64_t bytes) {
+  return torch::stable::new_empty(like, {std::max<int64_t>(bytes, 1)}, ScalarType::Byte);
+}
+
+namespace {
+
+InverseList inverse_list_on_cuda(const Tensor& index, int64_t rows) {
+  const int64_t clouds = index.size(0), entries = index.size(1);
+  A2P_CHECK(clouds * entries < kCudaListLimit, "index: expected fewer than 2^32 entries on CUDA");
+  const OnDevice device(index);
+  const InverseList list{torch::stable::new_empty(index, {clouds, rows + 1}, ScalarType::Int),
+                         torch::stable::new_empty(index, {clouds * entries}, ScalarType::Int), rows, false};
+  const InverseListCuda args{index.const_data_ptr<int64_t>(),
+                             clouds,
+                             entries,
+                             rows,
+                             static_cast<uint32_t*>(list.start.mutable_data_ptr()),
+                             static_cast<uint32_t*>(list.order.mutable_data_ptr())};
+  const int64_t bytes = inverse_list_workspace(args);
+  const Tensor workspace = scratch(index, bytes);
+  check_cuda("inverse_list", inverse_list_cuda(args, workspace.mutable_data_ptr(), bytes, device.stream));
+  return list;
+}
+
+InverseList narrow_list_on_cuda(const InverseList& list) {
+  const int64_t entries = list.order.numel();
+  A2P_CHECK(entries < kCudaListLimit, "order: expected fewer than 2^32 entries on CUDA");
+  const OnDevice device(list.order);
+  const auto narrow = [&](const Tensor& wide, int64_t n, int64_t bound) {
+    Tensor out = torch::stable::new_empty(wide, {n}, ScalarType::Int);
+    check_cuda("segment_pool",
+               narrow_list_cuda(wide.const_data_ptr<int64_t>(), n, bound,
+                                static_cast<uint32_t*>(out.mutable_data_ptr()), device.stream));
+    return out;
+  };
+  return {narrow(list.start, list.rows + 1, entries),
+          narrow(list.order, entries, std::max<int64_t>(entries - 1, 0)), list.rows, false};
+}
+
+}  // namespace
+#endif
+
 InverseList inverse_list(const char* name, const Tensor& index, int64_t rows) {
+#ifdef ANY2POINT_WITH_CUDA
+  if (index.is_cuda()) return inverse_list_on_cuda(index, rows);
+#endif
   const int64_t clouds = index.size(0), entries = index.size(1);
   const bool wide = clouds * entries >= std::numeric_limits<uint32_t>::max();
   const ScalarType dtype = wide ? ScalarType::Long : ScalarType::Int;
@@ -80,7 +126,12 @@ InverseList inverse_list(const char* name, const Tensor& index, int64_t rows) {
 }
 
 void gather_reduce(Reduce reduce, const Tensor& source, const Tensor* weight, int64_t neighbours,
-                   const InverseList& list, const Tensor& out, const Tensor* saved) {
+                   const InverseList& given, const Tensor& out, const Tensor* saved) {
+  if (out.numel() == 0) return;
+  InverseList list = given;
+#ifdef ANY2POINT_WITH_CUDA
+  if (out.is_cuda() && list.wide) list = narrow_list_on_cuda(list);
+#endif
   GatherReduce args{};
   args.dtype = dtype_of("features", source);
   args.reduce = reduce;
@@ -97,7 +148,15 @@ void gather_reduce(Reduce reduce, const Tensor& source, const Tensor* weight, in
   args.out = out.mutable_data_ptr();
   int64_t* extra = saved ? saved->mutable_data_ptr<int64_t>() : nullptr;
   (reduce == Reduce::max ? args.argmax : args.count) = extra;
-  if (out.numel() == 0) return;
+#ifdef ANY2POINT_WITH_CUDA
+  if (out.is_cuda()) {
+    const OnDevice device(out);
+    const int64_t rows = out.numel() / args.channels;
+    const Tensor workspace = scratch(out, gather_reduce_workspace(args, rows));
+    check_cuda("gather_reduce", gather_reduce_cuda(args, rows, workspace.mutable_data_ptr(), device.stream));
+    return;
+  }
+#endif
   const int64_t tiles = column_tiles(args.channels), items = out.numel() / args.channels * tiles;
   const int64_t work = std::max<int64_t>(1, args.entries * args.channels / items);
   torch::stable::parallel_for(0, items, std::max<int64_t>(1, 32768 / work),

@@ -6,6 +6,21 @@
 
 namespace any2point {
 
+#ifdef ANY2POINT_WITH_CUDA
+// The device of a tensor made current, and torch's stream on it.
+struct OnDevice {
+  torch::stable::accelerator::DeviceGuard guard;
+  void* stream;
+  explicit OnDevice(const Tensor& tensor)
+      : guard(tensor.get_device_index()), stream(current_stream(tensor.get_device_index())) {}
+};
+// Workspace from torch; at least one byte, so that its pointer is not null.
+Tensor scratch(const Tensor& like, int64_t bytes);
+#define A2P_CUDA(function) function
+#else
+#define A2P_CUDA(function) nullptr
+#endif
+
 struct InverseList {
   Tensor start, order;
   int64_t rows;  // N

@@ -22,5 +22,7 @@ struct SegmentPoolBackward {
 
 // Rows [begin, end) of the R.
 void segment_pool_backward_cpu(const SegmentPoolBackward& args, int64_t begin, int64_t end);
+// All `entries` = R rows. Returns a cudaError_t.
+int segment_pool_backward_cuda(const SegmentPoolBackward& args, int64_t entries, void* stream);
 
 }  // namespace any2point

@@ -21,10 +21,9 @@ InverseList list_of(const Tensor& segment, int64_t segments, const OptionalTenso
                     const OptionalTensor& start) {
   A2P_CHECK(order.has_value() == start.has_value(), "order, start: expected both or neither");
   if (!order) return inverse_list("segment", torch::stable::unsqueeze(segment, 0), segments);
-  A2P_CHECK(order->dim() == 1 && start->dim() == 1 && start->size(0) > segments,
-            "order, start: expected [R] and at least [num_segments + 1]");
+  A2P_CHECK(start->dim() == 1 && start->size(0) > segments, "start: expected at least [num_segments + 1]");
   return {index_tensor("start", *start, {start->size(0)}, segment),
-          index_tensor("order", *order, {order->size(0)}, segment), segments, true};
+          index_tensor("order", *order, {segment.size(0)}, segment), segments, true};
 }
 
 // features [R, C], segment [R] -> pooled [S, C], and what the gradient needs: count [S] (mean),
@@ -47,8 +46,8 @@ std::tuple<Tensor, Tensor> segment_pool(const Tensor& features_, const Tensor& s
   return {out, saved};
 }
 
-Tensor segment_pool_backward_cpu_op(const Tensor& grad_, const Tensor& segment_, const Tensor& saved_,
-                                    std::string reduce_name) {
+Tensor segment_pool_backward(const Tensor& grad_, const Tensor& segment_, const Tensor& saved_,
+                             std::string reduce_name) {
   SegmentPoolBackward args{};
   args.reduce = reduce_of(reduce_name);
   A2P_CHECK(grad_.dim() == 2 && segment_.dim() == 1, "grad, segment: expected [S, C] and [R]");
@@ -66,6 +65,13 @@ Tensor segment_pool_backward_cpu_op(const Tensor& grad_, const Tensor& segment_,
   args.segment = segment.const_data_ptr<int64_t>();
   args.saved = saved.const_data_ptr<int64_t>();
   args.out = out.mutable_data_ptr();
+#ifdef ANY2POINT_WITH_CUDA
+  if (grad.is_cuda()) {
+    const OnDevice device(grad);
+    check_cuda("segment_pool", segment_pool_backward_cuda(args, entries, device.stream));
+    return out;
+  }
+#endif
   const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(1, args.channels));
   torch::stable::parallel_for(0, entries, grain,
                               [&](int64_t lo, int64_t hi) { segment_pool_backward_cpu(args, lo, hi); });
@@ -77,5 +83,11 @@ Tensor segment_pool_backward_cpu_op(const Tensor& grad_, const Tensor& segment_,
 
 STABLE_TORCH_LIBRARY_IMPL(any2point, CPU, m) {
   m.impl("segment_pool", TORCH_BOX(&any2point::segment_pool));
-  m.impl("_segment_pool_backward", TORCH_BOX(&any2point::segment_pool_backward_cpu_op));
+  m.impl("_segment_pool_backward", TORCH_BOX(&any2point::segment_pool_backward));
 }
+#ifdef ANY2POINT_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(any2point, CUDA, m) {
+  m.impl("segment_pool", TORCH_BOX(&any2point::segment_pool));
+  m.impl("_segment_pool_backward", TORCH_BOX(&any2point::segment_pool_backward));
+}
+#endif

@@ -27,4 +27,15 @@ int64_t voxel_count_cpu(const VoxelPoints& points, int64_t cloud);
 int64_t voxel_sort_cpu(const VoxelPoints& points, int64_t cloud, int64_t count, int64_t* order,
                        int64_t* cluster);
 
+// The whole op on CUDA, for fewer than 2^32 rows; rows whose voxel has a coordinate outside of int32 get no
+// cluster. Returns a cudaError_t.
+struct VoxelOut {
+  int64_t* cluster;  // [R]
+  int64_t* start;    // [R + 1]
+  int64_t* order;    // [R]
+  int64_t* count;    // one
+};
+int64_t voxel_cluster_workspace(const VoxelPoints& points);
+int voxel_cluster_cuda(const VoxelPoints& points, const VoxelOut& out, void* workspace, void* stream);
+
 }  // namespace any2point

@@ -4,7 +4,7 @@
 #include <tuple>
 #include <vector>
 
-#include "common/tensor.h"
+#include "inverse_list/op.h"
 
 namespace any2point {
 namespace {
@@ -39,9 +39,9 @@ Arguments arguments(const Tensor& points, const std::vector<double>& size, const
   return a;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> voxel_cluster_cpu(const Tensor& points, std::vector<double> size,
-                                                             OptionalTensor lengths, OptionalTensor offsets,
-                                                             OptionalTensor origin) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> voxel_cluster(const Tensor& points, std::vector<double> size,
+                                                         OptionalTensor lengths, OptionalTensor offsets,
+                                                         OptionalTensor origin) {
   const Arguments a = arguments(points, size, lengths, offsets, origin);
   const VoxelPoints& p = a.points;
   const int64_t rows = p.rows.total, clouds = p.rows.clouds;
@@ -54,6 +54,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> voxel_cluster_cpu(const Tensor& point
   int64_t* start = start_.mutable_data_ptr<int64_t>();
   int64_t* order = order_.mutable_data_ptr<int64_t>();
 
+#ifdef ANY2POINT_WITH_CUDA
+  if (points.is_cuda()) {
+    A2P_CHECK(rows < kCudaListLimit, "points: expected fewer than 2^32 rows on CUDA");
+    const OnDevice device(points);
+    const Tensor workspace = scratch(points, voxel_cluster_workspace(p));
+    const VoxelOut out{cluster, start, order, count_.mutable_data_ptr<int64_t>()};
+    check_cuda("voxel_cluster", voxel_cluster_cuda(p, out, workspace.mutable_data_ptr(), device.stream));
+    return {cluster_, start_, order_, count_};
+  }
+#endif
   const int64_t grain = std::max<int64_t>(1, 4096 * clouds / std::max<int64_t>(rows, 1));
   const auto per_cloud = [&](const auto& function) {
     torch::stable::parallel_for(0, clouds, grain, [&](int64_t lo, int64_t hi) {
@@ -96,5 +106,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> voxel_cluster_cpu(const Tensor& point
 }  // namespace any2point
 
 STABLE_TORCH_LIBRARY_IMPL(any2point, CPU, m) {
-  m.impl("voxel_cluster", TORCH_BOX(&any2point::voxel_cluster_cpu));
+  m.impl("voxel_cluster", TORCH_BOX(&any2point::voxel_cluster));
 }
+#ifdef ANY2POINT_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(any2point, CUDA, m) {
+  m.impl("voxel_cluster", TORCH_BOX(&any2point::voxel_cluster));
+}
+#endif
