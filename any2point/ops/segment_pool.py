@@ -69,15 +69,16 @@ def segment_pool(
     if (order is None) != (start is None):
         raise ValueError("order, start: expected both or neither, got one")
     if order is not None and start is not None:
-        order = check_index("order", check_tensor("order", order, dims=1, layout="[R]"), like=features,
-                            like_name="features")  # fmt: skip
+        rows_text = f"[{segment.numel()}]"
+        order = check_tensor("order", order, dims=1, layout=f"[R] = {rows_text}")
+        start = check_tensor("start", start, dims=1, layout="[S + 1] or longer")
+        order = check_index("order", order, like=features, like_name="features")
+        start = check_index("start", start, like=features, like_name="features")
         if order.shape[0] != segment.numel():
-            raise ValueError(f"order: expected one value for each of {segment.numel()} rows, got {shape_text(order)}")
-        start = check_index("start", check_tensor("start", start, dims=1, layout="[S + 1]"), like=features,
-                            like_name="features")  # fmt: skip
+            raise ValueError(f"order: expected shape [R] = {rows_text}, got {shape_text(order)}")
         if start.shape[0] <= num_segments:
             raise ValueError(f"start: expected at least {num_segments + 1} values, got {shape_text(start)}")
-    rows = features.reshape(-1, features.shape[-1]), segment.reshape(-1)
+    rows = features.flatten(0, -2), segment.flatten()
     op = torch.ops.any2point.segment_pool.default
     return checked(op, *rows, num_segments, reduce, order, start)[0]
 

@@ -85,7 +85,7 @@ def _edges(size: object, dims: int) -> list[float]:
     edges = [size] * dims if isinstance(size, (int, float)) else size
     if not isinstance(edges, Sequence) or not all(isinstance(e, (int, float)) for e in edges):
         raise TypeError(f"size: expected a number or a sequence of {dims} numbers, got {type(size).__name__}")
-    if len(edges) != dims or not all(math.isfinite(e) and e > 0 for e in edges):
+    if len(edges) != dims or not all(0 < e < math.inf for e in edges):
         raise ValueError(f"size: expected a positive number, or one for each of {dims} axes, got {size}")
     return [float(e) for e in edges]
 

@@ -28,7 +28,7 @@ def segment_pool(
     Returns:
         ``[S, C]``, 0 for empty segments.
     """
-    rows, segment = features.reshape(-1, features.shape[-1]), segment.reshape(-1)
+    rows, segment = features.flatten(0, -2), segment.flatten()
     if len(segment) and not -1 <= int(segment.min()) <= int(segment.max()) < num_segments:
         raise ValueError(f"segment: expected values in -1..{num_segments - 1}")
     wide = rows if rows.dtype == torch.float64 else rows.float()
