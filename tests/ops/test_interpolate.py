@@ -40,7 +40,8 @@ class TestInterpolate(OpContract):
 
     def gradient_samples(self, device: str) -> Iterator[Sample]:
         index = torch.tensor([[[0, 3, -1], [3, 3, 1]]])
-        kwargs = dict(features=torch.randn(1, 4, 2).double(), index=index, weight=torch.rand(1, 2, 3).double())
+        weight = torch.rand(1, 2, 3).double()
+        kwargs = dict(features=torch.randn(1, 4, 2).double(), index=index, weight=weight)
         yield Sample("padded", kwargs).to(device)
         yield Sample("packed", {name: value[0] for name, value in kwargs.items()}).to(device)
 
