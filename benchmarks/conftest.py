@@ -128,4 +128,5 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
             command="pytest benchmarks",
         )
         rows.append(row.place(common.cpu() if info["kind"] == "cpu" else common.gpu()))
-    common.write_rows(path, rows)
+    if rows:
+        common.write_rows(path, rows)
