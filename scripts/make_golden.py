@@ -3,8 +3,8 @@
 usage: make_golden.py DUMPS
 
 DUMPS holds, for each of the six official model folders, VARIANT.npz and VARIANT_hot.npz (inputs, intermediate
-and final values, one training step) and params_VARIANT.txt (names and shapes of all parameters and buffers), from
-the official code at commit 4e03b69 at full depth, with weights that tests/models/golden.py makes from their names.
+and final values, one training step) and params_VARIANT.txt (names and shapes of all parameters and buffers):
+the official code at commit 4e03b69, full depth, weights made from their names by tests/models/golden.py.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ VARIANTS = {
 FULL = ("clip-text_scanobjectnn", "dinov2_scanobjectnn")
 OUT = Path(__file__).resolve().parent.parent / "tests" / "golden"
 
-# Our name: (name in the dump, step over its last axis). The dump itself keeps every 8th, 16th or 32nd channel.
+# Our name: (name in the dump, step over its last axis). The dump itself keeps every 8th to 32nd channel.
 COMMON = {
     "tokens": ("tokens_c8", 16),
     "encoding": ("pos_embed_c8", 16),

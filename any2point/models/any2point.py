@@ -99,10 +99,10 @@ class Any2Point(PointModel):
         tokens = self.tokenizer(coordinates)
         projected = self.projection(tokens.centers)
         cluster = voxel_cluster(tokens.centers, self.config.voxel_size).cluster
-        batch = len(points)
-        x = torch.cat([self.cls_token.expand(batch, -1, -1).to(tokens.features.dtype), tokens.features], 1)
-        encoding = projected.encoding.to(x.dtype)
-        position = torch.cat([self.cls_position.expand(batch, -1, -1).to(x.dtype), encoding], dim=1)
+        batch, dtype = len(points), self.cls_token.dtype
+        x = torch.cat([self.cls_token.expand(batch, -1, -1), tokens.features.to(dtype)], dim=1)
+        encoding = projected.encoding.to(dtype)
+        position = torch.cat([self.cls_position.expand(batch, -1, -1), encoding], dim=1)
         return x, position, projected.cell, cluster, tokens.index
 
     def encode(self, points: Tensor) -> Encoding:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
+from any2point.ops._checks import check_floating, check_index, check_tensor, shape_text
 from any2point.ops.group import group
 from any2point.ops.segment_pool import segment_pool
 from any2point.reference.batch_norm import BatchNorm
@@ -43,9 +43,10 @@ def guided_aggregate(
     `x + coefficient * sum_v w_v g_v / sum_v w_v`, `w_v = (cos(g_v, s) + 1) / 2`.
 
     Args:
-        features: `[B, S, C]` floating point tokens x, without class token.
-        cell: `[B, V, S]` int64, cell of every token in every view, in `[0, num_cells)`.
-        cluster: `[B, S]` int64, voxel of every token, numbered consecutively over the batch from 0.
+        features: `[B, S, C]` tokens x, without class token; float16 and bfloat16 are computed in float32 and
+            rounded at the end.
+        cell: `[B, V, S]` int64 or int32, cell of every token in every view, in `[0, num_cells)`.
+        cluster: `[B, S]`, voxel of every token, numbered consecutively over the batch from 0.
         attention: weights of LayerNorm and attention inside cells, stacked over the views.
         view_norm: batch normalisations of the views, tensors `[V, C]`; running statistics updated in place
             when training.
@@ -68,7 +69,7 @@ def guided_aggregate(
 
     Raises:
         ValueError: shapes do not fit each other, or the option `pooling` is unknown.
-        TypeError: `cell` or `cluster` is not int64.
+        TypeError: an argument has another dtype than listed.
 
     Differentiable in: features and every weight.
     Deterministic: yes.
@@ -83,40 +84,39 @@ def guided_aggregate(
         >>> out.shape
         torch.Size([2, 128, 768])
     """
-    if features.dim() != 3:
-        raise ValueError(f"`features`: expected shape [B, S, C], got {list(features.shape)}")
+    features = check_tensor("features", features, dims=3, layout="[B, S, C]")
+    check_floating("features", features)
     batch, count, width = features.shape
+    cell = check_index("cell", cell, like=features, like_name="features")
+    cluster = check_index("cluster", cluster, like=features, like_name="features")
     if cell.dim() != 3 or cell.shape[0] != batch or cell.shape[2] != count:
-        raise ValueError(f"`cell`: expected shape [{batch}, V, {count}], got {list(cell.shape)}")
+        raise ValueError(f"cell: expected shape [{batch}, V, {count}], got {shape_text(cell)}")
     if cluster.shape != (batch, count):
-        raise ValueError(f"`cluster`: expected shape [{batch}, {count}], got {list(cluster.shape)}")
-    for name, index in (("cell", cell), ("cluster", cluster)):
-        if index.dtype != torch.int64:
-            raise TypeError(f"`{name}`: expected int64, got {index.dtype}")
+        raise ValueError(f"cluster: expected shape [{batch}, {count}], got {shape_text(cluster)}")
     views, inner = cell.shape[1], attention.proj_weight.shape[-1]
     if attention.proj_weight.shape != (views, width, inner):
-        got = list(attention.proj_weight.shape)
-        raise ValueError(f"`attention`: expected proj_weight [{views}, {width}, M], got {got}")
+        got = shape_text(attention.proj_weight)
+        raise ValueError(f"attention: expected proj_weight [{views}, {width}, M], got {got}")
     if attention.qkv_weight.shape != (views, 3 * inner, width):
-        got = list(attention.qkv_weight.shape)
-        raise ValueError(f"`attention`: expected qkv_weight [{views}, {3 * inner}, {width}], got {got}")
-    if inner % num_heads:
-        raise ValueError(f"`num_heads`: expected a divisor of the inner width {inner}, got {num_heads}")
+        got = shape_text(attention.qkv_weight)
+        raise ValueError(f"attention: expected qkv_weight [{views}, {3 * inner}, {width}], got {got}")
+    if num_heads < 1 or inner % num_heads:
+        raise ValueError(f"num_heads: expected a divisor of the inner width {inner}, got {num_heads}")
     if view_norm.weight.shape != (views, width):
-        got = list(view_norm.weight.shape)
-        raise ValueError(f"`view_norm`: expected tensors [{views}, {width}], got {got}")
+        got = shape_text(view_norm.weight)
+        raise ValueError(f"view_norm: expected tensors [{views}, {width}], got {got}")
     if space_norm.weight.shape != (width,):
-        got = list(space_norm.weight.shape)
-        raise ValueError(f"`space_norm`: expected tensors [{width}], got {got}")
+        got = shape_text(space_norm.weight)
+        raise ValueError(f"space_norm: expected tensors [{width}], got {got}")
     if pooling not in ("mean", "max+mean"):
-        raise ValueError(f"`pooling`: expected 'mean' or 'max+mean', got {pooling!r}")
+        raise ValueError(f"pooling: expected 'mean' or 'max+mean', got {pooling!r}")
     if not 0 <= drop_path < 1:
-        raise ValueError(f"`drop_path`: expected a probability below 1, got {drop_path}")
+        raise ValueError(f"drop_path: expected a probability below 1, got {drop_path}")
     return _composition(
-        features,
+        features.contiguous(),
         cell,
         cluster,
-        attention,
+        CellAttention(*(tensor.contiguous() for tensor in attention)),
         view_norm,
         space_norm,
         num_cells=num_cells,

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
+from any2point.ops._checks import (
+    check_clouds,
+    check_floating,
+    check_index,
+    check_like,
+    check_tensor,
+    shape_text,
+)
 from any2point.ops.group import group
 from any2point.reference.batch_norm import BatchNorm
 from any2point.reference.local_aggregate import ResidualUnit
@@ -37,10 +44,10 @@ def local_aggregate(
     `ReLU(x + BN(Linear(ReLU(BN(Linear(x))))))`.
 
     Args:
-        points: `[B, N, 3]` float32 or float64 coordinates.
-        features: `[B, N, C]` floating point.
-        center: `[B, S]` int64, rows of the S centres.
-        neighbor: `[B, S, K]` int64, rows of their neighbours; -1 (missing) counts as the centre itself.
+        points: `[B, N, 3]` coordinates, float32 or float64 (float16 and bfloat16 are raised to float32).
+        features: `[B, N, C]`; float16 and bfloat16 are computed in float32 and rounded at the end.
+        center: `[B, S]` int64 or int32, rows of the S centres.
+        neighbor: `[B, S, K]`, rows of their neighbours; -1 (missing) counts as the centre itself.
         units: weights of the residual units on `2C` channels; see `ResidualUnit`.
         normalize: "scan" (offsets divided by the largest one of the group, per axis) or "mn40" (by the
             standard deviation of all offsets).
@@ -57,7 +64,7 @@ def local_aggregate(
 
     Raises:
         ValueError: shapes, or the option `normalize`, are not as above.
-        TypeError: an index is not int64, or `points` not float32 or float64.
+        TypeError: an argument has another dtype than listed.
 
     Differentiable in: features, points and every weight.
     Deterministic: yes.
@@ -73,33 +80,36 @@ def local_aggregate(
         >>> local_aggregate(points, torch.rand(1, 32, 6), center, neighbor, [unit]).shape
         torch.Size([1, 8, 12])
     """
-    if points.dim() != 3 or points.shape[-1] != 3:
-        raise ValueError(f"`points`: expected shape [B, N, 3], got {list(points.shape)}")
-    if points.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"`points`: expected float32 or float64, got {points.dtype}")
-    if features.dim() != 3 or features.shape[:2] != points.shape[:2]:
+    points = check_clouds(points).points
+    features = check_tensor("features", features, dims=3, layout="[B, N, C]")
+    check_floating("features", features)
+    check_like("features", features, "points", points, dtype=False)
+    if points.shape[-1] != 3:
+        raise ValueError(f"points: expected shape [B, N, 3], got {shape_text(points)}")
+    if features.shape[:2] != points.shape[:2]:
         expected = f"[{points.shape[0]}, {points.shape[1]}, C]"
-        raise ValueError(f"`features`: expected shape {expected}, got {list(features.shape)}")
+        raise ValueError(f"features: expected shape {expected} as in `points`, got {shape_text(features)}")
+    center = check_index("center", center, like=points, like_name="points")
+    neighbor = check_index("neighbor", neighbor, like=points, like_name="points")
     if center.dim() != 2 or center.shape[0] != points.shape[0]:
-        raise ValueError(f"`center`: expected shape [{points.shape[0]}, S], got {list(center.shape)}")
-    if neighbor.dim() != 3 or neighbor.shape[:2] != center.shape:
-        expected = f"[{center.shape[0]}, {center.shape[1]}, K]"
-        raise ValueError(f"`neighbor`: expected shape {expected}, got {list(neighbor.shape)}")
-    for name, index in (("center", center), ("neighbor", neighbor)):
-        if index.dtype != torch.int64:
-            raise TypeError(f"`{name}`: expected int64, got {index.dtype}")
-    if neighbor.shape[-1] == 0:
-        raise ValueError("`neighbor`: expected at least one neighbour, got K = 0")
+        raise ValueError(f"center: expected shape [{points.shape[0]}, S], got {shape_text(center)}")
+    if neighbor.dim() != 3 or neighbor.shape[:2] != center.shape or neighbor.shape[2] == 0:
+        expected = f"[{center.shape[0]}, {center.shape[1]}, K] with K > 0"
+        raise ValueError(f"neighbor: expected shape {expected}, got {shape_text(neighbor)}")
     if normalize not in ("scan", "mn40"):
-        raise ValueError(f"`normalize`: expected 'scan' or 'mn40', got {normalize!r}")
+        raise ValueError(f"normalize: expected 'scan' or 'mn40', got {normalize!r}")
     width = 2 * features.shape[-1]
     for unit in units:
         if unit.in_weight.shape[-1] != width or unit.out_weight.shape[0] != width:
-            got = f"{list(unit.in_weight.shape)} and {list(unit.out_weight.shape)}"
-            raise ValueError(f"`units`: expected weights [H, {width}] and [{width}, H], got {got}")
+            got = f"{shape_text(unit.in_weight)} and {shape_text(unit.out_weight)}"
+            raise ValueError(f"units: expected weights [H, {width}] and [{width}, H], got {got}")
+    units = [
+        unit._replace(in_weight=unit.in_weight.contiguous(), out_weight=unit.out_weight.contiguous())
+        for unit in units
+    ]
     return _composition(
-        points,
-        features,
+        points.contiguous(),
+        features.contiguous(),
         center,
         neighbor,
         units,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
+from any2point.ops._checks import check_clouds, check_floating, check_like, check_tensor, shape_text
 from any2point.reference.virtual_project import VirtualProjection, cell_grid
 from any2point.reference.virtual_project import virtual_project as _composition
 
@@ -33,7 +33,7 @@ def virtual_project(
     table, (bi)linearly interpolated at the position, averaged over the views.
 
     Args:
-        centers: `[B, S, 3]` float32 or float64.
+        centers: `[B, S, 3]` float32 or float64 (float16 and bfloat16 are raised to float32).
         table: position encodings `[L, C]` of a sequence, or `[H, W, C]` of an image, without class token.
         views: directions `[V, 3]` (any length) or rotations `[V, 3, 3]`, applied from the right.
         cell: edge of a cell in units of position.
@@ -50,10 +50,10 @@ def virtual_project(
 
     Raises:
         ValueError: shapes do not fit each other, or `cell` is not positive.
-        TypeError: `centers` are not float32 or float64.
+        TypeError: an argument has another dtype than listed.
 
-    Differentiable in: table; and in `centers` through the interpolation weights of `encoding`.
-    Deterministic: yes, forward.
+    Differentiable in: table, and centers (through position and through the interpolation weights).
+    Deterministic: forward yes; the gradient of `table` on CUDA uses torch's embedding_bag, which is not.
     Complexity: O(B V S C) time, O(B S C) memory.
 
     Source: Any2Point (Tang et al., ECCV 2024), 3D-to-any virtual projection.
@@ -63,23 +63,27 @@ def virtual_project(
         >>> out.position.shape, int(out.cell.max()), out.encoding.shape
         (torch.Size([2, 3, 128, 1]), 38, torch.Size([2, 128, 64]))
     """
-    if centers.dim() != 3 or centers.shape[-1] != 3 or centers.shape[1] == 0:
-        raise ValueError(f"`centers`: expected shape [B, S, 3] with S > 0, got {list(centers.shape)}")
-    if centers.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"`centers`: expected float32 or float64, got {centers.dtype}")
-    if table.dim() not in (2, 3):
-        raise ValueError(f"`table`: expected shape [L, C] or [H, W, C], got {list(table.shape)}")
+    centers = check_clouds(centers, name="centers").points
+    if centers.shape[-1] != 3 or centers.shape[1] == 0:
+        raise ValueError(f"centers: expected shape [B, S, 3] with S > 0, got {shape_text(centers)}")
+    table = check_tensor("table", table, dims=(2, 3), layout="[L, C] or [H, W, C]")
+    check_floating("table", table)
+    check_like("table", table, "centers", centers, dtype=False)
+    if 0 in table.shape[:-1]:
+        raise ValueError(f"table: expected at least one position, got {shape_text(table)}")
     expected = "[V, 3]" if table.dim() == 2 else "[V, 3, 3]"
-    if views.dim() != table.dim() or views.shape[0] == 0 or any(n != 3 for n in views.shape[1:]):
-        raise ValueError(f"`views`: expected shape {expected} for this table, got {list(views.shape)}")
+    views = check_tensor("views", views, dims=table.dim(), layout=f"{expected} for this table")
+    check_like("views", views, "centers", centers, dtype=False)
+    if views.shape[0] == 0 or any(n != 3 for n in views.shape[1:]):
+        raise ValueError(f"views: expected shape {expected} for this table, got {shape_text(views)}")
     if not cell > 0:
-        raise ValueError(f"`cell`: expected a positive number, got {cell}")
+        raise ValueError(f"cell: expected a positive number, got {cell}")
     if size is not None and len(size) != table.dim() - 1:
-        raise ValueError(f"`size`: expected {table.dim() - 1} number(s) for this table, got {list(size)}")
+        raise ValueError(f"size: expected {table.dim() - 1} number(s) for this table, got {list(size)}")
     return _composition(
-        centers,
-        table,
-        views.to(centers.dtype),
+        centers.contiguous(),
+        table.contiguous(),
+        views.to(centers.dtype).contiguous(),
         cell=cell,
         size=size,
         camera=camera,

@@ -20,9 +20,13 @@ class BatchNorm(NamedTuple):
 
 def batch_norm(rows: Tensor, norm: BatchNorm, *, training: bool, momentum: float, eps: float) -> Tensor:
     """Batch normalisation of `rows [R, C]` ; updates the running statistics when training."""
-    return F.batch_norm(
-        rows, norm.running_mean, norm.running_var, norm.weight, norm.bias, training, momentum, eps
-    )
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    weight, bias, mean, var = (tensor.to(dtype).contiguous() for tensor in norm)
+    out = F.batch_norm(rows.to(dtype), mean, var, weight, bias, training, momentum, eps)
+    if training and mean is not norm.running_mean:
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_(var)
+    return out
 
 
 def masked_batch_norm(
@@ -50,16 +54,15 @@ def masked_batch_norm(
         eps: added to the variance.
 
     Returns:
-        `[R, C]`; rows that are not occupied hold values of no meaning, but finite ones.
+        `[R, C]`, at least float32; rows that are not occupied hold values of no meaning, but finite ones.
     """
-    dtype = rows.dtype
-    rows = rows.to(torch.promote_types(dtype, torch.float32))
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
     if not training:
         scale = norm.weight * torch.rsqrt(norm.running_var + eps)
-        return (rows * scale + (norm.bias - norm.running_mean * scale)).to(dtype)
+        return rows * scale + (norm.bias - norm.running_mean * scale)
     kept = torch.where(occupied[:, None], rows, 0.0)
     present = occupied.sum().to(rows.dtype)
-    count = present.clamp(min=1) if total is None else present.new_tensor(float(total))
+    count = present.clamp(min=1) if total is None else torch.full_like(present, total)
     mean = kept.sum(0) / count
     centered = rows - mean
     spread = torch.where(occupied[:, None], centered, 0.0).square().sum(0)
@@ -68,4 +71,4 @@ def masked_batch_norm(
         unbiased = var * (count / (count - 1).clamp(min=1))
         norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), momentum)
         norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), momentum)
-    return (centered * (torch.rsqrt(var + eps) * norm.weight) + norm.bias).to(dtype)
+    return centered * (torch.rsqrt(var + eps) * norm.weight) + norm.bias

@@ -87,6 +87,10 @@ def guided_aggregate(
     segment_pool: Callable[..., Tensor] = reference_segment_pool,
 ) -> Tensor:
     """See `any2point.ops.guided_aggregate`; `group` and `segment_pool` are the primitives to use."""
+    dtype = features.dtype
+    features = features.to(torch.promote_types(dtype, torch.float32))
+    attention = CellAttention(*(tensor.to(features.dtype) for tensor in attention))
+    cell = cell.clamp(0, num_cells - 1)
     batch, views, count = cell.shape
     rows = batch * count
     flat = features.flatten(0, 1)
@@ -125,4 +129,4 @@ def guided_aggregate(
         weighted = weighted + weight * guided
         weights = weights + weight
     ensemble = weighted / weights.clamp(min=torch.finfo(weights.dtype).tiny)
-    return features + coefficient * ensemble.view_as(features)
+    return (features + coefficient * ensemble.view_as(features)).to(dtype)

@@ -56,6 +56,10 @@ def encode_offsets(offset: Tensor, width: int, *, alpha: float = 1000.0, beta: f
     return F.pad(encoding, (0, width - 6 * frequencies)) if width % 6 else encoding
 
 
+def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(rows, weight.to(rows.dtype), None if bias is None else bias.to(rows.dtype))
+
+
 def local_aggregate(
     points: Tensor,
     features: Tensor,
@@ -73,6 +77,8 @@ def local_aggregate(
     group: Callable[[Tensor, Tensor], Tensor] = reference_group,
 ) -> Tensor:
     """See `any2point.ops.local_aggregate`; `group` is the gather to use."""
+    dtype = features.dtype
+    features = features.to(torch.promote_types(dtype, torch.float32))
     neighbor = torch.where(neighbor < 0, center[:, :, None], neighbor)
     center_features = group(features, center)
     offset = group(points, neighbor) - group(points, center)[:, :, None]
@@ -84,9 +90,9 @@ def local_aggregate(
 
     rows = x.flatten(0, 2)
     for unit in units:
-        hidden = F.linear(rows, unit.in_weight, unit.in_bias)
+        hidden = _linear(rows, unit.in_weight, unit.in_bias)
         hidden = batch_norm(hidden, unit.in_norm, training=training, momentum=momentum, eps=eps).relu()
-        hidden = F.linear(hidden, unit.out_weight, unit.out_bias)
+        hidden = _linear(hidden, unit.out_weight, unit.out_bias)
         hidden = batch_norm(hidden, unit.out_norm, training=training, momentum=momentum, eps=eps)
         rows = (hidden + rows).relu()
-    return rows.unflatten(0, neighbor.shape).max(dim=2).values
+    return rows.view(*neighbor.shape, -1).max(dim=2).values.to(dtype)

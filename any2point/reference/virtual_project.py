@@ -62,7 +62,7 @@ def project_to_images(
         radius = torch.linalg.vector_norm(centers, dim=-1).amax(1)[:, None, None]
         distance = math.sqrt(2.0) * radius.clamp(min=1.0)
     else:
-        distance = torch.as_tensor(camera + 1e-12, dtype=centers.dtype, device=centers.device)
+        distance = torch.full_like(centers[:1, :1, :1], camera + 1e-12)
     seen = (centers[:, None, :, :, None] * views[None, :, None]).sum(-2)
     depth = seen[..., 2] + distance
     x, y = seen[..., 0] / depth, seen[..., 1] / depth
@@ -138,9 +138,9 @@ def virtual_project(
     batch, count = centers.shape[:2]
     index = index.transpose(1, 2).reshape(batch * count, -1)
     weight = weight.transpose(1, 2).reshape(batch * count, -1) / views.shape[0]
-    encoding = F.embedding_bag(
-        index, table.flatten(0, -2), per_sample_weights=weight.to(table.dtype), mode="sum"
-    ).unflatten(0, (batch, count))
+    rows = table.flatten(0, -2).to(centers.dtype)
+    encoding = F.embedding_bag(index, rows, per_sample_weights=weight, mode="sum").to(table.dtype)
+    encoding = encoding.view(batch, count, -1)
     if scramble:
         encoding = encoding.transpose(1, 2).reshape(encoding.shape)
     return VirtualProjection(position, bins, encoding)
