@@ -282,6 +282,32 @@ class OpContract:
         assert_same(got, want, "replay")
 
     @pytest.mark.gpu
+    def test_cuda_graph_of_a_training_step(self) -> None:
+        """Forward and backward captured together; the replay gives the gradients of eager mode."""
+        if not self.differentiable:
+            pytest.skip("no gradient")
+        graded, leaves = self._with_grad(next(self.samples("cuda")))
+
+        def step() -> tuple[Tensor | None, ...]:
+            outputs = self._floating_output(graded)
+            loss = sum(torch.where(x.isfinite(), x, 0.0).square().sum() for x in outputs)
+            return torch.autograd.grad(loss, leaves, allow_unused=True)
+
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            want = [x.clone() for x in step() if x is not None]
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            got = [x for x in step() if x is not None]
+        for x in got:
+            x.fill_(float("nan"))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert_same(got, want, "replay")
+
+    @pytest.mark.gpu
     def test_side_stream_without_synchronisation(self) -> None:
         """Runs behind a sleeping kernel on another stream, sees what that stream wrote, never waits."""
         sample = next(self.samples("cuda"))
