@@ -48,6 +48,13 @@ def read_points(path: str | Path, num_points: int = 2048, seed: int = 0) -> np.n
     return points.astype(np.float32)
 
 
+def write_ply(path: str | Path, points: np.ndarray) -> None:
+    """Write points [N, 3] as a binary PLY file."""
+    header = f"ply\nformat binary_little_endian 1.0\nelement vertex {len(points)}\n"
+    header += "".join(f"property float {axis}\n" for axis in "xyz") + "end_header\n"
+    Path(path).write_bytes(header.encode() + np.asarray(points, "<f4").tobytes())
+
+
 def sample_surface(
     vertices: np.ndarray, faces: np.ndarray, num_points: int, generator: np.random.Generator
 ) -> np.ndarray:

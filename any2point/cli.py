@@ -1,0 +1,52 @@
+"""The command `any2point`: demo, train, eval, predict, convert, bench, info.
+
+Mistakes of the user end in one line on stderr and exit code 2; ANY2POINT_DEBUG=1 shows where they arose.
+Ctrl-C ends with 130. torch and the rest are imported by the command that needs them, so that --help and info
+are quick.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code.
+
+    Args:
+        arguments: without the program's name; `sys.argv` by default.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        if given[:1] == ["info"]:  # has to run where nothing else is installed
+            from any2point.info import main as info
+
+            return info(given[1:])
+        try:
+            from any2point.commands import app
+        except ModuleNotFoundError as error:
+            if error.name is None or error.name.startswith("any2point"):
+                raise
+            return _fail(f"the command line needs {error.name}: pip install 'any2point[train]'")
+        return app(given)
+    except KeyboardInterrupt:
+        print("any2point: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of a pipe has gone; nothing is wrong
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        if os.environ.get("ANY2POINT_DEBUG"):
+            raise
+        return _fail(" ".join(str(error).split()) or type(error).__name__)
+
+
+def _fail(message: str) -> int:
+    print(f"any2point: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,161 @@
+"""The training configuration: every number that the result of a run depends on, apart from model and data."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from any2point.data import transforms
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How to train. The defaults are those of the paper's code, apart from `select`.
+
+    Attributes:
+        epochs: passes over the training set.
+        batch_size: clouds per step; the random rest of an epoch that does not fill a batch is left out.
+        lr: highest learning rate (AdamW).
+        min_lr: where the cosine ends, and where the warm-up starts.
+        warmup_epochs: epochs of linear warm-up.
+        schedule: change the rate once per "epoch" or at every "step".
+        weight_decay: as the model's parameter groups apply it.
+        clip_norm: largest norm of the gradient; 0 for no limit.
+        label_smoothing: share of the target spread over all classes.
+        select: which weights are the result: of the "last" epoch, of the best epoch on a "validation" set
+            that is held out of the training set, or of the best epoch on the "test" set, as the paper's code
+            does and as no honest estimate can.
+        validation_fraction: share of every class held out when `select` is "validation".
+        eval_every: epochs between evaluations; the last epoch is always followed by one.
+        eval_batch_size: clouds per batch there.
+        save_every: epochs between saved states to resume from.
+        seed: of everything random.
+        deterministic: refuse operations whose result depends on timing, where PyTorch knows of them.
+        precision: "fp32", "bf16", "fp16", or "auto": bf16 where the hardware multiplies it, fp32 elsewhere.
+        device: "cpu", "cuda", "cuda:1", ..., or "auto": the first GPU if there is one.
+        normalize: "sphere" (centre and scale to radius 1), "center" or "none"; for training and evaluation.
+        pool: farthest points to draw a training cloud's random points from; 0 draws from all of them.
+        scale: per-axis factors are drawn from between these two.
+        shift: clouds are moved along each axis by up to this.
+        yaw: clouds are turned about `up` by up to this many degrees either way.
+        up: 0, 1 or 2, the upright axis.
+        jitter: standard deviation of the noise on every point.
+    """
+
+    epochs: int = 300
+    batch_size: int = 32
+    lr: float = 5e-4
+    min_lr: float = 1e-6
+    warmup_epochs: float = 10
+    schedule: str = "epoch"
+    weight_decay: float = 0.05
+    clip_norm: float = 10.0
+    label_smoothing: float = 0.0
+    select: str = "last"
+    validation_fraction: float = 0.2
+    eval_every: int = 1
+    eval_batch_size: int = 64
+    save_every: int = 1
+    seed: int = 0
+    deterministic: bool = True
+    precision: str = "auto"
+    device: str = "auto"
+    normalize: str = "sphere"
+    pool: int = 1200
+    scale: tuple[float, float] = (2 / 3, 3 / 2)
+    shift: float = 0.2
+    yaw: float = 0.0
+    up: int = 1
+    jitter: float = 0.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scale", tuple(self.scale))
+        for name in ("epochs", "batch_size", "eval_every", "eval_batch_size", "save_every"):
+            self._expect(name, lambda v: isinstance(v, int) and v >= 1, "a whole number of 1 or more")
+        for name in (
+            "min_lr",
+            "warmup_epochs",
+            "weight_decay",
+            "clip_norm",
+            "shift",
+            "yaw",
+            "jitter",
+            "pool",
+        ):
+            self._expect(name, lambda v: _is_number(v) and v >= 0, "a number of 0 or more")
+        self._expect("lr", lambda v: _is_number(v) and v > 0, "a number above 0")
+        self._expect("label_smoothing", lambda v: _is_number(v) and 0 <= v < 1, "a number from 0 to below 1")
+        self._expect("validation_fraction", lambda v: _is_number(v) and 0 < v < 1, "a number between 0 and 1")
+        self._expect("scale", _is_range, "two numbers above 0, the smaller first")
+        for name, choices in {
+            "schedule": ("epoch", "step"),
+            "select": ("last", "validation", "test"),
+            "precision": ("auto", "fp32", "bf16", "fp16"),
+            "normalize": ("sphere", "center", "none"),
+            "up": (0, 1, 2),
+        }.items():
+            self._expect(name, lambda v, choices=choices: v in choices, f"one of {choices}")
+
+    def _expect(self, name: str, holds: Any, what: str) -> None:
+        value = getattr(self, name)
+        if not holds(value):
+            raise ValueError(f"`{name}`: expected {what}, got {value!r}")
+
+    def learning_rate(self, progress: float) -> float:
+        """The rate after `progress` epochs (a fraction within an epoch counts if `schedule` is "step").
+
+        Linear from `min_lr` to `lr` over the warm-up, then half a cosine over all epochs down to `min_lr`.
+        """
+        at = progress if self.schedule == "step" else math.floor(progress)
+        if at < self.warmup_epochs:
+            return self.min_lr + (self.lr - self.min_lr) * at / self.warmup_epochs
+        return self.min_lr + (self.lr - self.min_lr) * (1 + math.cos(math.pi * at / self.epochs)) / 2
+
+    def eval_transform(self, num_points: int) -> transforms.Transform:
+        """Normalise, then the farthest `num_points` points: nothing random."""
+        return transforms.Compose((*self._normalize(), transforms.FarthestPointSubset(num_points)))
+
+    def train_transform(self, num_points: int) -> transforms.Transform:
+        """Normalise, draw `num_points` points, then scale, turn, shift and jitter as configured."""
+        chain: list[transforms.Transform] = [*self._normalize()]
+        if self.pool > num_points:
+            chain.append(transforms.FarthestPointSubset(int(self.pool)))
+        chain.append(transforms.RandomSubset(num_points))
+        if self.scale != (1, 1):
+            chain.append(transforms.RandomScale(*self.scale))
+        if self.yaw:
+            chain.append(transforms.RandomYaw(math.radians(self.yaw), self.up))
+        if self.shift:
+            chain.append(transforms.RandomShift(self.shift))
+        if self.jitter:
+            chain.append(transforms.Jitter(self.jitter, 5 * self.jitter))
+        return transforms.Compose(tuple(chain))
+
+    def _normalize(self) -> tuple[transforms.Transform, ...]:
+        if self.normalize == "none":
+            return ()
+        return (transforms.UnitSphere() if self.normalize == "sphere" else transforms.Center(),)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain types, for YAML and JSON."""
+        return dataclasses.asdict(self) | {"scale": list(self.scale)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> TrainConfig:
+        """The inverse of `to_dict`; what is not given keeps its default, unknown names are an error."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise ValueError(f"`train`: expected options out of {', '.join(known)}; got {', '.join(unknown)}")
+        return cls(**values)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_range(value: Any) -> bool:
+    return len(value) == 2 and all(map(_is_number, value)) and 0 < value[0] <= value[1]

@@ -1,0 +1,212 @@
+"""What the commands do: train by a recipe, evaluate and use a run, convert official checkpoints."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from any2point.data import load_dataset, read_points
+from any2point.data.dataset import PointDataset
+from any2point.train import files
+from any2point.train.config import TrainConfig
+from any2point.train.engine import fit
+from any2point.train.metrics import EvalResult, evaluate
+from any2point.train.progress import on_terminal
+from any2point.train.recipe import Recipe, build_model, load_recipe, open_source
+from any2point.train.runtime import Runtime
+
+if TYPE_CHECKING:
+    from any2point.models import Any2Point
+
+
+def train_run(recipe: str | None, overrides: Mapping[str, Any], output: Path, resume: bool) -> None:
+    """`any2point train`."""
+    saved = output / files.RECIPE
+    if resume:
+        if not saved.exists():
+            raise FileNotFoundError(f"{output}: expected a run to resume, found no {files.RECIPE} there")
+        recipe = str(saved)
+    elif saved.exists():
+        raise ValueError(
+            f"{output}: expected a new folder, got one with a run; use --resume or another --output"
+        )
+    plan = (load_recipe(recipe) if recipe else Recipe()).override(overrides)
+    Runtime(plan.train)  # a device that is not there should not be found out after reading the data
+    source = open_source(plan.source, plan.source_options, plan.train.seed)
+    train, test = open_data(plan, "train"), open_data(plan, "test")
+    model = build_model(plan, source, train.class_names)
+    print(
+        f"{plan.data}: {len(train)} clouds to train on, {len(test)} to test, {len(train.class_names)} classes"
+    )
+    print(model.summary())
+    result = fit(model, train, test, plan.train, output, resume=resume, recipe=plan.to_dict())
+    assert result.test is not None
+    write_pictures(model, test, result.test, {"training": result.history}, output)
+    print(f"\n{report(result.test, train.class_names)}\n\nrun folder: {output}")
+
+
+def open_data(plan: Recipe, split: str) -> PointDataset:
+    """A recipe's training or test set."""
+    if plan.data == "sh3d15":
+        return load_dataset(plan.data, split)
+    options: dict[str, Any] = {"num_points": plan.points, "test_fraction": plan.test_fraction}
+    return load_dataset(plan.data, split, seed=plan.train.seed, progress=_count(split), **options)
+
+
+def load_run(run: Path, source: str | None = None) -> tuple[Any2Point, Recipe | None]:
+    """The model of a run (or of any folder in hub layout) and its recipe, if it has one."""
+    from any2point.models import Any2Point
+
+    if not run.exists():
+        raise FileNotFoundError(f"{run}: no such run")
+    if not (run / "config.json").exists():
+        started = (run / files.STATE).exists()
+        what = (
+            "an unfinished run; any2point train --resume --output finishes it"
+            if started
+            else "no config.json"
+        )
+        raise ValueError(f"{run}: expected a trained model, found {what}")
+    model = Any2Point.from_pretrained(run, source)
+    recipe = load_recipe(run / files.RECIPE) if (run / files.RECIPE).exists() else None
+    return model, recipe
+
+
+def evaluate_run(
+    run: Path,
+    data: str | None,
+    split: str,
+    source: str | None,
+    output: Path | None,
+    device: str,
+    precision: str,
+) -> None:
+    """`any2point eval`."""
+    model, recipe = load_run(run, source)
+    options = (recipe or Recipe()).train.to_dict() | {"device": device, "precision": precision}
+    config = TrainConfig.from_dict(options)
+    plan = recipe or Recipe()
+    plan = plan.override({"data": data} if data else {})
+    clouds = open_data(plan, split)
+    names = clouds.class_names
+    if model.class_names is not None and tuple(model.class_names) != names:
+        raise ValueError(f"{plan.data}: expected the classes {model.class_names}, got {list(names)}")
+    result = evaluate(model, clouds, config)
+    if output is not None:
+        from any2point.viz import confusion_picture
+
+        output.mkdir(parents=True, exist_ok=True)
+        confusion_picture(result.confusion, names, output / "confusion.png")
+        files.write_json(output / files.RESULTS, {split: result.to_dict()})
+    print(report(result, names))
+
+
+def predict_files(
+    run: Path, clouds: Sequence[Path], top: int, as_json: bool, source: str | None, device: str
+) -> None:
+    """`any2point predict`. All files are read before the first answer, so that a bad one gives no half
+    result."""
+    model, recipe = load_run(run, source)
+    config = TrainConfig.from_dict((recipe or Recipe()).train.to_dict() | {"device": device})
+    size = model.config.num_points
+    read = [read_points(path, num_points=max(2048, size)) for path in clouds]
+    for path, points in zip(clouds, read):
+        if len(points) < size:
+            raise ValueError(
+                f"{path}: expected at least {size} points, which the model takes, got {len(points)}"
+            )
+    runtime = Runtime(config)
+    model = model.to(runtime.device).eval()
+    names = model.class_names or [str(i) for i in range(model.config.num_classes)]
+    for path, points in zip(clouds, read):
+        prepared = config.eval_transform(size)(torch.from_numpy(points)[None], None)
+        with torch.inference_mode(), runtime.autocast():
+            chance = model(prepared.to(runtime.device)).float().softmax(dim=1)[0].cpu()
+        best = chance.argsort(descending=True)[:top].tolist()
+        scores = {names[i]: round(float(chance[i]), 4) for i in best}
+        if as_json:
+            print(json.dumps({"file": str(path), "class": names[best[0]], "scores": scores}))
+        else:
+            print(f"{path}: " + ", ".join(f"{name} {100 * share:.1f} %" for name, share in scores.items()))
+
+
+def convert_official(checkpoint: Path, output: Path, variant: str, pretrained: Path | None) -> None:
+    """`any2point convert`."""
+    from any2point.models import Any2Point
+    from any2point.sources.checkpoint import read_checkpoint
+
+    for path in (checkpoint, *([pretrained] if pretrained else [])):
+        if not path.exists():
+            raise FileNotFoundError(f"{path}: no such file")
+    state, _, _ = read_checkpoint(checkpoint)
+    tables = dict(state)
+    if pretrained is not None:
+        tables |= read_checkpoint(pretrained)[0]
+    table = next((tables[name] for name in tables if name.rpartition(".")[2] in _TABLES), None)
+    if table is None:
+        raise ValueError(
+            "--pretrained: expected the pretraining checkpoint with the position table, got none"
+        )
+    model = Any2Point.from_official(state, variant, position_table=table)
+    model.save_pretrained(output, include_source=True)
+    print(model.summary())
+    print(f"\nmodel folder: {output}")
+
+
+_TABLES = ("positional_embedding", "pos_embed")
+
+
+def report(result: EvalResult, class_names: Sequence[str]) -> str:
+    """An evaluation as a table of classes and two totals."""
+    width = max(map(len, class_names))
+    lines = [f"{'class':{width}}   right  of"]
+    counts = result.confusion.sum(dim=1)
+    for label, name in enumerate(class_names):
+        if counts[label]:
+            lines.append(f"{name:{width}}  {int(result.confusion[label, label]):6} {int(counts[label]):3}")
+    lines.append(
+        f"\naccuracy {100 * result.accuracy:.1f} %, mean over classes {100 * result.class_accuracy:.1f} %"
+    )
+    return "\n".join(lines)
+
+
+def write_pictures(
+    model: Any,
+    test: PointDataset,
+    result: EvalResult,
+    histories: Mapping[str, Any],
+    folder: Path,
+    row: int = 0,
+) -> None:
+    """Write confusion.png, curves.png and, of cloud `row`, projection.png; without matplotlib, say so."""
+    try:
+        from any2point.viz import confusion_picture, curves_picture, projection_picture
+
+        paths = [folder / f"{name}.png" for name in ("confusion", "curves", "projection")]
+        title = f"{len(test)} held-out clouds, accuracy {100 * result.accuracy:.1f} %"
+        confusion_picture(result.confusion, test.class_names, paths[0], title)
+        curves_picture(histories, paths[1])
+        if hasattr(model, "projection"):
+            from any2point.train.metrics import input_size
+
+            cloud = TrainConfig().eval_transform(input_size(model, test))(test.points[row : row + 1], None)[0]
+            name = test.class_names[int(test.labels[row])]
+            what = f"a held-out {name} as the {model.source_info.modality} model sees it"
+            projection_picture(model, cloud, paths[2], f"Virtual projection: {what}")
+    except ImportError as error:
+        print(error)
+
+
+def _count(split: str) -> Any:
+    if not on_terminal():
+        return None
+
+    def show(done: int, total: int) -> None:
+        end = "\n" if done == total else "\r"
+        print(f"reading {split} set: {done} of {total}", end=end, flush=True)
+
+    return show

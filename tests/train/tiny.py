@@ -1,0 +1,67 @@
+"""A model and a data set so small that training takes a second; as a script, a run that is killed midway."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from any2point import Any2Point, Any2PointConfig, Source
+from any2point.data import PointDataset
+from any2point.train import PlainReporter, TrainConfig, fit
+
+CLASSES = ("ball", "box", "stick")
+
+
+def dataset(count: int = 24, seed: int = 0) -> PointDataset:
+    """Balls, boxes and sticks of 96 points."""
+    generator = torch.Generator().manual_seed(seed)
+    points = torch.randn(count, 96, 3, generator=generator)
+    labels = torch.arange(count) % 3
+    ball = points / points.norm(dim=-1, keepdim=True)
+    box = points / points.abs().amax(dim=-1, keepdim=True)
+    stick = points * torch.tensor([0.05, 1.0, 0.05])
+    shapes = torch.stack([ball, box, stick])
+    return PointDataset(shapes[labels, torch.arange(count)], labels, CLASSES)
+
+
+def model(seed: int = 0) -> Any2Point:
+    """A few thousand parameters."""
+    torch.manual_seed(seed)
+    source = Source.random("bert", width=48, depth=2, heads=4, positions=(16,))
+    config = Any2PointConfig(
+        num_classes=3, num_points=64, num_tokens=8, neighbors=4, views=2, adapter_dim=4, head_width=16
+    )
+    return Any2Point(config, source)
+
+
+def config(**options: Any) -> TrainConfig:
+    """Six epochs of three steps, in fp32."""
+    defaults: dict[str, Any] = {"epochs": 6, "batch_size": 8, "warmup_epochs": 1, "pool": 80, "lr": 5e-3}
+    defaults |= {"precision": "fp32", "device": "cpu", "yaw": 20.0, "jitter": 0.01}
+    return TrainConfig(**{**defaults, **options})
+
+
+class Killer(PlainReporter):
+    """Ends the process, without any clean-up, at a step."""
+
+    def __init__(self, epoch: int, step: int) -> None:
+        super().__init__()
+        self.at, self.behind = (epoch, step), 0
+
+    def step(self, number: int) -> None:
+        if (self.behind, number) == self.at:
+            os._exit(9)
+
+    def epoch(self, record: dict[str, Any]) -> None:
+        self.behind = record["epoch"]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    select = sys.argv[2]
+    reporter = Killer(int(sys.argv[3]), int(sys.argv[4]))
+    fit(model(), dataset(), dataset(9, 1), config(select=select), Path(sys.argv[1]), reporter=reporter)
