@@ -22,7 +22,7 @@ class Recipe:
     """A run, as it is written to recipe.yaml.
 
     Attributes:
-        data: "sh3d15" or a folder.
+        data: "sh3d15" or a folder; None for a model that was not trained here.
         source: path of a checkpoint, or "random:FAMILY" for the same architecture untrained.
         model: fields of `Any2PointConfig`, apart from the number of classes.
         train: fields of `TrainConfig`.
@@ -32,7 +32,7 @@ class Recipe:
         test_fraction: share of a folder without train and test folders that becomes the test set.
     """
 
-    data: str = "sh3d15"
+    data: str | None = "sh3d15"
     source: str = "random:bert"
     model: Mapping[str, Any] = field(default_factory=dict)
     train: TrainConfig = field(default_factory=TrainConfig)

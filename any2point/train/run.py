@@ -51,6 +51,7 @@ def train_run(recipe: str | None, overrides: Mapping[str, Any], output: Path, re
 
 def open_data(plan: Recipe, split: str) -> PointDataset:
     """A recipe's training or test set."""
+    assert plan.data is not None
     if plan.data == "sh3d15":
         return load_dataset(plan.data, split)
     options: dict[str, Any] = {"num_points": plan.points, "test_fraction": plan.test_fraction}
@@ -89,8 +90,11 @@ def evaluate_run(
     model, recipe = load_run(run, source)
     options = (recipe or Recipe()).train.to_dict() | {"device": device, "precision": precision}
     config = TrainConfig.from_dict(options)
-    plan = recipe or Recipe()
-    plan = plan.override({"data": data} if data else {})
+    plan = (recipe or Recipe(data=None)).override({"data": data} if data else {})
+    if plan.data is None:
+        raise ValueError(
+            "--data: expected sh3d15 or a folder, because this model does not say what to test it on"
+        )
     clouds = open_data(plan, split)
     names = clouds.class_names
     if model.class_names is not None and tuple(model.class_names) != names:
@@ -143,9 +147,7 @@ def convert_official(checkpoint: Path, output: Path, variant: str, pretrained: P
         if not path.exists():
             raise FileNotFoundError(f"{path}: no such file")
     state, _, _ = read_checkpoint(checkpoint)
-    tables = dict(state)
-    if pretrained is not None:
-        tables |= read_checkpoint(pretrained)[0]
+    tables = read_checkpoint(pretrained)[0] if pretrained is not None else state
     table = next((tables[name] for name in tables if name.rpartition(".")[2] in _TABLES), None)
     if table is None:
         raise ValueError(
@@ -153,6 +155,10 @@ def convert_official(checkpoint: Path, output: Path, variant: str, pretrained: P
         )
     model = Any2Point.from_official(state, variant, position_table=table)
     model.save_pretrained(output, include_source=True)
+    # The official code only centres ScanObjectNN's clouds and scales ModelNet40's to the unit sphere.
+    normalize = "center" if variant.endswith("scanobjectnn") else "sphere"
+    recipe = Recipe(data=None, source=str(checkpoint.resolve()), train=TrainConfig(normalize=normalize))
+    files.write_yaml(output / files.RECIPE, recipe.to_dict())
     print(model.summary())
     print(f"\nmodel folder: {output}")
 
