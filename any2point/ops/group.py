@@ -30,7 +30,7 @@ def group(features: Tensor, index: Tensor) -> Tensor:
             any shape with rows of the packed tensor, 0..P-1; -1 for no row.
 
     Returns:
-        ``[B, ..., C]`` or ``[..., C]`` in the dtype of ``features``.
+        ``[B, ..., C]`` or ``[..., C]`` in the dtype of ``features``, also under autocast.
 
     Raises:
         ValueError: wrong shapes or devices. An index outside of -1..N-1 raises on the CPU; on CUDA, where

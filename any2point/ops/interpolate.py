@@ -23,7 +23,8 @@ def interpolate(features: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         weight: the shape of ``index``, any floating dtype; used in float32 (float64 with float64 features).
 
     Returns:
-        ``[B, S, C]`` or ``[S, C]`` in the dtype of ``features``, accumulated in float32 or float64.
+        ``[B, S, C]`` or ``[S, C]`` in the dtype of ``features``, also under autocast; the sum is
+        taken in float32 or float64.
 
     Raises:
         ValueError: wrong shapes or devices. An index outside of -1..N-1 raises on the CPU; on CUDA its result

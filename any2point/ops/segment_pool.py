@@ -35,7 +35,8 @@ def segment_pool(
         start: where each segment begins in ``order``; at least ``[S + 1]``.
 
     Returns:
-        ``[S, C]`` in the dtype of ``features``, accumulated in float32 (float64 for float64).
+        ``[S, C]`` in the dtype of ``features``, also under autocast; accumulated in float32 (float64 for
+        float64).
 
     Raises:
         ValueError: wrong shapes or devices, an unknown ``reduce``. A segment outside of -1..S-1 raises on the

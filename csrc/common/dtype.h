@@ -5,7 +5,12 @@
 #include <stdint.h>
 #include <string.h>
 
-#include "common/layout.h"
+// Never emitted as a function of its own: a copy from a *.simd.cpp could be the one that the linker keeps.
+#ifdef __CUDACC__
+#define A2P_ALWAYS_INLINE static __host__ __device__ __forceinline__
+#else
+#define A2P_ALWAYS_INLINE static inline __attribute__((always_inline))
+#endif
 
 namespace any2point {
 
@@ -31,22 +36,22 @@ template <typename T>
 using Accumulator = typename AccumulatorOf<T>::type;
 
 namespace detail {
-A2P_HOST_DEVICE float float_of_bits(uint32_t bits) {
+A2P_ALWAYS_INLINE float float_of_bits(uint32_t bits) {
   float value;
   memcpy(&value, &bits, 4);
   return value;
 }
-A2P_HOST_DEVICE uint32_t bits_of_float(float value) {
+A2P_ALWAYS_INLINE uint32_t bits_of_float(float value) {
   uint32_t bits;
   memcpy(&bits, &value, 4);
   return bits;
 }
 }  // namespace detail
 
-A2P_HOST_DEVICE float widen(float value) { return value; }
-A2P_HOST_DEVICE double widen(double value) { return value; }
-A2P_HOST_DEVICE float widen(BFloat16 value) { return detail::float_of_bits(uint32_t(value.bits) << 16); }
-A2P_HOST_DEVICE float widen(Half value) {
+A2P_ALWAYS_INLINE float widen(float value) { return value; }
+A2P_ALWAYS_INLINE double widen(double value) { return value; }
+A2P_ALWAYS_INLINE float widen(BFloat16 value) { return detail::float_of_bits(uint32_t(value.bits) << 16); }
+A2P_ALWAYS_INLINE float widen(Half value) {
 #ifdef __CUDA_ARCH__
   float wide;
   asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(value.bits));
@@ -63,14 +68,14 @@ A2P_HOST_DEVICE float widen(Half value) {
 }
 
 // Rounded to nearest even.
-A2P_HOST_DEVICE void narrow(float value, float* out) { *out = value; }
-A2P_HOST_DEVICE void narrow(double value, double* out) { *out = value; }
-A2P_HOST_DEVICE void narrow(float value, BFloat16* out) {
+A2P_ALWAYS_INLINE void narrow(float value, float* out) { *out = value; }
+A2P_ALWAYS_INLINE void narrow(double value, double* out) { *out = value; }
+A2P_ALWAYS_INLINE void narrow(float value, BFloat16* out) {
   const uint32_t bits = detail::bits_of_float(value);
   const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
   out->bits = uint16_t(value != value ? 0x7fc0 : rounded);
 }
-A2P_HOST_DEVICE void narrow(float value, Half* out) {
+A2P_ALWAYS_INLINE void narrow(float value, Half* out) {
 #ifdef __CUDA_ARCH__
   asm("cvt.rn.f16.f32 %0, %1;" : "=h"(out->bits) : "f"(value));
 #else
@@ -90,7 +95,7 @@ A2P_HOST_DEVICE void narrow(float value, Half* out) {
 
 // Calls function(T{}) with the element type of `dtype`.
 template <typename F>
-void dispatch(Dtype dtype, const F& function) {
+static inline void dispatch(Dtype dtype, const F& function) {
   switch (dtype) {
     case Dtype::f16:
       return function(Half{});

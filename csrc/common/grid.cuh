@@ -11,13 +11,14 @@ constexpr int kThreads = 256;
 constexpr int kWarp = 32;
 constexpr unsigned kAll = 0xffffffff;  // all lanes of a warp
 
-// Blocks of kThreads that fill the current device, but no more than `items` need.
+// Blocks of kThreads for `items`, at most 128 for each processor: many times what fits at once, so that the
+// last ones to run are few, and few enough that a thread's first division is spread over several items.
 inline int grid_for(int64_t items) {
   int device = 0, processors = 1;
   cudaGetDevice(&device);
   cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
-  const int64_t needed = (items + kThreads - 1) / kThreads, full = int64_t(processors) * (2048 / kThreads);
-  return static_cast<int>(needed < full ? needed : full);
+  const int64_t needed = (items + kThreads - 1) / kThreads, most = int64_t(processors) * 128;
+  return static_cast<int>(needed < most ? needed : most);
 }
 
 // The coordinates of element i of an array [outer, middle, inner], and how they change over a stride.

@@ -1,82 +1,17 @@
 #include "interpolate/kernel.h"
 
-#include <algorithm>
+#include "common/isa.h"
 
 namespace any2point {
-namespace {
 
-constexpr int64_t kTile = 256;  // channels accumulated at once
+A2P_DECLARE_ISA(int64_t interpolate_rows(const Interpolate& args, int64_t begin, int64_t end);
+                int64_t weight_grad_rows(const Interpolate& args, int64_t begin, int64_t end))
 
-// The row that neighbour `i` (of all B * S * K) means: null for -1 and, noted in `bad`, for anything else
-// outside of the cloud.
-template <typename T>
-const T* row_of(const Interpolate& args, int64_t cloud, int64_t i, int64_t* bad) {
-  const int64_t row = args.index[i];
-  if (row >= 0 && row < args.rows) {
-    return static_cast<const T*>(args.features) + (cloud * args.rows + row) * args.channels;
-  }
-  if (row != -1 && *bad < 0) *bad = i;
-  return nullptr;
-}
-
-// Eight running sums: a fixed order that compilers can vectorise.
-template <typename T>
-Accumulator<T> dot(const T* a, const T* b, int64_t n) {
-  constexpr int kLanes = 8;
-  Accumulator<T> lane[kLanes] = {}, total = 0;
-  int64_t c = 0;
-  for (; c + kLanes <= n; c += kLanes) {
-    for (int i = 0; i < kLanes; i++) lane[i] += widen(a[c + i]) * widen(b[c + i]);
-  }
-  for (int i = 0; i < kLanes; i++) total += lane[i];
-  for (; c < n; c++) total += widen(a[c]) * widen(b[c]);
-  return total;
-}
-
-}  // namespace
-
-int64_t interpolate_cpu(const Interpolate& args, int64_t begin, int64_t end) {
-  int64_t bad = -1;
-  dispatch(args.dtype, [&](auto type) {
-    using T = decltype(type);
-    using A = Accumulator<T>;
-    A total[kTile];
-    for (int64_t s = begin; s < end; s++) {
-      const int64_t cloud = s / args.queries, first = s * args.neighbours;
-      const A* weight = static_cast<const A*>(args.weight) + first;
-      T* out = static_cast<T*>(args.out) + s * args.channels;
-      for (int64_t c0 = 0; c0 < args.channels; c0 += kTile) {
-        const int64_t width = std::min(kTile, args.channels - c0);
-        std::fill(total, total + width, A(0));
-        for (int64_t k = 0; k < args.neighbours; k++) {
-          const T* row = row_of<T>(args, cloud, first + k, &bad);
-          if (!row) continue;
-          const A w = weight[k];
-          for (int64_t c = 0; c < width; c++) total[c] += w * widen(row[c0 + c]);
-        }
-        for (int64_t c = 0; c < width; c++) narrow(total[c], out + c0 + c);
-      }
-    }
-  });
-  return bad;
-}
+int64_t interpolate_cpu(const Interpolate& args, int64_t begin,
+                        int64_t end){A2P_DISPATCH_ISA(interpolate_rows, args, begin, end)}
 
 int64_t interpolate_weight_grad_cpu(const Interpolate& args, int64_t begin, int64_t end) {
-  int64_t bad = -1;
-  dispatch(args.dtype, [&](auto type) {
-    using T = decltype(type);
-    using A = Accumulator<T>;
-    for (int64_t s = begin; s < end; s++) {
-      const int64_t cloud = s / args.queries, first = s * args.neighbours;
-      const T* grad = static_cast<const T*>(args.grad) + s * args.channels;
-      A* out = static_cast<A*>(args.out) + first;
-      for (int64_t k = 0; k < args.neighbours; k++) {
-        const T* row = row_of<T>(args, cloud, first + k, &bad);
-        out[k] = row ? dot(grad, row, args.channels) : A(0);
-      }
-    }
-  });
-  return bad;
+  A2P_DISPATCH_ISA(weight_grad_rows, args, begin, end)
 }
 
 }  // namespace any2point

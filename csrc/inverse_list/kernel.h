@@ -53,7 +53,9 @@ struct GatherReduce {
 
 // Items [begin, end) of the B * N * column_tiles(channels) items of work.
 void gather_reduce_cpu(const GatherReduce& args, int64_t begin, int64_t end);
-int64_t column_tiles(int64_t channels);
+// Channels that are accumulated at once: 1 kB of float32, which stays in the first-level cache.
+constexpr int64_t kColumnTile = 256;
+static inline int64_t column_tiles(int64_t channels) { return (channels + kColumnTile - 1) / kColumnTile; }
 
 // All `rows` = B * N rows; the list is uint32 and valid.
 int64_t gather_reduce_workspace(const GatherReduce& args, int64_t rows);

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from op_contract import OpContract, Sample
+from op_contract import OpContract, Sample, assert_same
 
 from any2point import ops, reference
 
@@ -86,6 +86,23 @@ def test_16_bit_features_with_float32_weights(device: str, dtype: torch.dtype) -
     assert (features.grad.dtype, weight.grad.dtype) == (dtype, torch.float32)
     want = ops.group(features.detach().double(), index).sum(-1)
     torch.testing.assert_close(weight.grad.double(), want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_every_instruction_set_gives_the_same_bits(dtype: torch.dtype) -> None:
+    features, index = torch.randn(2, 9, 41).to(dtype), torch.randint(-1, 9, (2, 30, 5))
+    best = torch.ops.any2point._simd("")
+    results = []
+    try:
+        for level in ("scalar", "avx2", "avx512")[: ("scalar", "avx2", "avx512").index(best) + 1]:
+            torch.ops.any2point._simd(level)
+            weight = torch.linspace(0, 1, 300, dtype=torch.float64).view(2, 30, 5).requires_grad_()
+            got = ops.interpolate(features, index, weight)
+            results.append([got, *torch.autograd.grad(got.sum(), weight)])
+    finally:
+        torch.ops.any2point._simd(best)
+    for result in results[1:]:
+        assert_same(result, results[0])
 
 
 def test_one_gradient_at_a_time(device: str) -> None:

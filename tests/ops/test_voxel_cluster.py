@@ -156,3 +156,17 @@ def test_broken_offsets_on_cuda_stay_in_bounds() -> None:
     for offsets in ([0, 500, -3, 100], [50, 40, 30], [7], [-(2**40), 2**40]):
         got = ops.voxel_cluster(points, 0.2, offsets=torch.tensor(offsets, device="cuda"))
         assert sorted(got.order.tolist()) == list(range(100))
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_more_than_2_to_the_31_elements() -> None:
+    rows = (1 << 31) // 3 + 1000
+    points = torch.zeros(rows, 3, device="cuda")
+    points[:, 0] = torch.arange(rows, device="cuda") >> 16
+    got = ops.voxel_cluster(points, 1.0, offsets=torch.tensor([0, rows], device="cuda"))
+    assert int(got.count) == (rows - 1 >> 16) + 1
+    for begin in (0, rows // 2, rows - 5000):
+        part = torch.arange(begin, begin + 5000, device="cuda")
+        assert torch.equal(got.order[part], part)
+        assert torch.equal(got.cluster[part], part >> 16)
