@@ -11,11 +11,12 @@ STABLE_TORCH_LIBRARY(any2point, m) {
   // Distances come first: opcheck sums outputs in place, which a leading integer tensor would make
   // impossible.
   m.def(
-      "knn(Tensor query, Tensor points, int k, Tensor? query_lengths, Tensor? lengths, Tensor? "
+      "knn(Tensor query, Tensor points, SymInt k, Tensor? query_lengths, Tensor? lengths, Tensor? "
       "query_offsets, "
       "Tensor? offsets, bool sorted) -> (Tensor distance, Tensor index)");
   m.def(
-      "ball_query(Tensor query, Tensor points, float radius, int k, Tensor? query_lengths, Tensor? lengths, "
+      "ball_query(Tensor query, Tensor points, float radius, SymInt k, Tensor? query_lengths, Tensor? "
+      "lengths, "
       "Tensor? query_offsets, Tensor? offsets, bool nearest) -> (Tensor distance, Tensor index, Tensor "
       "count)");
 

@@ -47,7 +47,7 @@ def knn(
         query_offsets: ``[B + 1]`` int64; the queries of cloud b are rows ``query_offsets[b]`` to
             ``query_offsets[b + 1]`` of the packed queries. Goes with `offsets`.
         offsets: ``[B + 1]`` int64, the same for packed points.
-        sorted: False gives the same neighbours in ascending order of index, which is faster.
+        sorted: False gives the same neighbours in ascending order of index.
 
     Returns:
         ``(index, distance)``, each ``[B, S, k]``, or ``[Q, k]`` if packed. index is int64: rows of the cloud
@@ -117,7 +117,7 @@ def distance_backward(grad: Tensor, query: Tensor, points: Tensor, index: Tensor
     """Gradients of query and points for one of the distances, ``[B, S, k]`` or ``[Q, k]``; differentiable.
 
     grad_query is the sum of 2 g (q - p) over a query's neighbours; grad_points is minus the same terms summed
-    over the pairs of each point, by an inverse list instead of atomics.
+    over the pairs of each point, in a fixed order and without atomics, as in the gradient of `group`.
     """
     packed = points.dim() == 2
     if packed:
@@ -126,23 +126,14 @@ def distance_backward(grad: Tensor, query: Tensor, points: Tensor, index: Tensor
     dim = points.shape[-1]
     flat = index.reshape(batch, rows * k)
     valid = (index >= 0)[..., None]
-    difference = query[:, :, None] - _gather(points, flat).view(batch, rows, k, dim)
+    difference = query[:, :, None] - torch.ops.any2point.group.default(points, flat).view(batch, rows, k, dim)
     # Masked before the product: the query of a missing pair may be infinite, and its gradient anything.
     term = torch.where(valid, difference, 0.0) * torch.where(valid, 2 * grad[..., None], 0.0)
     grad_query = term.sum(2)
-    grad_points = -_scatter(term.view(batch, rows * k, dim), flat, points.shape[1])
+    grad_points = -torch.ops.any2point._group_backward.default(
+        term.view(batch, rows * k, dim), flat, points.shape[1]
+    )
     return (grad_query[0], grad_points[0]) if packed else (grad_query, grad_points)
-
-
-def _gather(features: Tensor, index: Tensor) -> Tensor:
-    features = torch.nn.functional.pad(features, (0, 0, 0, 1))  # a row of zeros for index -1
-    target = torch.where(index >= 0, index, features.shape[1] - 1)
-    return features.gather(1, target[..., None].expand(-1, -1, features.shape[2]))
-
-
-def _scatter(grad: Tensor, index: Tensor, num_rows: int) -> Tensor:
-    target = torch.where(index >= 0, index, num_rows)[..., None].expand_as(grad)
-    return grad.new_zeros(grad.shape[0], num_rows + 1, grad.shape[2]).scatter_add(1, target, grad)[:, :-1]
 
 
 @torch.library.register_fake("any2point::knn")

@@ -3,12 +3,17 @@
 // C++ library (its inline functions would be emitted with this set's instructions and could be the copy that
 // the linker keeps for everybody), and everything inside namespace any2point::A2P_ISA.
 //
-// Float: kLanes floats. Masks are plain bit sets, lane 0 in bit 0. Words: kLanes uint32, each a set of bits.
+// Float: kLanes floats. Int: kLanes int32. Words: kLanes uint32, each a set of bits. Masks are plain bit sets,
+// lane 0 in bit 0.
 #pragma once
 
 #include <stdint.h>
 #if defined(__AVX2__)
+// GCC 12 warns of the registers that its own headers leave undefined on purpose.
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 #endif
 
 #define A2P_INLINE static inline __attribute__((always_inline))
@@ -17,6 +22,17 @@ namespace any2point {
 namespace A2P_ISA {
 
 typedef uint32_t Mask;
+
+A2P_INLINE int32_t float_bits(float a) {
+  int32_t bits;
+  __builtin_memcpy(&bits, &a, sizeof bits);
+  return bits;
+}
+A2P_INLINE float bits_float(int32_t bits) {
+  float a;
+  __builtin_memcpy(&a, &bits, sizeof a);
+  return a;
+}
 
 #if defined(__AVX512F__)
 
@@ -65,6 +81,30 @@ A2P_INLINE Words add_where_less(Words words, uint32_t bits, Float a, Float b) {
 }
 A2P_INLINE Mask nonzero(Words words) { return _mm512_test_epi32_mask(words, words); }
 A2P_INLINE void store(uint32_t* p, Words words) { _mm512_storeu_si512(p, words); }
+
+typedef __m512i Int;
+
+A2P_INLINE Int load(const int32_t* p) { return _mm512_loadu_si512(p); }
+A2P_INLINE void store(int32_t* p, Int a) { _mm512_storeu_si512(p, a); }
+A2P_INLINE Int splat_int(int32_t a) { return _mm512_set1_epi32(a); }
+A2P_INLINE int compress(int32_t* p, Int a, Mask mask) {
+  _mm512_storeu_si512(p, _mm512_maskz_compress_epi32((__mmask16)mask, a));
+  return __builtin_popcount(mask);
+}
+A2P_INLINE int reduce_add(Int a) { return _mm512_reduce_add_epi32(a); }
+// count + 1 in the lanes where a < b, or a <= b.
+A2P_INLINE Int count_less(Int count, Float a, Float b) {
+  return _mm512_mask_sub_epi32(count, _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), count, splat_int(-1));
+}
+A2P_INLINE Int count_less_equal(Int count, Float a, Float b) {
+  return _mm512_mask_sub_epi32(count, _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ), count, splat_int(-1));
+}
+// count + 1 in the lanes where a < b, and in lanes above `lane` also where a == b.
+A2P_INLINE Int count_before(Int count, Float a, Float b, int lane) {
+  const Mask above = 0xfffeu << lane;
+  const Mask before = less(a, b) | (equal(a, b) & above);
+  return _mm512_mask_sub_epi32(count, (__mmask16)before, count, splat_int(-1));
+}
 
 #elif defined(__AVX2__)
 
@@ -123,6 +163,35 @@ A2P_INLINE Mask nonzero(Words words) {
   return 0xffu & ~(Mask)_mm256_movemask_ps(_mm256_castsi256_ps(zero));
 }
 A2P_INLINE void store(uint32_t* p, Words words) { _mm256_storeu_si256((__m256i*)p, words); }
+
+typedef __m256i Int;
+
+A2P_INLINE Int load(const int32_t* p) { return _mm256_loadu_si256((const __m256i*)p); }
+A2P_INLINE void store(int32_t* p, Int a) { _mm256_storeu_si256((__m256i*)p, a); }
+A2P_INLINE Int splat_int(int32_t a) { return _mm256_set1_epi32(a); }
+A2P_INLINE int compress(int32_t* p, Int a, Mask mask) {
+  store(p, _mm256_permutevar8x32_epi32(a, packing(mask)));
+  return __builtin_popcount(mask);
+}
+A2P_INLINE int reduce_add(Int a) {
+  __m128i b = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+  b = _mm_add_epi32(b, _mm_shuffle_epi32(b, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(b, _mm_shuffle_epi32(b, 0xb1)));
+}
+// count + 1 in the lanes where a < b, or a <= b.
+A2P_INLINE Int count_less(Int count, Float a, Float b) {
+  return _mm256_sub_epi32(count, _mm256_castps_si256(_mm256_cmp_ps(a, b, _CMP_LT_OQ)));
+}
+A2P_INLINE Int count_less_equal(Int count, Float a, Float b) {
+  return _mm256_sub_epi32(count, _mm256_castps_si256(_mm256_cmp_ps(a, b, _CMP_LE_OQ)));
+}
+// count + 1 in the lanes where a < b, and in lanes above `lane` also where a == b.
+A2P_INLINE Int count_before(Int count, Float a, Float b, int lane) {
+  const __m256i above = _mm256_cmpgt_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), splat_int(lane));
+  const Float equals = _mm256_and_ps(_mm256_cmp_ps(a, b, _CMP_EQ_OQ), _mm256_castsi256_ps(above));
+  const Float before = _mm256_or_ps(_mm256_cmp_ps(a, b, _CMP_LT_OQ), equals);
+  return _mm256_sub_epi32(count, _mm256_castps_si256(before));
+}
 
 #else
 
@@ -206,6 +275,46 @@ A2P_INLINE Mask nonzero(Words words) {
   return m;
 }
 A2P_INLINE void store(uint32_t* p, Words words) { A2P_LANES p[i] = words.lane[i]; }
+
+struct Int {
+  int32_t lane[kLanes];
+};
+
+A2P_INLINE Int load(const int32_t* p) {
+  Int r;
+  A2P_LANES r.lane[i] = p[i];
+  return r;
+}
+A2P_INLINE void store(int32_t* p, Int a) { A2P_LANES p[i] = a.lane[i]; }
+A2P_INLINE Int splat_int(int32_t a) {
+  Int r;
+  A2P_LANES r.lane[i] = a;
+  return r;
+}
+A2P_INLINE int compress(int32_t* p, Int a, Mask mask) {
+  int n = 0;
+  A2P_LANES if (mask >> i & 1) p[n++] = a.lane[i];
+  return n;
+}
+A2P_INLINE int reduce_add(Int a) {
+  int r = 0;
+  A2P_LANES r += a.lane[i];
+  return r;
+}
+// count + 1 in the lanes where a < b, or a <= b.
+A2P_INLINE Int count_less(Int count, Float a, Float b) {
+  A2P_LANES count.lane[i] += a.lane[i] < b.lane[i];
+  return count;
+}
+A2P_INLINE Int count_less_equal(Int count, Float a, Float b) {
+  A2P_LANES count.lane[i] += a.lane[i] <= b.lane[i];
+  return count;
+}
+// count + 1 in the lanes where a < b, and in lanes above `lane` also where a == b.
+A2P_INLINE Int count_before(Int count, Float a, Float b, int lane) {
+  A2P_LANES count.lane[i] += a.lane[i] < b.lane[i] || (a.lane[i] == b.lane[i] && i > lane);
+  return count;
+}
 #undef A2P_LANES
 
 #endif
