@@ -30,20 +30,22 @@ A2P_INLINE void distances_at(const Columns& points, int64_t i, const float* quer
 constexpr int kVectors = 4;
 
 // All distances, and those up to t packed with their rows.
-A2P_INLINE int64_t measure(const Columns& points, const float* query, float t, const Scratch& scratch) {
+A2P_INLINE int64_t measure(const Columns points, const float* query, float t, const Scratch& scratch) {
+  float *const distance = scratch.distance, *const near = scratch.near;
+  int32_t* const place = scratch.place;
   const Float bound = splat(t);
   int64_t m = 0;
   for (int64_t i = 0; i < points.stride; i += kVectors * kLanes) {
     Float d[kVectors];
     distances_at<kVectors>(points, i, query, d);
     for (int v = 0; v < kVectors; v++) {
-      store(scratch.distance + i + v * kLanes, d[v]);
+      store(distance + i + v * kLanes, d[v]);
       const Mask keep = less_equal(d[v], bound);
-      compress_index(scratch.place + m, (int32_t)(i + v * kLanes), keep);
-      m += compress(scratch.near + m, d[v], keep);
+      compress_index(place + m, (int32_t)(i + v * kLanes), keep);
+      m += compress(near + m, d[v], keep);
     }
   }
-  terminate(scratch.near + m);
+  terminate(near + m);
   return m;
 }
 

@@ -55,10 +55,12 @@ constexpr int64_t kFanout = 16;
 constexpr int kMaxLevels = 8;
 
 struct Tree {
-  int64_t points;  // finite points
-  float* axis[3];  // by position in k-d order; NaN up to the end of the last block
-  int32_t* row;    // row in the cloud of each position
-  int levels;      // of boxes: the boxes of level 0 hold blocks, those of level l groups of level l - 1
+  int64_t points;   // finite points
+  float* axis[3];   // by position in k-d order; NaN up to the end of the last block
+  int32_t* row;     // row in the cloud of each position
+  int32_t* lowest;  // positions of the lowest rows, rising with the row
+  int64_t lowest_count;
+  int levels;  // of boxes: those of level 0 hold blocks, those of level l groups of level l - 1
   int64_t groups[kMaxLevels];  // of boxes; the last level has one
   float* box[kMaxLevels];      // [groups][6][kFanout]: low x, high x, low y, ...; NaN where there is no box
 };

@@ -157,7 +157,19 @@ A2P_INLINE int append(int32_t* list, int32_t first, Mask mask) {
   return n;
 }
 
-// Packs the points within t with their positions; returns how many.
+// Packs those of kLanes points that are within the bound, with their positions, behind m others.
+A2P_INLINE int pack_points(float* const axis[3], int64_t at, const Float query[3], Float bound, float* near,
+                           int32_t* place) {
+  const Float dx = sub(load(axis[0] + at), query[0]);
+  const Float dy = sub(load(axis[1] + at), query[1]);
+  const Float dz = sub(load(axis[2] + at), query[2]);
+  const Float d = fma(dz, dz, fma(dx, dx, mul(dy, dy)));
+  const Mask keep = less_equal(d, bound);
+  compress_index(place, (int32_t)at, keep);
+  return compress(near, d, keep);
+}
+
+// Packs all points within t; returns how many.
 A2P_INLINE int64_t collect(const Tree& tree, const float q[3], float t, const Scratch& s) {
   const Float query[3] = {splat(q[0]), splat(q[1]), splat(q[2])};
   const Float bound = splat(t);
@@ -165,9 +177,10 @@ A2P_INLINE int64_t collect(const Tree& tree, const float q[3], float t, const Sc
   int64_t n = 1;
   list[0] = 0;
   for (int level = tree.levels - 1; level >= 0; level--) {
+    const float* const boxes = tree.box[level];
     int64_t found = 0;
     for (int64_t i = 0; i < n; i++) {
-      const float* box = tree.box[level] + (int64_t)list[i] * (6 * kFanout);
+      const float* box = boxes + (int64_t)list[i] * (6 * kFanout);
       found += append(next + found, list[i] * (int32_t)kFanout, reach(box, query, bound));
     }
     n = found;
@@ -175,17 +188,13 @@ A2P_INLINE int64_t collect(const Tree& tree, const float q[3], float t, const Sc
     list = next;
     next = other;
   }
+  float* const axis[3] = {tree.axis[0], tree.axis[1], tree.axis[2]};
+  float* const near = s.near;
+  int32_t* const place = s.place;
   int64_t m = 0;
   for (int64_t i = 0; i < n; i++) {
     for (int half = 0; half < kFanout; half += kLanes) {
-      const int64_t at = (int64_t)list[i] * kFanout + half;
-      const Float dx = sub(load(tree.axis[0] + at), query[0]);
-      const Float dy = sub(load(tree.axis[1] + at), query[1]);
-      const Float dz = sub(load(tree.axis[2] + at), query[2]);
-      const Float d = fma(dz, dz, fma(dx, dx, mul(dy, dy)));
-      const Mask keep = less_equal(d, bound);
-      compress_index(s.place + m, (int32_t)at, keep);
-      m += compress(s.near + m, d, keep);
+      m += pack_points(axis, (int64_t)list[i] * kFanout + half, query, bound, near + m, place + m);
     }
   }
   terminate(s.near + m);
@@ -222,17 +231,13 @@ float sure_radius(const Tree& tree, const float q[3], int64_t k, float limit, co
     const int64_t begin = path[level] * size;
     const int64_t end = smaller(begin + size, groups_of(tree.points) * kFanout);
     if (end - begin < k) continue;
-    int64_t n = 0;
-    for (int64_t at = begin; at < end; at += kLanes, n += kLanes) {
-      const Float dx = sub(load(tree.axis[0] + at), query[0]);
-      const Float dy = sub(load(tree.axis[1] + at), query[1]);
-      const Float dz = sub(load(tree.axis[2] + at), query[2]);
-      store(s.distance + n, fma(dz, dz, fma(dx, dx, mul(dy, dy))));
+    int64_t m = 0;
+    for (int64_t at = begin; at < end; at += kLanes) {
+      m += pack_points(tree.axis, at, query, splat(limit), s.near + m, s.place + m);
     }
-    terminate(s.distance + n);
-    const Radius found =
-        find_radius(s.distance, n, k, k / 8, limit, limit, count_within(s.distance, n, limit));
-    if (found.tie || found.count >= k) return found.t;
+    if (m < k) continue;
+    sort(s.near, s.place, m, k, s.spare, s.spare_place);
+    return s.near[k - 1];
   }
   return limit;
 }
@@ -282,22 +287,39 @@ void sort_rows(const Tree& tree, int64_t m, const Scratch& s) {
   }
 }
 
+// Fewer than k distances are finite: all other points are equally far, at infinity, so the lowest rows of
+// them come next. Those need not be searched for.
+int64_t add_overflowed(const Tree& tree, int64_t m, int64_t k, const Scratch& s) {
+  const int64_t finite = m;
+  for (int64_t i = 0; i < tree.lowest_count && m < k; i++) {
+    bool known = false;
+    for (int64_t j = 0; j < finite; j++) known |= s.place[j] == tree.lowest[i];
+    if (known) continue;
+    s.near[m] = __builtin_inff();
+    s.place[m++] = tree.lowest[i];
+  }
+  terminate(s.near + m);
+  return m;
+}
+
 A2P_INLINE int64_t nearest_places(const Tree& tree, const float q[3], const Wanted& wanted, const Scratch& s,
                                   float* guess) {
   const int64_t k = smaller(wanted.k, tree.points);
-  float t = *guess < wanted.limit ? *guess : wanted.limit;
+  const float limit = wanted.limit < __FLT_MAX__ ? wanted.limit : __FLT_MAX__;
+  float t = *guess < limit ? *guess : limit;
   int64_t m = collect(tree, q, t, s);
-  if (m < k && t < wanted.limit) {
+  if (m < k && t < limit) {
     if (2 * m >= k) {
       const int64_t bits = (int64_t)float_bits(t) + radius_step(m, k + k / 4 + 4);
-      t = bits_float((int32_t)smaller(bits, float_bits(wanted.limit)));
+      t = bits_float((int32_t)smaller(bits, float_bits(limit)));
       m = collect(tree, q, t, s);
     }
-    if (m < k && t < wanted.limit) {
-      t = sure_radius(tree, q, k, wanted.limit, s);
+    if (m < k && t < limit) {
+      t = sure_radius(tree, q, k, limit, s);
       m = collect(tree, q, t, s);
     }
   }
+  if (m < k && wanted.limit > limit) m = add_overflowed(tree, m, k, s);
   const int64_t found = smaller(m, k);
   if (found == 0) return 0;
   if (m > 2 * k + 64) {
@@ -306,8 +328,8 @@ A2P_INLINE int64_t nearest_places(const Tree& tree, const float q[3], const Want
     m = pack_within(s.near, s.place, m, t, s.near, s.place);
     terminate(s.near + m);
   }
-  bool by_rows = wanted.choice == Choice::set;
-  if (by_rows && m > k) {
+  const bool by_rows = wanted.choice == Choice::set;
+  if (by_rows && m > larger(k, 64)) {  // longer lists are sorted more slowly than searched
     const Radius last = find_radius(s.near, m, k, 0, t, t, m);
     t = last.t;
     if (!last.tie) {
@@ -326,6 +348,15 @@ A2P_INLINE int64_t nearest_places(const Tree& tree, const float q[3], const Want
     *guess = bits_float((int32_t)smaller(bits, float_bits(__builtin_inff())));
   }
   return found;
+}
+
+constexpr int64_t kAhead = 4;
+
+A2P_INLINE void fetch_row(const Wanted& wanted, int64_t query) {
+  const char* index = (const char*)(wanted.index + query * wanted.k);
+  const char* distance = (const char*)(wanted.distance + query * wanted.k);
+  for (int64_t byte = 0; byte < smaller(wanted.k, 64) * 8; byte += 64) __builtin_prefetch(index + byte, 1);
+  for (int64_t byte = 0; byte < smaller(wanted.k, 64) * 4; byte += 64) __builtin_prefetch(distance + byte, 1);
 }
 
 }  // namespace
@@ -363,6 +394,8 @@ void enclose(const Tree& tree) {
 void search(const TreeTask& task, const Wanted& wanted, const Scratch& scratch) {
   float guess = 0;
   for (int64_t i = task.first; i < task.last; i++) {
+    // Rows of results lie anywhere in memory.
+    if (i + kAhead < task.last) fetch_row(wanted, task.row[i + kAhead]);
     const float q[3] = {task.axis[0][i], task.axis[1][i], task.axis[2][i]};
     const int64_t found = nearest_places(task.tree, q, wanted, scratch, &guess);
     write(wanted, task.row[i], found, scratch.near, scratch.place, task.tree.row);
