@@ -161,6 +161,19 @@ def test_batched_equals_sequential_on_large_clouds() -> None:
         assert_same(got, sequential(cloud[None], 1000), name)
 
 
+@pytest.mark.parametrize("side", [10, 16, 24])
+def test_full_lattices_are_picked_in_the_sequential_order(simd: str, side: int) -> None:
+    """Thousands of points tie for every pick, which takes the path of its own that ties have."""
+    axis = torch.arange(side, dtype=torch.float32)
+    lattice = torch.cartesian_prod(axis, axis, axis)
+    lattice = lattice[torch.randperm(len(lattice), generator=torch.Generator().manual_seed(side))]
+    for dim in (3, 2):
+        points = lattice[None, :, :dim].contiguous()
+        num_samples = len(lattice) // (40 if simd == "scalar" and side == 24 else 3)
+        got = farthest_point_sample(points, num_samples, return_distance=True)
+        assert_same(got, sequential(points, num_samples), f"D = {dim}")
+
+
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 31, 32, 33, 64, 255, 256, 257, 511, 513, 1023, 1025])
 def test_simd_levels_and_reference_agree(n: int) -> None:
     points = exact(2, n, 3, steps=32, seed=n)
