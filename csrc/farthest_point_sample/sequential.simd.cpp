@@ -86,11 +86,9 @@ void farthest_point_sequential(const FarthestPointCloud<float>& cloud) {
   return sample<0>(cloud);
 }
 
-// The compiler's vectors are enough here: loops over kWidth lanes at a time.
+// The compiler's vectors are enough here: strips long enough that it makes vectors of their loops.
 void farthest_point_sequential_double(const FarthestPointCloud<double>& cloud) {
-  constexpr int kWidth = 8;
-  static_assert(kStride % kWidth == 0, "the padding holds whole vectors");
-  const int64_t dim = cloud.dim, stride = padded(cloud.count);
+  const int64_t dim = cloud.dim, stride = padded(cloud.count), second = dim > 1 ? 1 : 0;
   double* level = reinterpret_cast<double*>(cloud.scratch);
   double* x = level + stride;
   transpose(cloud, x, level, stride);
@@ -99,29 +97,26 @@ void farthest_point_sequential_double(const FarthestPointCloud<double>& cloud) {
     cloud.index[j] = pick;
     cloud.distance[j] = level[pick];
     level[pick] = -1;
-    const int64_t second = dim > 1 ? 1 : 0;
-    double best[kWidth];
-    for (int v = 0; v < kWidth; v++) best[v] = -1;
-    for (int64_t i = 0; i < stride; i += kWidth) {
-      double sum[kWidth];
-      const double* row = x + second * stride;
-      for (int v = 0; v < kWidth; v++) sum[v] = (row[i + v] - row[pick]) * (row[i + v] - row[pick]);
+    double best[kStride], sum[kStride];
+    for (int v = 0; v < kStride; v++) best[v] = -1;
+    for (int64_t i = 0; i < stride; i += kStride) {
+      const double* row = x + second * stride + i;
+      double to = row[pick - i];
+      for (int v = 0; v < kStride; v++) sum[v] = (row[v] - to) * (row[v] - to);
       for (int64_t d = 0; d < dim; d++) {
         if (d == second) continue;
-        row = x + d * stride;
-        for (int v = 0; v < kWidth; v++) {
-          const double difference = row[i + v] - row[pick];
-          sum[v] = __builtin_fma(difference, difference, sum[v]);
-        }
+        row = x + d * stride + i;
+        to = row[pick - i];
+        for (int v = 0; v < kStride; v++) sum[v] = __builtin_fma(row[v] - to, row[v] - to, sum[v]);
       }
-      for (int v = 0; v < kWidth; v++) {
-        const double lower = sum[v] < level[i + v] ? sum[v] : level[i + v];
-        level[i + v] = lower;
-        best[v] = lower > best[v] ? lower : best[v];
+      double* __restrict lower = level + i;
+      for (int v = 0; v < kStride; v++) {
+        lower[v] = sum[v] < lower[v] ? sum[v] : lower[v];
+        best[v] = lower[v] > best[v] ? lower[v] : best[v];
       }
     }
     double most = -1;
-    for (int v = 0; v < kWidth; v++) most = best[v] > most ? best[v] : most;
+    for (int v = 0; v < kStride; v++) most = best[v] > most ? best[v] : most;
     if (most < 0) return;
     pick = 0;
     while (level[pick] != most) pick++;
