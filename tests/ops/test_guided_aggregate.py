@@ -48,6 +48,15 @@ def make(
     }
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Tiny tensors: a second thread only waits for the first."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 class TestGuidedAggregate(OpContract):
     op = staticmethod(ops.guided_aggregate)
     reference = staticmethod(lambda **kwargs: reference.guided_aggregate(**({"scale": 0.5} | kwargs)))

@@ -1,0 +1,459 @@
+"""The model: invariants of the default semantics, degenerate clouds, training, saving, compilation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from any2point import Any2Point, Any2PointConfig, Source
+from any2point.models import TokenizerProbe
+
+SMALL = {"num_points": 96, "num_tokens": 16, "neighbors": 8, "views": 3, "num_classes": 5, "voxel_size": 0.5}
+FAMILIES = ("clip-text", "bert", "dinov2")
+
+
+def make_source(family: str = "clip-text", seed: int = 0) -> Source:
+    positions = {"clip-text": (11,), "bert": (40,), "dinov2": (5, 5)}[family]
+    return Source.random(family, width=48, depth=2, heads=4, positions=positions, seed=seed)
+
+
+def make(family: str = "clip-text", **options: Any) -> Any2Point:
+    """A model whose normalisations have statistics that matter, in evaluation mode."""
+    torch.manual_seed(1)
+    model = Any2Point(Any2PointConfig(**(SMALL | options)), make_source(family))
+    for name, buffer in model.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.normal_(0, 0.1)
+        if name.endswith("running_var"):
+            buffer.uniform_(0.5, 1.5)
+    return model.eval()
+
+
+def clouds(batch: int = 3, count: int = 96) -> Tensor:
+    """Points on a grid of 1/1024, so that their differences are exact."""
+    points = torch.randn(batch, count, 3, generator=torch.Generator().manual_seed(7)) / 2
+    return (points * 1024).round() / 1024
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread() -> Iterator[None]:
+    """Tiny tensors: a second thread only waits for the first."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def model(request: pytest.FixtureRequest) -> Any2Point:
+    return make(request.param)
+
+
+@torch.no_grad()
+def close(a: Tensor, b: Tensor, tolerance: float = 2e-5) -> None:
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+class TestInvariants:
+    @torch.no_grad()
+    def test_batch_mates_do_not_matter(self, model: Any2Point) -> None:
+        points = clouds()
+        together = model(points)
+        for i in range(3):
+            close(model(points[i : i + 1]), together[i : i + 1])
+        assert (together[0] - together[1]).abs().max() > 1e-3
+
+    @torch.no_grad()
+    def test_batch_mates_do_not_matter_with_mn40(self) -> None:
+        for family in FAMILIES:
+            model, points = make(family, normalize="mn40"), clouds()
+            close(model(points[1:2]), model(points)[1:2])
+
+    @torch.no_grad()
+    def test_order_of_points_does_not_matter(self, model: Any2Point) -> None:
+        points = clouds()
+        order = torch.randperm(points.shape[1])
+        close(model(points[:, order]), model(points))
+
+    @torch.no_grad()
+    def test_translation_does_not_matter(self, model: Any2Point) -> None:
+        points = clouds()
+        close(model(points + torch.tensor([2.0, -3.0, 0.5])), model(points), 1e-4)
+
+    @torch.no_grad()
+    def test_evaluation_is_deterministic(self, model: Any2Point) -> None:
+        points = clouds()
+        assert torch.equal(model(points), model(points))
+
+    @torch.no_grad()
+    def test_other_numbers_of_points(self, model: Any2Point) -> None:
+        assert model(clouds(1, 300)).shape == (1, 5)
+        with pytest.raises(ValueError, match=r"`points`: expected at least 53 points per cloud .* got 40"):
+            model(clouds(1, 40))
+
+
+def degenerate() -> dict[str, Tensor]:
+    points = clouds(2)
+    flat, line = points.clone(), points.clone()
+    flat[..., 2] = 0.3
+    line[..., 1:] = 0
+    lattice = (points * 2).round() / 2
+    twice = points.clone()
+    twice[:, 48:] = twice[:, :48]
+    far = points.clone()
+    far[:, 0] = 1e4
+    return {
+        "flat": flat,
+        "line": line,
+        "one point": torch.full_like(points, 0.7),
+        "origin": torch.zeros_like(points),
+        "lattice": lattice,
+        "duplicates": twice,
+        "outlier": far,
+        "tiny": points * 1e-20,
+        "denormal": points * 1e-42,
+        "large": points * 1e6,
+        "huge": points * 1e20,
+        "largest": points.clamp(-1, 1) * 3.4e38,
+    }
+
+
+@pytest.mark.parametrize("normalize", ["scan", "mn40"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_finite_cloud_gives_nan(family: str, normalize: str) -> None:
+    model = make(family, normalize=normalize)
+    for name, points in degenerate().items():
+        with torch.no_grad():
+            assert model(points).isfinite().all(), name
+    model.train()
+    for name in ("flat", "line", "one point", "duplicates"):
+        model.zero_grad()
+        loss = model(degenerate()[name]).square().mean()
+        loss.backward()
+        assert loss.isfinite(), name
+        gradients = [p.grad for p in model.trainable_parameters()]
+        assert all(g is not None and g.isfinite().all() for g in gradients), name
+        assert all(buffer.isfinite().all() for buffer in model.buffers()), name
+
+
+def test_cells_of_a_single_token() -> None:
+    model = make("bert", cell=0.01)
+    model.train()
+    assert model(clouds()).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("points", "error", "message"),
+    [
+        (torch.rand(96, 3), ValueError, r"`points`: expected shape \[B, N, 3\]"),
+        (torch.rand(1, 3, 96), ValueError, r"`points`: expected shape \[B, N, 3\]"),
+        (torch.rand(0, 96, 3), ValueError, "B > 0"),
+        (torch.zeros(1, 96, 3, dtype=torch.int64), TypeError, "`points`: expected a floating point tensor"),
+        ([[0.0, 0.0, 0.0]], TypeError, r"`points`: expected a floating point tensor \[B, N, 3\], got list"),
+    ],
+)
+def test_bad_points(points: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        make()(points)
+
+
+def test_encode(model: Any2Point) -> None:
+    points = clouds()
+    encoding = model.encode(points)
+    assert encoding.tokens.shape == (3, 16, 48)
+    assert encoding.feature.shape == (3, 96)
+    close(encoding.feature, torch.cat([encoding.tokens.amax(1), encoding.cls], 1))
+    for b in range(3):  # centres are distinct points of the cloud
+        distance = torch.cdist(encoding.centers[b], points[b])
+        assert (distance.min(1).values == 0).all()
+        assert distance.argmin(1).unique().numel() == 16
+    assert torch.equal(model(points), model.head(encoding.feature))
+
+
+QUIRKS: dict[str, Any] = {
+    "attention_axis": "batch",
+    "wrap": True,
+    "position_adds": "every",
+    "count_empty": True,
+    "fps_tie": "pointnet2",
+    "fps_start": "first",
+    "guard": False,
+    "center": False,
+    "causal": True,
+    "norm_eps": 1e-2,
+    "final_norm_eps": 1e-2,
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_quirk_by_itself(family: str) -> None:
+    """Each option works without the others, and does something."""
+    special = (
+        {"scramble": True, "camera": 3.0} if family == "dinov2" else {"permuted_lines": True, "views": 6}
+    )
+    everywhere, near = clouds(4), clouds(4) / 20  # officially, points near the origin are skipped
+    for name, value in (QUIRKS | special).items():
+        if name == "views":
+            continue
+        options = {"views": 6} if name == "permuted_lines" else {}
+        if name == "guard":
+            options["normalize"] = "mn40"
+        plain, quirky = make(family, **options), make(family, **options, **{name: value})
+        points = near if name == "fps_tie" else everywhere
+        results = []
+        for model in (plain, quirky):
+            model.train(name == "count_empty")
+            torch.manual_seed(0)
+            results.append(model(points))
+        want, got = results
+        assert got.isfinite().all(), name
+        assert (got - want).abs().max() > 1e-6, name
+
+
+def test_attention_over_the_batch_mixes_clouds() -> None:
+    model, points = make(attention_axis="batch"), clouds()
+    assert (model(points)[:1] - model(points[:1])).abs().max() > 1e-3
+
+
+def test_dropped_paths_and_attention_only_in_training() -> None:
+    model, points = make("dinov2", drop_path=0.5, attention_dropout=0.5), clouds(8)
+    assert torch.equal(model(points), model(points))
+    assert model.encoder.path_rates == [0.0, 0.5]
+    model.train()
+    assert model(points).isfinite().all()
+
+
+def test_freezing() -> None:
+    model = make()
+    frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
+    assert all(name.startswith("encoder.source.") for name in frozen)
+    table = model.projection.table.clone()
+    model.train()
+    assert not any(module.training for module in model.encoder.source.modules())
+    optimizer = torch.optim.AdamW(model.parameter_groups(0.05), lr=1e-2)
+    before = [p.clone() for p in model.trainable_parameters()]
+    for _ in range(2):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(clouds(4)), torch.arange(4)).backward()
+        optimizer.step()
+    for name, parameter in model.named_parameters():
+        if name in frozen:
+            assert parameter.grad is None
+            assert torch.equal(parameter, frozen[name]), name
+    assert torch.equal(model.projection.table, table)
+    assert all(not torch.equal(a, b) for a, b in zip(before, model.trainable_parameters()))
+
+
+def test_a_source_can_serve_two_models() -> None:
+    source = make_source()
+    fingerprint = source.fingerprint
+    one, two = (Any2Point(Any2PointConfig(**SMALL), source) for _ in range(2))
+    assert (
+        one.encoder.source.blocks[0].mlp.fc1.weight.data_ptr()
+        == source.tensors["blocks.0.mlp.fc1.weight"].data_ptr()
+    )
+    with torch.no_grad():
+        one.norm.weight.add_(1)
+        one.cls_token.add_(1)
+        one.projection.table.add_(1)
+    assert source.fingerprint == fingerprint
+    assert torch.equal(two.projection.table, source.position_table)
+
+
+def test_it_learns() -> None:
+    """Two kinds of clouds are told apart after a few steps."""
+    torch.manual_seed(0)
+    model = Any2Point(Any2PointConfig(**(SMALL | {"num_classes": 2, "dropout": 0.0})), make_source())
+    points = torch.randn(16, 96, 3)
+    points[8:, :, 2] *= 0.1
+    labels = torch.arange(16) // 8
+    optimizer = torch.optim.AdamW(model.parameter_groups(0.05), lr=2e-3)
+    for _ in range(25):
+        optimizer.zero_grad()
+        loss = torch.nn.functional.cross_entropy(model(points), labels)
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.1
+
+
+def test_parameter_groups() -> None:
+    model = make()
+    decayed, plain = model.parameter_groups(0.1)
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.1, 0.0)
+    assert len(decayed["params"]) + len(plain["params"]) == len(model.trainable_parameters())
+    names = {id(p): name for name, p in model.named_parameters()}
+    decayed_names = {names[id(p)] for p in decayed["params"]}
+    assert {"cls_token", "cls_position", "head.0.weight", "tokenizer.embed.weight"} <= decayed_names
+    assert "encoder.attention.qkv_weight" in decayed_names
+    assert "encoder.adapters.0.adapter.down.weight" in decayed_names
+    assert not any("norm" in name or name.endswith("bias") for name in decayed_names)
+    assert "head.1.weight" in {names[id(p)] for p in plain["params"]}
+    rest = make(cls_decay=False)
+    assert len(rest.parameter_groups()[1]["params"]) == len(plain["params"]) + 1
+
+
+def test_summary() -> None:
+    model = make()
+    summary = model.summary()
+    assert summary.trained == sum(p.numel() for p in model.trainable_parameters())
+    assert summary.frozen == sum(p.numel() for p in model.parameters()) - summary.trained
+    assert summary.trained - summary.trained_without_head == sum(p.numel() for p in model.head.parameters())
+    table = str(summary)
+    assert f"{summary.trained_without_head:,}" in table
+    assert {"tokenizer", "adapters", "attention in cells", "head", "source"} <= {r[0] for r in summary.rows}
+
+
+def test_state_dict_round_trip() -> None:
+    first, points = make(), clouds()
+    second = Any2Point(first.config, make_source(seed=5)).eval()
+    assert not torch.equal(first(points), second(points))
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(first(points), second(points))
+    assert first.config.resolve(make_source()) == first.config
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_save_and_load(family: str, tmp_path: Path) -> None:
+    pytest.importorskip("safetensors")
+    model, points = make(family), clouds()
+    model.class_names = ["a", "b", "c", "d", "e"]
+    want = model(points)
+    model.save_pretrained(tmp_path / "run")
+    assert sorted(f.name for f in (tmp_path / "run").iterdir()) == ["config.json", "model.safetensors"]
+    loaded = Any2Point.from_pretrained(tmp_path / "run")
+    assert torch.equal(loaded(points), want)
+    assert loaded.class_names == model.class_names
+    assert loaded.config == model.config
+    assert not loaded.training
+
+    # The source from a file, saved along, or given
+    folder = tmp_path / "whole"
+    model.save_pretrained(folder, include_source=True)
+    description = json.loads((folder / "config.json").read_text())
+    description["source"]["origin"] = {}
+    (folder / "config.json").write_text(json.dumps(description))
+    assert torch.equal(Any2Point.from_pretrained(folder)(points), want)
+    (folder / "source.safetensors").unlink()
+    description["source_included"] = False
+    (folder / "config.json").write_text(json.dumps(description))
+    with pytest.raises(ValueError, match=r"`source`: cannot find the .* give source="):
+        Any2Point.from_pretrained(folder)
+    assert torch.equal(Any2Point.from_pretrained(folder, make_source(family))(points), want)
+    with pytest.raises(ValueError, match="are not those that the model was trained with"):
+        Any2Point.from_pretrained(folder, make_source(family, seed=1))
+
+
+def test_broken_folders(tmp_path: Path) -> None:
+    pytest.importorskip("safetensors")
+    model = make()
+    model.save_pretrained(tmp_path)
+    weights, config = tmp_path / "model.safetensors", tmp_path / "config.json"
+    data, text = weights.read_bytes(), config.read_text()
+
+    weights.write_bytes(data[:-10])
+    with pytest.raises(ValueError, match="is not a complete safetensors file"):
+        Any2Point.from_pretrained(tmp_path)
+    weights.write_bytes(data)
+    for broken, message in (
+        ("{", "cannot read"),
+        ("[]", "expected a JSON object"),
+        ('{"model_type": "bert"}', "expected model_type 'any2point'"),
+        ('{"model_type": "any2point"}', "is incomplete"),
+        (text.replace('"views"', '"vistas"'), "expected fields of Any2PointConfig"),
+    ):
+        config.write_text(broken)
+        with pytest.raises(ValueError, match=message):
+            Any2Point.from_pretrained(tmp_path)
+    description = json.loads(text)
+    description["config"]["num_classes"] = 7
+    config.write_text(json.dumps(description))
+    with pytest.raises(ValueError, match=r"expected shape \[7, 256\]"):
+        Any2Point.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="no folder"):
+        Any2Point.from_pretrained(tmp_path / "nowhere")
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("safetensors")
+    make().save_pretrained(tmp_path)
+    before = (tmp_path / "model.safetensors").read_bytes()
+
+    def fail(*_: Any) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr("any2point.models.hub.os.replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        make(num_classes=3).save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_compiles_in_one_graph(family: str) -> None:
+    torch._dynamo.reset()
+    model, points = make(family), clouds()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager" if family == "bert" else "eager")
+    with torch.no_grad():
+        close(compiled(points), model(points))
+
+
+def test_low_precision() -> None:
+    model, points = make("bert"), clouds()
+    want = model(points)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = model(points)
+    close(got.float(), want, 0.1)
+    model.train()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = model(points).float().square().mean()
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.trainable_parameters())
+    model.eval()
+    close(model(points.bfloat16()), model(points.bfloat16().float()), 1e-6)
+    assert make().double()(points.double()).dtype == torch.float64
+    half = make().bfloat16()(points)
+    assert half.dtype == torch.bfloat16
+    assert half.isfinite().all()
+
+
+def test_minilm_layout() -> None:
+    """Six post-norm layers of width 384 with 12 heads, and a tokenizer of base width 48."""
+    source = Source.random("bert", width=384, depth=6, heads=12)
+    config = Any2PointConfig(num_points=128, num_tokens=32, neighbors=8, tokenizer_width=48)
+    model = Any2Point(config, source).eval()
+    points = torch.rand(2, 128, 3)
+    with torch.no_grad():
+        out = model(points)
+    assert out.shape == (2, 15)
+    assert out.isfinite().all()
+    torch.testing.assert_close(model.cls_token.flatten(), source.cls_token)
+
+
+def test_probe() -> None:
+    probe = TokenizerProbe(Any2PointConfig(**SMALL), 48, ["a", "b", "c", "d", "e"])
+    points = clouds()
+    assert probe(points).shape == (3, 5)
+    probe.eval()
+    close(probe(points + 2), probe(points), 1e-4)
+    assert probe.summary().trained_without_head == sum(p.numel() for p in probe.tokenizer.parameters())
+    assert len(probe.parameter_groups()) == 2
+    tokenizer = make().tokenizer
+    assert sum(p.numel() for p in tokenizer.parameters()) == probe.summary().trained_without_head
+
+
+def test_class_names() -> None:
+    with pytest.raises(ValueError, match="`class_names`: expected 5 names, got 2"):
+        Any2Point(Any2PointConfig(**SMALL), make_source(), ["a", "b"])
+
+
+def test_from_official_refuses() -> None:
+    with pytest.raises(ValueError, match="`variant`: expected one of clip-text/scanobjectnn"):
+        Any2Point.from_official({}, "clip", position_table=torch.zeros(77, 768))
+    with pytest.raises(ValueError, match="`state_dict`: expected the blocks of a transformer"):
+        Any2Point.from_official({}, position_table=torch.zeros(77, 768))

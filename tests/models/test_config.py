@@ -1,0 +1,105 @@
+"""Configuration: what is refused, what is filled in, what every quirk of the official code is called."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+import pytest
+
+from any2point import Any2PointConfig, Source
+from any2point.models.official import VARIANTS, translate
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"num_classes": 0}, "`num_classes`: expected a positive integer, got 0"),
+        ({"num_tokens": 12.5}, "`num_tokens`: expected a positive integer, got 12.5"),
+        ({"num_points": 100}, "`num_tokens`: expected points >= centres of each stage >= tokens"),
+        ({"neighbors": 0}, "`neighbors`: expected 1 to"),
+        ({"neighbors": 257}, r"`neighbors`: expected 1 to \(1024, 512, 256\) by stage"),
+        ({"neighbors": (4, 4)}, "`neighbors`: expected one number or 3"),
+        ({"stage_sizes": (512, 128)}, "`stage_sizes`: expected 3, the last of 128"),
+        ({"normalize": "unit"}, "`normalize`: expected one of"),
+        ({"pooling": "max"}, "`pooling`: expected one of"),
+        ({"parity": "paper"}, "`parity`: expected one of"),
+        ({"attention_axis": "heads"}, "`attention_axis`: expected one of"),
+        ({"dropout": 1.0}, "`dropout`: expected a probability below 1"),
+        ({"voxel_size": 0.0}, "`voxel_size`: expected a positive number"),
+        ({"attention_heads": 5}, "`attention_heads`: expected a divisor"),
+        ({"lines": [[1, 0, 0]]}, r"`lines`: expected 6 directions \(`views`\), got 1"),
+    ],
+)
+def test_refused(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Any2PointConfig(**values)
+
+
+def test_refused_for_a_source() -> None:
+    line, image = Source.random("bert", width=16, depth=1), Source.random("dinov2", width=16, depth=1)
+    with pytest.raises(ValueError, match="`tokenizer_width`: expected the source's width / 8, got 96"):
+        Any2PointConfig(tokenizer_width=96).resolve(line)
+    with pytest.raises(ValueError, match="`tokenizer_width`: expected the source's width / 8"):
+        Any2PointConfig().resolve(Source.random("bert", width=20, depth=1))
+    with pytest.raises(ValueError, match="`position_size`: expected 2"):
+        Any2PointConfig(position_size=(3,)).resolve(image)
+    with pytest.raises(ValueError, match="`views`: expected 6 with the official views"):
+        Any2PointConfig(parity="official", views=5).resolve(line)
+
+
+def test_defaults_are_the_corrected_semantics() -> None:
+    for family in ("clip-text", "bert", "dinov2"):
+        config = Any2PointConfig().resolve(Source.random(family, width=16, depth=1))
+        assert config.attention_axis == "tokens"
+        assert config.position_adds == "once"
+        assert config.fps_tie == "lowest"
+        assert config.guard
+        assert config.center
+        assert config.camera is None
+        assert not any((config.wrap, config.scramble, config.permuted_lines, config.count_empty))
+        assert config.norm_eps == Source.random(family, width=16, depth=1).layout.eps
+    assert config.cell == pytest.approx(37 * 26 / 518)
+
+
+def test_parity_turns_every_quirk_on() -> None:
+    clip = Any2PointConfig(parity="official").resolve(Source.random("clip-text", width=16, depth=1))
+    assert (clip.attention_axis, clip.position_adds, clip.fps_tie) == ("batch", "both", "pointnet2")
+    assert all((clip.wrap, clip.permuted_lines, clip.count_empty, clip.drop_path_rows))
+    assert not clip.guard
+    assert not clip.center
+    image = Any2PointConfig(parity="official").resolve(Source.random("dinov2", width=16, depth=1))
+    assert (image.attention_axis, image.position_adds, image.scramble) == ("tokens", "every", True)
+    assert image.camera is not None
+    one = Any2PointConfig(parity="official", attention_axis="tokens", count_empty=False)
+    one = one.resolve(Source.random("clip-text", width=16, depth=1))
+    assert (one.attention_axis, one.count_empty, one.wrap) == ("tokens", False, True)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_round_trip(variant: str) -> None:
+    config = Any2PointConfig(parity="official", **VARIANTS[variant])
+    values = json.loads(json.dumps(config.to_dict()))
+    assert Any2PointConfig.from_dict(values) == config
+    with pytest.raises(ValueError, match=r"expected fields of Any2PointConfig, got \['width'\]"):
+        Any2PointConfig.from_dict(values | {"width": 3})
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.views = 3  # type: ignore[misc]
+
+
+def test_official_names() -> None:
+    assert translate("encoder.cls_pos") == ("cls_position", None)
+    assert translate("encoder.attn1.3.qkv.weight") == ("encoder.attention.qkv_weight", 3)
+    assert translate("norm3.5.bias") == ("encoder.attention.norm_bias", 5)
+    assert translate("encoder.resblocks.11.out_transform_1d.2.0.running_var") == (
+        "encoder.adapters.11.view_norm.running_var",
+        2,
+    )
+    assert translate("module.patch_embed.EncP.LGA_list.0.linear2.1.net2.0.weight") == (
+        "tokenizer.stages.0.1.up.weight",
+        None,
+    )
+    assert translate("prediction.head.2.1.weight") == ("head.5.weight", None)
+    assert translate("encoder.blocks.0.norm1.weight") is None
+    assert translate("encoder.resblocks.0.out_transform_3d.0.num_batches_tracked") is None
