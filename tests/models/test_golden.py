@@ -5,10 +5,10 @@ encodings of lines, which the official code reads at rounded coordinates, 2e-5 a
 to 1e-3 (measured: 4e-5 on logits).
 
 Gradients are noisier. Four clouds with nearly equal features pass a batch normalisation in the head, which
-magnifies rounding; one of its units at the kink of its ReLU then moves every gradient by a percent or so. Norms
-are held to 3e-2 in the worst case and 2e-3 in the median (1e-2 in the worst case with large signals). Gradients
-that are zero up to rounding (biases before a batch normalisation, the final normalisation's bias, CLIP's class
-token under attention over the batch) only have to be small.
+magnifies rounding; one of its units at the kink of its ReLU then moves every gradient by a percent or so.
+Norms are held to 3e-2 in the worst case and 2e-3 in the median (1e-2 in the worst case with large signals).
+Gradients that are zero up to rounding (biases before a batch normalisation, the final normalisation's bias,
+CLIP's class token under attention over the batch) only have to be small.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def check_forward(run: Run, channels: int) -> None:
 
 
 def check_norms(run: Run, names: list[str], norms: np.ndarray) -> tuple[list[float], list[torch.Tensor]]:
-    """Relative errors of the gradients' norms, and the gradients; those that are rounding have to be small."""
+    """Relative errors of the gradients' norms, and the gradients; mere rounding only has to be small."""
     gradients = {name: p.grad for name, p in run.model.named_parameters() if p.requires_grad}
     small = ROUNDING + (CLIP_ROUNDING if run.variant.startswith("clip") else "")
     errors, found = [], []
