@@ -3,7 +3,7 @@
     python benchmarks/gpu.py --output benchmarks/results/NAME.csv [--peers DIR] [--commit SHA] [--only knn]
 
 Per measurement: inputs rotated, at least a second of warm-up, then CUDA events around each call (`forward`,
-`backward`) or around replays of one CUDA graph that holds a call per input set (`... graph`). A provider's
+`backward`) or around replays of one CUDA graph that holds a call per input set (`forward graph`). A provider's
 result is checked first against this library's CPU op; a wrong one is not timed. Peers: benchmarks/peers.py.
 """
 
@@ -33,7 +33,7 @@ class Settings:
     warmup: float
     seconds: float
     graph: bool
-    side: torch.cuda.Stream  # where graphs are captured, and the forward of a captured backward runs
+    side: torch.cuda.Stream  # where graphs are captured
 
 
 def event_times(calls: Sequence[Callable[[], Any]], settings: Settings) -> list[float]:
@@ -143,15 +143,12 @@ def measure(case: Case, provider: Provider, settings: Settings, machine: common.
     floor, direct = case.cost.us(machine)
     for mode in ("forward", "backward") if case.backward else ("forward",):
         variants = [(mode, event_times, provider.run)]
-        if settings.graph and provider.graph is not None:
+        # A backward whose forward was not captured with it reaches back to another stream: events only.
+        if settings.graph and provider.graph is not None and mode == "forward":
             variants.append((f"{mode} graph", graph_times, provider.graph))
         for name, timer, function in variants:
             torch.cuda.synchronize()
-            captured_backward = timer is graph_times and mode == "backward"
-            stream = settings.side if captured_backward else torch.cuda.current_stream()
-            with torch.cuda.stream(stream):  # autograd runs a backward on its forward's stream
-                calls = calls_of(case, provider, mode, function)
-            torch.cuda.synchronize()
+            calls = calls_of(case, provider, mode, function)
             try:
                 memory = peak(calls[0])
                 times = timer(calls, settings)
