@@ -1,30 +1,12 @@
+#include "common/isa.h"
 #include "segment_pool/kernel.h"
 
 namespace any2point {
 
+A2P_DECLARE_ISA(void segment_pool_backward_rows(const SegmentPoolBackward& args, int64_t begin, int64_t end))
+
 void segment_pool_backward_cpu(const SegmentPoolBackward& args, int64_t begin, int64_t end) {
-  dispatch(args.dtype, [&](auto type) {
-    using T = decltype(type);
-    const int64_t channels = args.channels;
-    for (int64_t r = begin; r < end; r++) {
-      T* out = static_cast<T*>(args.out) + r * channels;
-      const int64_t segment = args.segment[r];
-      if (segment < 0 || segment >= args.segments) {
-        for (int64_t c = 0; c < channels; c++) out[c] = T{};
-        continue;
-      }
-      const T* grad = static_cast<const T*>(args.grad) + segment * channels;
-      if (args.reduce == Reduce::max) {
-        const int64_t* argmax = args.saved + segment * channels;
-        for (int64_t c = 0; c < channels; c++) out[c] = argmax[c] == r ? grad[c] : T{};
-      } else if (args.reduce == Reduce::mean) {
-        const auto count = static_cast<Accumulator<T>>(args.saved[segment]);
-        for (int64_t c = 0; c < channels; c++) narrow(widen(grad[c]) / count, out + c);
-      } else {
-        for (int64_t c = 0; c < channels; c++) out[c] = grad[c];
-      }
-    }
-  });
+  A2P_DISPATCH_ISA(segment_pool_backward_rows, args, begin, end)
 }
 
 }  // namespace any2point

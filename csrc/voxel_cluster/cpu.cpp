@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numeric>
 #include <utility>
 #include <vector>
 
@@ -22,20 +23,32 @@ bool finite(const T* point, int dim) {
 
 struct Voxel {
   int32_t at[kVoxelDims];  // x, y, z; 0 for those that the points lack
-  int64_t row;
 };
 
-struct Item {
-  uint64_t key;
-  int64_t row;
+// A row's key, and its place among the finite rows of the cloud.
+struct Wide {
+  uint64_t key, place;
+  bool operator<(const Wide& other) const { return key != other.key ? key < other.key : place < other.place; }
 };
+// Both in one word, where they fit.
+struct Narrow {
+  uint64_t key_and_place;
+  bool operator<(const Narrow& other) const { return key_and_place < other.key_and_place; }
+};
+uint64_t key_of(const Wide& item) { return item.key; }
+uint64_t key_of(const Narrow& item) { return item.key_and_place >> 32; }
+uint64_t place_of(const Wide& item) { return item.place; }
+uint64_t place_of(const Narrow& item) { return item.key_and_place & 0xffffffff; }
+void set(Wide* item, uint64_t key, uint64_t place) { *item = {key, place}; }
+void set(Narrow* item, uint64_t key, uint64_t place) { *item = {key << 32 | place}; }
 
+template <typename Item>
 void radix_sort(std::vector<Item>& items, int bits) {
   std::vector<Item> other(items.size());
   std::vector<size_t> begin(size_t(1) << kDigit);
   for (int shift = 0; shift < bits; shift += kDigit) {
     std::fill(begin.begin(), begin.end(), 0);
-    const auto digit = [&](const Item& item) { return item.key >> shift & ((1 << kDigit) - 1); };
+    const auto digit = [&](const Item& item) { return key_of(item) >> shift & ((1 << kDigit) - 1); };
     for (const Item& item : items) begin[digit(item)]++;
     size_t sum = 0;
     for (size_t& b : begin) sum += std::exchange(b, sum);
@@ -44,9 +57,49 @@ void radix_sort(std::vector<Item>& items, int bits) {
   }
 }
 
-// Into the order of (z, y, x, row), given in ascending order of rows.
-void sort(std::vector<Voxel>& voxels) {
-  int64_t low[kVoxelDims], bits[kVoxelDims];
+// Calls next(place, head) for the voxels' places in the order of (z, y, x, place); head: a new voxel begins.
+template <typename Item, typename F>
+void visit_by_key(const std::vector<Voxel>& voxels, const int64_t* low, const int* bits, const F& next) {
+  std::vector<Item> items(voxels.size());
+  for (size_t i = 0; i < voxels.size(); i++) {
+    uint64_t key = 0;
+    for (int d = kVoxelDims - 1; d >= 0; d--) key = key << bits[d] | uint64_t(voxels[i].at[d] - low[d]);
+    set(&items[i], key, i);
+  }
+  if (int64_t(items.size()) >= kRadixRows) {
+    radix_sort(items, bits[0] + bits[1] + bits[2]);
+  } else {
+    std::sort(items.begin(), items.end());
+  }
+  uint64_t last = 0;
+  for (size_t i = 0; i < items.size(); i++) {
+    const uint64_t key = key_of(items[i]);
+    next(place_of(items[i]), i == 0 || key != last);
+    last = key;
+  }
+}
+
+// The same where three coordinates do not fit into 64 bits.
+template <typename F>
+void visit_by_comparison(const std::vector<Voxel>& voxels, const F& next) {
+  std::vector<int64_t> places(voxels.size());
+  std::iota(places.begin(), places.end(), 0);
+  const auto compare = [&](int64_t i, int64_t j) {
+    for (int d = kVoxelDims - 1; d >= 0; d--) {
+      const int32_t a = voxels[i].at[d], b = voxels[j].at[d];
+      if (a != b) return a < b ? -1 : 1;
+    }
+    return 0;
+  };
+  std::stable_sort(places.begin(), places.end(), [&](int64_t i, int64_t j) { return compare(i, j) < 0; });
+  for (size_t i = 0; i < places.size(); i++)
+    next(places[i], i == 0 || compare(places[i - 1], places[i]) != 0);
+}
+
+template <typename F>
+void visit_sorted(const std::vector<Voxel>& voxels, const F& next) {
+  int64_t low[kVoxelDims];
+  int bits[kVoxelDims];
   for (int d = 0; d < kVoxelDims; d++) {
     int64_t high = low[d] = voxels[0].at[d];
     for (const Voxel& v : voxels) {
@@ -56,30 +109,14 @@ void sort(std::vector<Voxel>& voxels) {
     bits[d] = 0;
     while ((high - low[d]) >> bits[d]) bits[d]++;
   }
-  if (bits[0] + bits[1] + bits[2] > 64) {
-    std::sort(voxels.begin(), voxels.end(), [](const Voxel& a, const Voxel& b) {
-      for (int d = kVoxelDims - 1; d >= 0; d--) {
-        if (a.at[d] != b.at[d]) return a.at[d] < b.at[d];
-      }
-      return a.row < b.row;
-    });
-    return;
-  }
-  std::vector<Item> items(voxels.size());
-  for (size_t i = 0; i < voxels.size(); i++) {
-    uint64_t key = 0;
-    for (int d = kVoxelDims - 1; d >= 0; d--) key = key << bits[d] | uint64_t(voxels[i].at[d] - low[d]);
-    items[i] = {key, int64_t(i)};
-  }
-  if (int64_t(items.size()) >= kRadixRows) {
-    radix_sort(items, int(bits[0] + bits[1] + bits[2]));
+  const int total = bits[0] + bits[1] + bits[2];
+  if (total <= 32 && voxels.size() >> 32 == 0) {
+    visit_by_key<Narrow>(voxels, low, bits, next);
+  } else if (total <= 64) {
+    visit_by_key<Wide>(voxels, low, bits, next);
   } else {
-    std::sort(items.begin(), items.end(),
-              [](const Item& a, const Item& b) { return a.key != b.key ? a.key < b.key : a.row < b.row; });
+    visit_by_comparison(voxels, next);
   }
-  std::vector<Voxel> sorted(voxels.size());
-  for (size_t i = 0; i < items.size(); i++) sorted[i] = voxels[items[i].row];
-  voxels.swap(sorted);
 }
 
 template <typename T>
@@ -95,32 +132,34 @@ int64_t sort_cloud(const VoxelPoints& points, int64_t cloud, int64_t count, int6
     origin[d] = points.origin ? static_cast<const T*>(points.origin)[cloud * dim + d]
                               : std::numeric_limits<T>::infinity();
   }
+  const bool all = count == end - begin;  // are finite
   if (!points.origin) {
     for (int64_t row = begin; row < end; row++) {
-      if (!finite(data + row * dim, dim)) continue;
+      if (!all && !finite(data + row * dim, dim)) continue;
       for (int d = 0; d < dim; d++) origin[d] = std::min(origin[d], data[row * dim + d]);
     }
   }
-  std::vector<Voxel> voxels;
-  voxels.reserve(count);
+  std::vector<Voxel> voxels(count);
+  std::vector<int64_t> rows(all ? 0 : count);
+  int64_t place = 0;
   for (int64_t row = begin; row < end; row++) {
-    if (!finite(data + row * dim, dim)) continue;
-    Voxel voxel{{0, 0, 0}, row};
+    if (!all && !finite(data + row * dim, dim)) continue;
     for (int d = 0; d < dim; d++) {
-      const T at = std::trunc((data[row * dim + d] - origin[d]) / size[d]);
-      if (!(at >= T(-2147483648.0) && at < T(2147483648.0))) return -1 - row;
-      voxel.at[d] = static_cast<int32_t>(at);
+      const T at = (data[row * dim + d] - origin[d]) / size[d];
+      // Between the ends: truncation towards zero, as the conversion does it.
+      if (!(at > T(-2147483649.0) && at < T(2147483648.0)) && at != T(-2147483648.0)) return -1 - row;
+      voxels[place].at[d] = static_cast<int32_t>(at);
     }
-    voxels.push_back(voxel);
+    if (!all) rows[place] = row;
+    place++;
   }
-  sort(voxels);
-  int64_t last = -1;
-  for (size_t i = 0; i < voxels.size(); i++) {
-    const int32_t *a = voxels[i].at, *b = voxels[i ? i - 1 : 0].at;
-    last += i == 0 || a[0] != b[0] || a[1] != b[1] || a[2] != b[2];
-    order[i] = voxels[i].row;
-    cluster[voxels[i].row] = last;
-  }
+  int64_t last = -1, i = 0;
+  visit_sorted(voxels, [&](int64_t at, bool head) {
+    const int64_t row = all ? begin + at : rows[at];
+    last += head;
+    order[i++] = row;
+    cluster[row] = last;
+  });
   return last + 1;
 }
 
