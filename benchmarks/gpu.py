@@ -3,7 +3,7 @@
     python benchmarks/gpu.py --output benchmarks/results/NAME.csv [--peers DIR] [--commit SHA] [--only knn]
 
 Per measurement: inputs rotated, at least a second of warm-up, then CUDA events around each call (`forward`,
-`backward`) or around replays of one CUDA graph that holds a call per input set (`forward graph`). A provider's
+`backward`) or around replays of one CUDA graph with a call per input set (`forward graph`). A provider's
 result is checked first against this library's CPU op; a wrong one is not timed. Peers: benchmarks/peers.py.
 """
 
