@@ -96,7 +96,7 @@ def farthest_point_sample(
 
     Differentiable in: nothing (the distances are constants too).
     Deterministic: yes; CPU and CUDA give the same bits.
-    Complexity: O(M N D) work a cloud. On the CPU with D = 3 large clouds are pruned by blocks.
+    Complexity: O(M N D) work a cloud at most; on the CPU large clouds with D = 2 or 3 are pruned by blocks.
 
     Source: Y. Eldar et al., "The farthest point strategy for progressive image sampling", 1997.
 

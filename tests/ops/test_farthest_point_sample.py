@@ -1,4 +1,4 @@
-"""Farthest point sampling: the op battery, and every way that other implementations have gone wrong."""
+"""Farthest point sampling: the op battery, the rules of picks, batches, random starts, the hierarchy."""
 
 from __future__ import annotations
 
@@ -10,39 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from farthest_point_sample_clouds import clouds, exact
 from op_contract import OpContract, Sample, assert_same
 from torch import Tensor
 
-from any2point import ops, reference
+from any2point import reference
 from any2point.ops import farthest_point_hierarchy, farthest_point_sample
-
-LEVELS = ("scalar", "avx2", "avx512")
-
-
-def exact(*shape: int, steps: int = 256, seed: int = 0) -> Tensor:
-    """Multiples of 1/steps in [-1, 1]: all squared distances are exact, and many are equal."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(-steps, steps + 1, shape, generator=generator).float() / steps
-
-
-def sequential(points: Tensor, num_samples: int, **kwargs: Any) -> tuple[Tensor, Tensor]:
-    """The same picks without batching and pruning, which serve D = 2 and 3 only: further coordinates that are
-    0 change no bit of a squared distance."""
-    wide = torch.cat([points, points.new_zeros(*points.shape[:-1], 4 - points.shape[-1])], -1)
-    return farthest_point_sample(wide, num_samples, return_distance=True, **kwargs)
-
-
-@pytest.fixture(params=LEVELS)
-def simd(request: pytest.FixtureRequest) -> Iterator[str]:
-    before = torch.ops.any2point._simd("")
-    try:
-        torch.ops.any2point._simd(request.param)
-    except RuntimeError:
-        pytest.skip(f"this CPU lacks {request.param}")
-    yield request.param
-    torch.ops.any2point._simd(before)
 
 
 class TestFarthestPointSample(OpContract):
@@ -104,137 +77,6 @@ class TestFarthestPointSample(OpContract):
         yield dict(start="random", generator=3), TypeError, r"generator: expected a torch.Generator, got int"
         yield dict(tie="first"), ValueError, r'tie: expected "lowest" or "pointnet2", got \'first\''
         yield dict(points=points[..., :2], tie="pointnet2"), ValueError, r"points: expected D = 3 for tie"
-
-
-# ------------------------------------------------------------------------------------------------ exactness
-
-
-def clouds(generator: torch.Generator, n: int) -> Iterator[tuple[str, Tensor]]:
-    """Clouds [n, 3] that are hard for pruning, for tie rules, or for the range of a float."""
-    cube = torch.rand(n, 3, generator=generator)
-    normal = torch.randn(n, 3, generator=generator)
-    pick = torch.randint(0, n, (n,), generator=generator)
-    yield "cube", cube
-    yield "sphere", normal / normal.norm(dim=1, keepdim=True)
-    yield (
-        "rings",
-        torch.stack(
-            [(k := pick % 16 + 1.0) * (6.3 * cube[:, 0]).cos(), k * (6.3 * cube[:, 0]).sin(), -1.8 + 0 * k], 1
-        ),
-    )
-    yield "clusters", cube[pick % 20] * 2 + 0.02 * normal
-    yield "lattice", (cube * 8).floor() / 8
-    yield "duplicates", cube[pick // 4]
-    yield "all equal", torch.full((n, 3), 0.3)
-    yield "two places", (cube > 0.5).float()[:, :1].expand(n, 3) * 0.7
-    yield "line", cube[:, :1] * torch.tensor([1.0, 2.0, -3.0])
-    yield "plane", cube * torch.tensor([1.0, 1.0, 0.0])
-    yield "NaN and inf", cube.where(cube > 0.1, torch.nan).where(cube < 0.95, -torch.inf)
-    yield "mostly NaN", cube.where(pick[:, None] > n // 10, torch.nan)
-    yield "one finite", cube.where(torch.arange(n)[:, None] == n // 2, torch.nan)
-    for scale in (1e3, 1e6, 1e18, 1e19, 1e30, 3e38, 1e-20, 1e-30, 1e-43):
-        yield f"times {scale}", (cube - 0.5) * scale
-    for shift in (5e4, 1e5, 1e10):
-        yield f"plus {shift}", cube + shift
-    yield "near the origin", cube * 0.03
-    outliers = cube.clone()
-    outliers[:4] = torch.tensor([[1e30], [-1e20], [1e10], [1e4]])
-    yield "far outliers", outliers
-
-
-@pytest.mark.parametrize("n", [400, 777, 1024, 2500])
-def test_batched_equals_sequential(simd: str, n: int) -> None:
-    """Hundreds of clouds: index and distance of the pruned batches, bit for bit those of the plain loop."""
-    for seed in range(1 if simd == "scalar" else 4):
-        generator = torch.Generator().manual_seed(seed)
-        for name, cloud in clouds(generator, n):
-            for dim in (3, 2):
-                points = cloud[None, :, :dim].contiguous()
-                got = farthest_point_sample(points, n * 3 // 4, return_distance=True)
-                want = sequential(points, n * 3 // 4)
-                assert_same(got, want, f"{name}, D = {dim}, seed {seed}")
-
-
-def test_batched_equals_sequential_on_large_clouds() -> None:
-    for name, cloud in clouds(torch.Generator().manual_seed(1), 30_000):
-        got = farthest_point_sample(cloud[None], 1000, return_distance=True)
-        assert_same(got, sequential(cloud[None], 1000), name)
-
-
-@pytest.mark.parametrize("side", [10, 16, 24])
-def test_full_lattices_are_picked_in_the_sequential_order(simd: str, side: int) -> None:
-    """Thousands of points tie for every pick, which takes the path of its own that ties have."""
-    axis = torch.arange(side, dtype=torch.float32)
-    lattice = torch.cartesian_prod(axis, axis, axis)
-    lattice = lattice[torch.randperm(len(lattice), generator=torch.Generator().manual_seed(side))]
-    for dim in (3, 2):
-        points = lattice[None, :, :dim].contiguous()
-        num_samples = len(lattice) // (40 if simd == "scalar" and side == 24 else 3)
-        got = farthest_point_sample(points, num_samples, return_distance=True)
-        assert_same(got, sequential(points, num_samples), f"D = {dim}")
-
-
-@pytest.mark.parametrize("n", [1, 2, 3, 5, 31, 32, 33, 64, 255, 256, 257, 511, 513, 1023, 1025])
-def test_simd_levels_and_reference_agree(n: int) -> None:
-    points = exact(2, n, 3, steps=32, seed=n)
-    num_samples = min(n, 300)
-    want = reference.farthest_point_sample(points, num_samples, return_distance=True)
-    before = torch.ops.any2point._simd("")
-    for level in LEVELS:
-        try:
-            torch.ops.any2point._simd(level)
-        except RuntimeError:
-            continue
-        try:
-            assert_same(farthest_point_sample(points, num_samples, return_distance=True), want, level)
-        finally:
-            torch.ops.any2point._simd(before)
-
-
-@pytest.mark.parametrize("dim", [1, 2, 3, 4, 6, 16])
-def test_random_floats_are_the_same_on_every_simd_level(simd: str, dim: int) -> None:
-    points = torch.randn(2, 1000, dim, generator=torch.Generator().manual_seed(dim))
-    got = farthest_point_sample(points, 400, return_distance=True)
-    torch.ops.any2point._simd("scalar")
-    assert_same(got, farthest_point_sample(points, 400, return_distance=True))
-
-
-@pytest.mark.parametrize("num_samples", [1, 3, 32, 33, 100, 101, 128, 129, 256, 1024, 1025])
-def test_any_number_of_samples_is_a_prefix(num_samples: int) -> None:
-    points = torch.rand(1, 1024, 3, generator=torch.Generator().manual_seed(3))
-    most = farthest_point_sample(points, 1024)
-    got = farthest_point_sample(points, num_samples)
-    assert torch.equal(got[:, :1024], most[:, :num_samples])
-    assert (got[:, 1024:] == -1).all()
-
-
-@given(
-    data=st.lists(st.tuples(*[st.integers(-4, 4)] * 3), min_size=1, max_size=40),
-    start=st.integers(0, 50),
-    num_samples=st.integers(1, 45),
-)
-@settings(max_examples=100, deadline=None, derandomize=True)
-def test_every_pick_is_the_lowest_of_the_farthest(
-    data: list[tuple[int, int, int]], start: int, num_samples: int
-) -> None:
-    points = torch.tensor(data, dtype=torch.float64)
-    index, distance = farthest_point_sample(points[None], num_samples, start=start, return_distance=True)
-    picks, levels = index[0].tolist(), distance[0].tolist()
-    n = min(len(data), num_samples)
-    assert picks[0] == (start if start < len(data) else 0)
-    assert levels[0] == math.inf
-    assert len(set(picks[:n])) == n
-    assert picks[n:] == [-1] * (num_samples - n)
-    assert levels[n:] == [0.0] * (num_samples - n)
-    table = (points[:, None] - points[None]).square().sum(-1)
-    for j in range(1, n):
-        level = table[picks[:j]].amin(0)
-        level[picks[:j]] = -1
-        assert levels[j] == level.max()
-        assert picks[j] == int((level == level.max()).nonzero()[0])
-
-
-# -------------------------------------------------------------------------------------------- rules of picks
 
 
 @pytest.mark.parametrize("n", [1, 7, 64, 1000, 3000])
@@ -300,9 +142,6 @@ def test_low_precision_is_raised_not_rounded(dtype: torch.dtype) -> None:
     assert_same(got, farthest_point_sample(points.float(), 200, return_distance=True))
 
 
-# ------------------------------------------------------------------------------------------------- batches
-
-
 @pytest.mark.parametrize("clouds", range(1, 10))
 @pytest.mark.parametrize("n", [1, 2, 3, 5, 64, 700])
 def test_padded_packed_and_single_clouds_agree(clouds: int, n: int) -> None:
@@ -349,9 +188,6 @@ def test_many_clouds_in_parallel() -> None:
     assert torch.equal(farthest_point_sample(points, 11), want)
 
 
-# ------------------------------------------------------------------------------------------- random starts
-
-
 def test_random_start_is_reproducible_and_stays_in_the_cloud(device: str) -> None:
     points = torch.rand(400, 9, 3, device=device)
     lengths = (torch.arange(400, device=device) % 9) + 1
@@ -383,9 +219,6 @@ def test_random_start_uses_torchs_generator_by_default() -> None:
     first = farthest_point_sample(points, 1, start="random")
     torch.manual_seed(5)
     assert torch.equal(first, farthest_point_sample(points, 1, start="random"))
-
-
-# -------------------------------------------------------------------------------------------- the hierarchy
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -438,82 +271,12 @@ def test_hierarchy_refuses(sizes: Any, exception: type[Exception], pattern: str)
         farthest_point_hierarchy(exact(1, 9, 3), sizes)
 
 
-# --------------------------------------------------------------------------------------- pointnet2's order
-
-
-def threads_of(n: int) -> int:
-    """How pointnet2_ops chooses its block, in the same double arithmetic."""
-    return max(min(1 << int(math.log(n) / math.log(2.0)), 512), 1)
-
-
-def pointnet2(points: np.ndarray, num_samples: int) -> list[int]:
-    """pointnet2_ops thread by thread: strided scans that keep the first maximum, then the tree of threads."""
-    n, threads = len(points), threads_of(len(points))
-
-    def squared(d: np.ndarray) -> np.ndarray:
-        fused = (d[:, 0].astype(np.float64) ** 2 + (d[:, 1] * d[:, 1]).astype(np.float64)).astype(np.float32)
-        return (d[:, 2].astype(np.float64) ** 2 + fused.astype(np.float64)).astype(np.float32)
-
-    skipped = squared(points).astype(np.float64) <= 1e-3
-    temp = np.full(n, 1e10, np.float32)
-    picks = [0]
-    while len(picks) < num_samples:
-        temp = np.where(skipped, temp, np.minimum(squared(points - points[picks[-1]]), temp))
-        best, best_index = [-1.0] * threads, [0] * threads
-        for thread in range(threads):
-            for k in range(thread, n, threads):
-                if not skipped[k] and temp[k] > best[thread]:
-                    best[thread], best_index[thread] = float(temp[k]), k
-        half = 256
-        while half:
-            if threads >= 2 * half:
-                for a in range(half):
-                    if best[a + half] > best[a]:
-                        best[a], best_index[a] = best[a + half], best_index[a + half]
-            half //= 2
-        picks.append(best_index[0])
-    return picks
-
-
-def test_pointnet2_block_sizes_are_powers_of_two_below_n() -> None:
-    for n in range(1, 3000):
-        assert threads_of(n) == 1 << min(9, n.bit_length() - 1)
-
-
-@pytest.mark.parametrize("n", [1, 2, 3, 7, 8, 31, 64, 100, 513, 700])
-def test_pointnet2_order_is_that_of_its_thread_tree(n: int, device: str) -> None:
-    for steps, scale in ((4, 1.0), (3, 0.04), (256, 0.05), (256, 1.0), (1, 1.0), (2, 1e6)):
-        points = exact(1, n, 3, steps=steps, seed=n) * scale
-        num_samples = min(n + 2, 40)
-        got = farthest_point_sample(points.to(device), num_samples, tie="pointnet2")
-        assert got[0].tolist() == pointnet2(points[0].numpy(), num_samples), (steps, scale)
-
-
-def test_pointnet2_repeats_index_0_when_nothing_is_left() -> None:
-    points = torch.full((1, 6, 3), 0.001)
-    index, distance = farthest_point_sample(points, 4, tie="pointnet2", return_distance=True)
-    assert index.tolist() == [[0, 0, 0, 0]]
-    assert distance.tolist() == [[math.inf, 0.0, 0.0, 0.0]]
-
-
-def test_pointnet2_never_picks_what_is_not_finite() -> None:
-    points = exact(1, 20, 3)
-    points[0, :5] = torch.nan
-    index = farthest_point_sample(points, 40, tie="pointnet2")
-    assert (index >= 5).all()
-    points[:] = torch.nan
-    assert (farthest_point_sample(points, 3, tie="pointnet2") == -1).all()
-
-
-# --------------------------------------------------------------------------------------- compilation, sizes
-
-
 def test_compiled_with_changing_sizes() -> None:
     torch._dynamo.reset()
 
     @torch.compile(fullgraph=True, dynamic=True, backend="aot_eager")
     def pick(points: Tensor, num_samples: int) -> list[Tensor]:
-        return [ops.farthest_point_sample(points, num_samples), *farthest_point_hierarchy(points, [4, 2])]
+        return [farthest_point_sample(points, num_samples), *farthest_point_hierarchy(points, [4, 2])]
 
     for n, num_samples in ((30, 7), (31, 9), (64, 20)):
         points = exact(2, n, 3)
@@ -534,125 +297,3 @@ def test_on_the_meta_device() -> None:
     got = farthest_point_sample(torch.empty(4, 10, 3, device="meta"), 6, return_distance=True)
     assert got.index.shape == got.distance.shape == (4, 6)
     assert got.index.dtype == torch.int64
-
-
-@pytest.mark.slow
-def test_full_size_cloud_matches_the_plain_loop() -> None:
-    points = torch.rand(1, 100_000, 3, generator=torch.Generator().manual_seed(0))
-    assert_same(farthest_point_sample(points, 25_000, return_distance=True), sequential(points, 25_000))
-
-
-# ----------------------------------------------------------------------------------------------------- GPU
-
-SIZES = [
-    1,
-    2,
-    31,
-    32,
-    33,
-    1000,
-    1023,
-    1024,
-    1025,
-    2047,
-    2048,
-    2049,
-    4095,
-    4096,
-    4097,
-    8191,
-    8192,
-    8193,
-    20000,
-]
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("n", SIZES)
-@pytest.mark.parametrize("dim", [1, 2, 3, 4, 7])
-def test_cuda_equals_cpu(n: int, dim: int) -> None:
-    for points in (torch.randn(3, n, dim), exact(3, n, dim, steps=8), torch.ones(3, n, dim)):
-        num_samples = min(n + 2, 200)
-        start = torch.tensor([0, n // 2, n + 5])
-        want = farthest_point_sample(points, num_samples, start=start, return_distance=True)
-        got = farthest_point_sample(points.cuda(), num_samples, start=start.cuda(), return_distance=True)
-        assert_same(got, want, f"{n}, {dim}")
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("n", [700, 5000, 30_000])
-def test_cuda_equals_cpu_on_hard_clouds(n: int) -> None:
-    for name, cloud in clouds(torch.Generator().manual_seed(0), n):
-        num_samples = min(n, 1000)
-        got = farthest_point_sample(cloud[None].cuda(), num_samples, return_distance=True)
-        assert_same(got, farthest_point_sample(cloud[None], num_samples, return_distance=True), name)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("n", [1, 33, 1000, 2049, 20_000])
-def test_cuda_equals_cpu_in_float64(n: int) -> None:
-    """Also in the order of pointnet2, and there in float32."""
-    points = torch.randn(2, n, 3, dtype=torch.float64)
-    ties = exact(2, n, 3, steps=8)
-    for cloud, tie in (
-        (points, "lowest"),
-        (points, "pointnet2"),
-        (ties, "pointnet2"),
-        (ties * 0.05, "pointnet2"),
-    ):
-        got = farthest_point_sample(cloud.cuda(), min(n + 1, 300), return_distance=True, tie=tie)
-        assert_same(got, farthest_point_sample(cloud, min(n + 1, 300), return_distance=True, tie=tie), tie)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize(
-    "sizes", [[0, 900, 0, 2000, 33], [5000, 0, 12_000, 70, 2500, 8192, 8193, 1], [20_000]]
-)
-def test_cuda_ragged_batches(sizes: list[int]) -> None:
-    """Sizes that no single kernel serves: registers, several blocks and nothing at all in one call."""
-    offsets = torch.tensor([0, *np.cumsum(sizes)])
-    points = torch.randn(sum(sizes), 3)
-    want = farthest_point_sample(points, 150, offsets=offsets, return_distance=True)
-    got = farthest_point_sample(points.cuda(), 150, offsets=offsets.cuda(), return_distance=True)
-    assert_same(got, want, "packed")
-    padded = torch.randn(len(sizes), max(sizes), 3)
-    lengths = torch.tensor(sizes)
-    want = farthest_point_sample(padded, 150, lengths=lengths, return_distance=True)
-    got = farthest_point_sample(padded.cuda(), 150, lengths=lengths.cuda(), return_distance=True)
-    assert_same(got, want, "padded")
-
-
-@pytest.mark.gpu
-def test_cuda_more_blocks_than_the_device_holds() -> None:
-    """Too many large clouds for the cooperative launch: they are streamed."""
-    points = torch.randn(300, 9000, 3)
-    got = farthest_point_sample(points.cuda(), 20, return_distance=True)
-    assert_same(got, farthest_point_sample(points, 20, return_distance=True))
-
-
-@pytest.mark.gpu
-def test_cuda_large_cloud_and_graph_replay() -> None:
-    points = torch.rand(1, 100_000, 3)
-    want = farthest_point_sample(points, 5000, return_distance=True)
-    static = points.cuda()
-    assert_same(farthest_point_sample(static, 5000, return_distance=True), want)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        got = farthest_point_sample(static, 5000, return_distance=True)
-    for _ in range(2):
-        got.index.zero_()
-        graph.replay()
-        torch.cuda.synchronize()
-        assert_same(got, want, "replay")
-
-
-@pytest.mark.gpu
-@pytest.mark.slow
-def test_cuda_offsets_beyond_2_to_the_31() -> None:
-    """B * N * D past 2^31 elements: the last cloud is read where it is."""
-    if torch.cuda.mem_get_info()[0] < 24e9:
-        pytest.skip("needs 24 GB")
-    points = torch.zeros(700_001, 1024, 3, device="cuda")
-    points[-1] = torch.rand(1024, 3)
-    got = farthest_point_sample(points, 16)[-1:]
-    assert_same(got, farthest_point_sample(points[-1:].cpu(), 16))

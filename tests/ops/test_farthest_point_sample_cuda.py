@@ -1,0 +1,119 @@
+"""Farthest point sampling on CUDA: the bits of the CPU, whichever kernel a cloud goes to."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from farthest_point_sample_clouds import clouds, exact
+from op_contract import assert_same
+
+from any2point.ops import farthest_point_sample
+
+pytestmark = pytest.mark.gpu
+
+SIZES = [
+    1,
+    2,
+    31,
+    32,
+    33,
+    1000,
+    1023,
+    1024,
+    1025,
+    2047,
+    2048,
+    2049,
+    4095,
+    4096,
+    4097,
+    8191,
+    8192,
+    8193,
+    20000,
+]
+
+
+@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize("dim", [1, 2, 3, 4, 7])
+def test_cuda_equals_cpu(n: int, dim: int) -> None:
+    for points in (torch.randn(3, n, dim), exact(3, n, dim, steps=8), torch.ones(3, n, dim)):
+        num_samples = min(n + 2, 200)
+        start = torch.tensor([0, n // 2, n + 5])
+        want = farthest_point_sample(points, num_samples, start=start, return_distance=True)
+        got = farthest_point_sample(points.cuda(), num_samples, start=start.cuda(), return_distance=True)
+        assert_same(got, want, f"{n}, {dim}")
+
+
+@pytest.mark.parametrize("n", [700, 5000, 30_000])
+def test_cuda_equals_cpu_on_hard_clouds(n: int) -> None:
+    for name, cloud in clouds(torch.Generator().manual_seed(0), n):
+        num_samples = min(n, 1000)
+        got = farthest_point_sample(cloud[None].cuda(), num_samples, return_distance=True)
+        assert_same(got, farthest_point_sample(cloud[None], num_samples, return_distance=True), name)
+
+
+@pytest.mark.parametrize("n", [1, 33, 1000, 2049, 20_000])
+def test_cuda_equals_cpu_in_float64(n: int) -> None:
+    """Also in the order of pointnet2, and there in float32."""
+    points = torch.randn(2, n, 3, dtype=torch.float64)
+    ties = exact(2, n, 3, steps=8)
+    for cloud, tie in (
+        (points, "lowest"),
+        (points, "pointnet2"),
+        (ties, "pointnet2"),
+        (ties * 0.05, "pointnet2"),
+    ):
+        got = farthest_point_sample(cloud.cuda(), min(n + 1, 300), return_distance=True, tie=tie)
+        assert_same(got, farthest_point_sample(cloud, min(n + 1, 300), return_distance=True, tie=tie), tie)
+
+
+@pytest.mark.parametrize(
+    "sizes", [[0, 900, 0, 2000, 33], [5000, 0, 12_000, 70, 2500, 8192, 8193, 1], [20_000]]
+)
+def test_cuda_ragged_batches(sizes: list[int]) -> None:
+    """Sizes that no single kernel serves: registers, several blocks and nothing at all in one call."""
+    offsets = torch.tensor([0, *np.cumsum(sizes)])
+    points = torch.randn(sum(sizes), 3)
+    want = farthest_point_sample(points, 150, offsets=offsets, return_distance=True)
+    got = farthest_point_sample(points.cuda(), 150, offsets=offsets.cuda(), return_distance=True)
+    assert_same(got, want, "packed")
+    padded = torch.randn(len(sizes), max(sizes), 3)
+    lengths = torch.tensor(sizes)
+    want = farthest_point_sample(padded, 150, lengths=lengths, return_distance=True)
+    got = farthest_point_sample(padded.cuda(), 150, lengths=lengths.cuda(), return_distance=True)
+    assert_same(got, want, "padded")
+
+
+def test_cuda_more_blocks_than_the_device_holds() -> None:
+    """Too many large clouds for the cooperative launch: they are streamed."""
+    points = torch.randn(300, 9000, 3)
+    got = farthest_point_sample(points.cuda(), 20, return_distance=True)
+    assert_same(got, farthest_point_sample(points, 20, return_distance=True))
+
+
+def test_cuda_large_cloud_and_graph_replay() -> None:
+    points = torch.rand(1, 100_000, 3)
+    want = farthest_point_sample(points, 5000, return_distance=True)
+    static = points.cuda()
+    assert_same(farthest_point_sample(static, 5000, return_distance=True), want)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = farthest_point_sample(static, 5000, return_distance=True)
+    for _ in range(2):
+        got.index.zero_()
+        graph.replay()
+        torch.cuda.synchronize()
+        assert_same(got, want, "replay")
+
+
+@pytest.mark.slow
+def test_cuda_offsets_beyond_2_to_the_31() -> None:
+    """B * N * D past 2^31 elements: the last cloud is read where it is."""
+    if torch.cuda.mem_get_info()[0] < 24e9:
+        pytest.skip("needs 24 GB")
+    points = torch.zeros(700_001, 1024, 3, device="cuda")
+    points[-1] = torch.rand(1024, 3)
+    got = farthest_point_sample(points, 16)[-1:]
+    assert_same(got, farthest_point_sample(points[-1:].cpu(), 16))
