@@ -116,7 +116,8 @@ def run_demo(
     answer = test.class_names[int(outcome.predictions[row])]
     seconds = time.perf_counter() - start
     files.write_json(folder / "demo.json", _record(results, parameters, pretrained, seconds))
-    _conclude(results, parameters, train, test, example, answer, seconds, quick)
+    _conclude(results, parameters, train, test, quick)
+    _say_where(folder, example, answer, seconds)
     return folder
 
 
@@ -194,7 +195,7 @@ def _fit_budget(recipe: Recipe, contenders: list[Contender], train: PointDataset
 
 def _introduce(train: PointDataset, test: PointDataset, pretrained: Source | None, recipe: Recipe) -> None:
     runtime = Runtime(recipe.train)
-    where = f"{torch.get_num_threads()} CPU threads"
+    where = f"CPU, {torch.get_num_threads()} thread(s)"
     if runtime.device.type == "cuda":
         where = torch.cuda.get_device_name(runtime.device)
     if pretrained is not None:
@@ -241,9 +242,6 @@ def _conclude(
     parameters: dict[str, int],
     train: PointDataset,
     test: PointDataset,
-    example: Path,
-    answer: str,
-    seconds: float,
     quick: bool,
 ) -> None:
     width = max(map(len, results))
@@ -255,18 +253,33 @@ def _conclude(
         print(f"{title:{width}}  {_spread(right)}  {_spread(mean)}  {parameters[title]:9,}  {speed:8.0f}")
     frequent = int(torch.bincount(train.labels).argmax())
     guess = 100 * float((test.labels == frequent).float().mean())
-    one = 100 / len(test)
-    print(f"{'always the most frequent class':{width}}  {guess:5.1f} %")
+    print(f"{'always the most frequent class':{width}}  {guess:5.1f} %\n")
     if quick:
-        print("\n--quick: next to no training, so these accuracies mean nothing.")
-    elif len(next(iter(results.values()))) == 1:
-        print(
-            f"\nOne seed, {len(test)} held-out shapes: one shape is {one:.1f} %. --seeds 3 shows the spread."
-        )
-    print(f"\ntook {seconds:.0f} s; run folder: {example.parent}")
+        print("--quick: next to no training, so these accuracies mean nothing.")
+        return
+    (first, ours), *controls = results.items()
+    for title, runs in controls:
+        points, error = _difference(ours, runs, test.labels)
+        print(f"{first} against {title}: {points:+.1f} points, standard error {error:.1f}")
+    if len(ours) == 1:
+        print(f"(one seed, {len(test)} shapes, so one shape is {100 / len(test):.1f} %; --seeds 3 says more)")
+
+
+def _difference(ours: list[RunResult], theirs: list[RunResult], labels: torch.Tensor) -> tuple[float, float]:
+    """Difference in accuracy in points, and its standard error over the shapes, which both were tested on."""
+    gained = torch.zeros(len(labels))
+    for one, other in zip(ours, theirs):
+        if one.test and other.test:
+            gained += (one.test.predictions == labels).float() - (other.test.predictions == labels).float()
+    gained = 100 * gained / len(ours)
+    return float(gained.mean()), float(gained.std() / len(labels) ** 0.5)
+
+
+def _say_where(folder: Path, example: Path, answer: str, seconds: float) -> None:
+    print(f"\ntook {seconds:.0f} s; run folder: {folder}")
     print("  model (config.json, model.safetensors), metrics.jsonl, recipe.yaml, results.json")
     print("  confusion.png, curves.png, projection.png")
-    print(f"try it: any2point predict {example.parent} {example}   (the model says {answer})")
+    print(f"try it: any2point predict {folder} {example}   (the model says {answer})")
 
 
 def _spread(values: list[float]) -> str:
