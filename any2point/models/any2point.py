@@ -23,7 +23,7 @@ from any2point.nn import (
     spread_rotations,
 )
 from any2point.nn.projection import official_rotations
-from any2point.ops import voxel_cluster
+from any2point.ops import group, voxel_cluster
 from any2point.sources import Source
 
 
@@ -112,8 +112,7 @@ class Any2Point(PointModel):
         cls, tokens = x[:, 0], x[:, 1:]
         largest = tokens.amax(1)
         pair = [largest, cls] if self.config.feature_order == "max_cls" else [cls, largest]
-        centers = points.gather(1, index[..., None].expand(-1, -1, 3))
-        return Encoding(tokens, centers, cls, torch.cat(pair, dim=-1))
+        return Encoding(tokens, group(points, index), cls, torch.cat(pair, dim=-1))
 
     def forward(self, points: Tensor) -> Tensor:
         """`points [B, N, 3]` -> logits `[B, num_classes]`."""

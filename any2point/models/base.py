@@ -64,7 +64,8 @@ class PointModel(nn.Module):
         """Check a batch of clouds and bring it to the coordinates that the network works in.
 
         Args:
-            points: `[B, N, 3]` floating point; float16 and bfloat16 are widened.
+            points: `[B, N, 3]` floating point; float16 and bfloat16 are widened. Points with a NaN or
+                infinite coordinate are left out, as if they were not there.
 
         Returns:
             `[B, N, 3]` float32 or float64, centred if `config.center`.
@@ -74,6 +75,9 @@ class PointModel(nn.Module):
             raise TypeError(f"`points`: expected a floating point tensor [B, N, 3], got {got}")
         if points.dim() != 3 or points.shape[-1] != 3 or points.shape[0] == 0:
             raise ValueError(f"`points`: expected shape [B, N, 3] with B > 0, got {list(points.shape)}")
+        device = next(self.parameters()).device
+        if points.device != device:
+            raise ValueError(f"`points`: expected a tensor on {device}, as the model is, got {points.device}")
         needed = max(self.config.sizes[0], self.config.counts[0])
         if points.shape[1] < needed:
             raise ValueError(
@@ -84,6 +88,9 @@ class PointModel(nn.Module):
         if self.config.center:
             # In float64 the mean does not depend on the order of the points, to float32 rounding.
             wide = points.to(torch.float64)
+            valid = points.isfinite().all(-1, keepdim=True)
+            total = torch.where(valid, wide, 0.0).sum(1, keepdim=True)
             limit = _LIMIT * min(1.0, self.config.voxel_size)
-            points = (wide - wide.mean(1, keepdim=True)).clamp(-limit, limit)
+            centered = (wide - total / valid.sum(1, keepdim=True).clamp(min=1)).clamp(-limit, limit)
+            points = torch.where(valid, centered, torch.nan)
         return points.to(dtype)

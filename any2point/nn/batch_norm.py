@@ -1,11 +1,12 @@
-"""Parameters and statistics of batch normalisations, as plain tensors for the ops."""
+"""Batch normalisation of rows: parameters and statistics as plain tensors for the ops, and a forward."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from any2point.reference.batch_norm import BatchNorm as BatchNormTensors
+from any2point.ops import BatchNorm as BatchNormTensors
+from any2point.reference.batch_norm import masked_batch_norm
 
 
 class BatchNorm(nn.Module):
@@ -24,6 +25,10 @@ class BatchNorm(nn.Module):
     def tensors(self) -> BatchNormTensors:
         """The four tensors, as `any2point.ops` take them."""
         return BatchNormTensors(self.weight, self.bias, self.running_mean, self.running_var)
+
+    def forward(self, rows: Tensor, valid: Tensor) -> Tensor:
+        """Normalise `rows [R, C]`; only those that are `valid [R]` count in the statistics."""
+        return masked_batch_norm(rows, self.tensors(), valid, training=self.training, momentum=0.1, eps=1e-5)
 
     def extra_repr(self) -> str:
         return ", ".join(map(str, self.weight.shape))

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from any2point.nn.batch_norm import BatchNorm
-from any2point.ops import ResidualUnit, farthest_point_hierarchy, knn, local_aggregate
-from any2point.reference.batch_norm import batch_norm
+from any2point.ops import ResidualUnit, farthest_point_hierarchy, group, knn, local_aggregate
 
 
 class Tokens(NamedTuple):
@@ -84,29 +82,42 @@ class Tokenizer(nn.Module):
             self.stages.append(nn.ModuleList(Bottleneck(width, hidden) for _ in range(count)))
         self.width = width
 
-    def _first(self, points: Tensor) -> Tensor | int:
+    def _first(self, points: Tensor, valid: Tensor) -> Tensor | int:
         if self.start == "first":
             return 0
-        distance = (points - points.mean(1, keepdim=True)).square().sum(-1)
-        return distance.argmax(1)
+        kept = torch.where(valid[..., None], points, 0.0)
+        mean = kept.sum(1, keepdim=True) / valid.sum(1).clamp(min=1)[:, None, None]
+        distance = (kept - mean).square().sum(-1)
+        return torch.where(valid, distance, -1.0).argmax(1)
 
     def forward(self, points: Tensor) -> Tokens:
-        """`points [B, N, 3]` float32 or float64 -> tokens of the last stage."""
-        batch = points.shape[0]
-        x = F.linear(points.to(self.embed.weight.dtype), self.embed.weight).flatten(0, 1)
-        step: dict[str, Any] = {"training": self.training, "momentum": 0.1, "eps": 1e-5}
-        x = batch_norm(x, self.embed_norm.tensors(), **step).relu().unflatten(0, (batch, -1))
+        """`points [B, N, 3]` float32 or float64 -> tokens of the last stage.
 
-        levels = farthest_point_hierarchy(points, list(self.sizes), start=self._first(points), tie=self.tie)
+        Points with a NaN or infinite coordinate (padding, say) are left out.
+        """
+        batch = points.shape[0]
+        valid = points.isfinite().all(-1)
+        x = torch.where(valid[..., None], points, 0.0).to(self.embed.weight.dtype)
+        x = self.embed_norm(self.embed(x).flatten(0, 1), valid.flatten()).relu().unflatten(0, (batch, -1))
+
+        first = self._first(points, valid)
+        levels = farthest_point_hierarchy(points, list(self.sizes), start=first, tie=self.tie)
         index = levels[0]
         for stage, (size, count) in enumerate(zip(self.sizes, self.neighbors)):
             # Each level is a prefix of the one before, so only the first has to be looked up.
             center = index if stage == 0 else torch.arange(size, device=points.device).expand(batch, size)
-            centers = points.gather(1, center[..., None].expand(-1, -1, 3))
+            centers = group(points, center)
             neighbor = knn(centers, points, count, sorted=False).index
             units = [unit.tensors() for unit in self.stages[stage]]  # type: ignore[attr-defined]
             x = local_aggregate(
-                points, x, center, neighbor, units, normalize=self.normalize, guard=self.guard, **step
+                points,
+                x,
+                center,
+                neighbor,
+                units,
+                normalize=self.normalize,
+                guard=self.guard,
+                training=self.training,
             )
             points = centers
         return Tokens(x, points, levels[-1])

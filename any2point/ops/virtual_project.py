@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from any2point.ops._checks import check_clouds, check_floating, check_like, check_tensor, shape_text
+from any2point.ops.interpolate import interpolate
 from any2point.reference.virtual_project import VirtualProjection, cell_grid
 from any2point.reference.virtual_project import virtual_project as _composition
 
@@ -53,7 +54,7 @@ def virtual_project(
         TypeError: an argument has another dtype than listed.
 
     Differentiable in: table, and centers (through position and through the interpolation weights).
-    Deterministic: forward yes; the gradient of `table` on CUDA uses torch's embedding_bag, which is not.
+    Deterministic: yes.
     Complexity: O(B V S C) time, O(B S C) memory.
 
     Source: Any2Point (Tang et al., ECCV 2024), 3D-to-any virtual projection.
@@ -89,4 +90,5 @@ def virtual_project(
         camera=camera,
         wrap=wrap,
         scramble=scramble,
+        interpolate=interpolate,
     )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from any2point.reference.interpolate import interpolate as reference_interpolate
 
 # A cloud whose extent along a line is below this share of its largest extent counts as flat there.
 FLAT = 1e-5
@@ -118,8 +119,9 @@ def virtual_project(
     camera: float | None = None,
     wrap: bool = False,
     scramble: bool = False,
+    interpolate: Callable[[Tensor, Tensor, Tensor], Tensor] = reference_interpolate,
 ) -> VirtualProjection:
-    """See `any2point.ops.virtual_project`."""
+    """See `any2point.ops.virtual_project`; `interpolate` is the weighted gather to use."""
     grid = tuple(table.shape[:-1])
     extent = grid if size is None else tuple(size)
     cells = cell_grid(extent, cell)
@@ -138,9 +140,7 @@ def virtual_project(
     batch, count = centers.shape[:2]
     index = index.transpose(1, 2).reshape(batch * count, -1)
     weight = weight.transpose(1, 2).reshape(batch * count, -1) / views.shape[0]
-    rows = table.flatten(0, -2).to(centers.dtype)
-    encoding = F.embedding_bag(index, rows, per_sample_weights=weight, mode="sum").to(table.dtype)
-    encoding = encoding.view(batch, count, -1)
+    encoding = interpolate(table.flatten(0, -2), index, weight).view(batch, count, -1)
     if scramble:
         encoding = encoding.transpose(1, 2).reshape(encoding.shape)
     return VirtualProjection(position, bins, encoding)

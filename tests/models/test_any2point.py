@@ -148,6 +148,31 @@ def test_cells_of_a_single_token() -> None:
     assert model(clouds()).isfinite().all()
 
 
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_points_that_are_not_finite_are_left_out(family: str, training: bool) -> None:
+    points = clouds()
+    padded = torch.cat([points, torch.full((3, 30, 3), torch.nan)], dim=1)
+    padded[:, 100, 0] = torch.inf
+    padded = padded[:, torch.randperm(126)]
+    results = []
+    for x in (points, padded):
+        model = make(family, dropout=0.0, adapter_dropout=0.0).train(training)
+        results.append(model(x))
+        model.eval()
+        results.append(model(points))
+    close(results[0], results[2], 1e-3)
+    close(results[1], results[3], 1e-3)
+
+
+def test_clouds_without_enough_finite_points_do_not_crash() -> None:
+    points = clouds()
+    points[0] = torch.nan
+    points[1, 20:] = torch.nan
+    out = make()(points)
+    close(out[2:], make()(clouds())[2:])
+
+
 @pytest.mark.parametrize(
     ("points", "error", "message"),
     [
@@ -450,10 +475,3 @@ def test_probe() -> None:
 def test_class_names() -> None:
     with pytest.raises(ValueError, match="`class_names`: expected 5 names, got 2"):
         Any2Point(Any2PointConfig(**SMALL), make_source(), ["a", "b"])
-
-
-def test_from_official_refuses() -> None:
-    with pytest.raises(ValueError, match="`variant`: expected one of clip-text/scanobjectnn"):
-        Any2Point.from_official({}, "clip", position_table=torch.zeros(77, 768))
-    with pytest.raises(ValueError, match="`state_dict`: expected the blocks of a transformer"):
-        Any2Point.from_official({}, position_table=torch.zeros(77, 768))

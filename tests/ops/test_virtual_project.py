@@ -48,7 +48,7 @@ def _one_thread() -> Iterator[None]:
 class TestVirtualProject(OpContract):
     op = staticmethod(ops.virtual_project)
     reference = staticmethod(reference.virtual_project)
-    differentiable = ("table",)
+    differentiable = ("table", "centers")
     registered = False
 
     def samples(self, device: str) -> Iterator[Sample]:
