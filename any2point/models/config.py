@@ -206,14 +206,21 @@ class Any2PointConfig:
             raise ValueError(f"`neighbors`: expected one number or {stages}, got {self.neighbors}")
         return counts
 
+    def _fill(self, values: Mapping[str, Any]) -> Any2PointConfig:
+        missing = {name: value for name, value in values.items() if getattr(self, name) is None}
+        return dataclasses.replace(self, **missing)
+
+    def resolve_common(self) -> Any2PointConfig:
+        """The same configuration with every None filled in whose default does not depend on a source."""
+        return self._fill(_OFFICIAL if self.parity == "official" else _DEFAULT)
+
     def resolve(self, source: Source) -> Any2PointConfig:
         """The same configuration with every None that has a default for this source and parity filled in."""
         official = self.parity == "official"
-        values = dict(_OFFICIAL if official else _DEFAULT)
         image = source.position_table.dim() == 3
         clip = source.name == "clip-text"
         size = self.position_size or tuple(self.table_grid or source.position_table.shape[:-1])
-        values |= {
+        values: dict[str, Any] = {
             "attention_axis": "batch" if official and clip else "tokens",
             "permuted_lines": official and not image,
             "scramble": official and image,
@@ -226,8 +233,7 @@ class Any2PointConfig:
         }
         if official and image:
             values["camera"] = 1.4
-        missing = {name: value for name, value in values.items() if getattr(self, name) is None}
-        config = dataclasses.replace(self, **missing)
+        config = self.resolve_common()._fill(values)
         width = source.width // 2 ** len(self.tokenizer_units)
         if config.tokenizer_width != width or width * 2 ** len(self.tokenizer_units) != source.width:
             got = f"{config.tokenizer_width} for a source of width {source.width}"

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from any2point.models.any2point import build_tokenizer
 from any2point.models.base import PointModel
-from any2point.models.config import _DEFAULT, Any2PointConfig
+from any2point.models.config import Any2PointConfig
 
 
 class TokenizerProbe(PointModel):
@@ -23,10 +23,9 @@ class TokenizerProbe(PointModel):
 
     def __init__(self, config: Any2PointConfig, width: int, class_names: Sequence[str] | None = None) -> None:
         super().__init__()
-        import dataclasses
-
-        missing = {name: value for name, value in _DEFAULT.items() if getattr(config, name) is None}
-        self.config = config = dataclasses.replace(config, **missing)
+        if class_names is not None and len(class_names) != config.num_classes:
+            raise ValueError(f"`class_names`: expected {config.num_classes} names, got {len(class_names)}")
+        self.config = config = config.resolve_common()
         self.class_names = None if class_names is None else list(class_names)
         self.tokenizer = build_tokenizer(config, width)
         self.head = nn.Linear(2 * width, config.num_classes)

@@ -66,7 +66,7 @@ class TestGuidedAggregate(OpContract):
     def samples(self, device: str) -> Iterator[Sample]:
         yield Sample("mean", Sample("", make()).to(device).kwargs)
         yield Sample(
-            "maximum and mean", Sample("", make(batch=1) | {"pooling": "max+mean"}).to(device).kwargs
+            "maximum and mean", Sample("", make(batch=1, views=1) | {"pooling": "max+mean"}).to(device).kwargs
         )
         yield Sample("cells of one token", Sample("", make(s=3, cells=40)).to(device).kwargs)
         one = make(s=4)
