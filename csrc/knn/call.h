@@ -57,4 +57,11 @@ void run_neighbours_cpu(const Neighbours<T>& run) {
   neighbours_cpu(run, [](int64_t n, const Range& body) { torch::stable::parallel_for(0, n, 1, body); });
 }
 
+#ifdef ANY2POINT_WITH_CUDA
+template <typename T>
+void run_neighbours_cuda(const char* op, const Neighbours<T>& run, const Tensor& like) {
+  check_cuda(op, neighbours_cuda(run, current_stream(like.get_device_index())));
+}
+#endif
+
 }  // namespace any2point

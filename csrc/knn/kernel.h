@@ -41,6 +41,13 @@ using ParallelFor = std::function<void(int64_t n, const Range&)>;
 template <typename T>
 void neighbours_cpu(const Neighbours<T>& run, const ParallelFor& parallel_for);
 
+// On the current CUDA device; returns a cudaError_t.
+template <typename T>
+int neighbours_cuda(const Neighbours<T>& run, void* stream);
+// The same by kernels for any k and D: neighbours_cuda calls it where it has no better one.
+template <typename T>
+int neighbours_general_cuda(const Neighbours<T>& run, void* stream);
+
 // `limit` of a ball: the largest number below radius * radius, as the search includes its limit.
 template <typename T>
 T ball_limit(double radius);

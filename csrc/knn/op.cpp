@@ -22,7 +22,29 @@ std::tuple<Tensor, Tensor> knn_cpu(const Tensor& query, const Tensor& points, in
   return {call.distance, call.index};
 }
 
+#ifdef ANY2POINT_WITH_CUDA
+std::tuple<Tensor, Tensor> knn_cuda(const Tensor& query, const Tensor& points, int64_t k,
+                                    const OptionalTensor& query_lengths, const OptionalTensor& lengths,
+                                    const OptionalTensor& query_offsets, const OptionalTensor& offsets,
+                                    bool sorted) {
+  const torch::stable::accelerator::DeviceGuard guard(points.get_device_index());
+  const NeighbourCall call =
+      prepare_neighbours(query, points, k, query_lengths, lengths, query_offsets, offsets, false);
+  const Choice choice = sorted ? Choice::nearest : Choice::set;
+  if (points.scalar_type() == ScalarType::Double) {
+    run_neighbours_cuda("knn", call.run(k, std::numeric_limits<double>::infinity(), choice), points);
+  } else {
+    run_neighbours_cuda("knn", call.run(k, std::numeric_limits<float>::infinity(), choice), points);
+  }
+  return {call.distance, call.index};
+}
+#endif
+
 }  // namespace
 }  // namespace any2point
 
 STABLE_TORCH_LIBRARY_IMPL(any2point, CPU, m) { m.impl("knn", TORCH_BOX(&any2point::knn_cpu)); }
+
+#ifdef ANY2POINT_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(any2point, CUDA, m) { m.impl("knn", TORCH_BOX(&any2point::knn_cuda)); }
+#endif

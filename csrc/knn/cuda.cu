@@ -1,0 +1,320 @@
+// Neighbour search on CUDA for float32, up to three coordinates and k <= 192; other cases are in general.cu.
+//
+// Clouds of up to 2,048 points: a block of 8 warps stages one cloud in shared memory (12 bytes a point) and a
+// warp answers one query at a time. Each lane holds the distances to N / 32 points in registers (8 to 64 of
+// them). The warp searches for a radius that holds k to 32 * kKeys points (secant on the count, REDUX; start:
+// the radius of the query before), packs those, sorts them in a bitonic network of 32-bit keys and writes k
+// results. Instructions per warp and query at N = 1,024: 216 for the distances, 75 a count (1 to 2 counts),
+// 140 to pack, 45 (k = 16) to 320 (k = 81) to sort: about 800. So 16,384 queries with k = 81 are 13 M warp
+// instructions, 13 us at one a clock on each of 528 schedulers at 1.98 GHz. Bytes are no limit: 12 k out a
+// query (16 MB, 4 us), 12 a point and block in, from L2.
+//
+// Larger clouds: tiles of 1,024 points pass through shared memory, and each warp holds 4 queries against
+// them. A point costs a query 6 operations and a comparison with a bound. The few that pass go to a buffer in
+// shared memory, in the order of their rows; a full buffer is shortened to about k by the same search for a
+// radius, which lowers the bound. 100,000 queries of 100,000 points: 7.5e10 lane operations, 2.3 ms at 128 a
+// clock on each of 132 SMs; the tiles are 3.75 GB from L2, 0.7 ms.
+//
+// No host synchronisation, no workspace. CUDA, not Triton: what a warp does next depends on its data.
+#include "knn/warp.cuh"
+
+namespace any2point {
+namespace {
+
+constexpr int kWarps = 8;
+
+// Coordinates of point i of a cloud, 0 for those there are not; NaN if it is no finite point.
+__device__ __forceinline__ float3 point_of(const Neighbours<float>& run, const float* points, int64_t i) {
+  const float* p = points + i * run.dim;
+  float3 a{p[0], run.dim > 1 ? p[1] : 0.0f, run.dim > 2 ? p[2] : 0.0f};
+  if (!finite(a.x) || !finite(a.y) || !finite(a.z)) a.x = not_a_number();
+  return a;
+}
+
+// Squared distances to four points.
+__device__ __forceinline__ void distances(const float* x, const float* y, const float* z, float3 query,
+                                          float* d) {
+  const float4 a = *reinterpret_cast<const float4*>(x), b = *reinterpret_cast<const float4*>(y),
+               c = *reinterpret_cast<const float4*>(z);
+  d[0] = squared_distance3(a.x - query.x, b.x - query.y, c.x - query.z);
+  d[1] = squared_distance3(a.y - query.x, b.y - query.y, c.y - query.z);
+  d[2] = squared_distance3(a.z - query.x, b.z - query.y, c.z - query.z);
+  d[3] = squared_distance3(a.w - query.x, b.w - query.y, c.w - query.z);
+}
+
+// ------------------------------------------------------------------------------------------- small clouds
+
+constexpr int kSmallTile = 32;  // queries of a block
+
+// Clouds with above < N <= 32 * kPoints.
+template <int kPoints, int kKeys>
+__global__ __launch_bounds__(32 * kWarps) void nearest_small_kernel(Neighbours<float> run, int64_t above) {
+  constexpr int kCloud = 32 * kPoints, kMost = 32 * kKeys;
+  __shared__ alignas(16) float axis[3][kCloud];
+  __shared__ float near_of[kWarps][kMost];
+  __shared__ int place_of[kWarps][kMost];
+  __shared__ int valid;
+
+  const Tile tile = tile_of(run.query_rows, kSmallTile, blockIdx.x);
+  const int64_t count = run.rows.count(tile.cloud);
+  if (tile.first < 0 || tile.first >= tile.last || count <= above || count > kCloud) return;
+
+  // Lane l of every warp is to hold points l * kPoints + i: four of them in a row are one load.
+  const float* points = run.points + run.rows.begin(tile.cloud) * run.dim;
+  if (threadIdx.x == 0) valid = 0;
+  __syncthreads();
+  int usable = 0;
+  for (int i = threadIdx.x; i < kCloud; i += 32 * kWarps) {
+    const int of = i / kPoints, at = i % kPoints, slot = at / 4 * 128 + of * 4 + at % 4;
+    const float3 p = i < count ? point_of(run, points, i) : float3{not_a_number(), 0, 0};
+    axis[0][slot] = p.x;
+    axis[1][slot] = p.y;
+    axis[2][slot] = p.z;
+    usable += p.x == p.x;
+  }
+  atomicAdd(&valid, usable);
+  __syncthreads();
+
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, k = int(run.k);
+  float *near = near_of[warp], guess = -1;
+  int* place = place_of[warp];
+  const int64_t base = run.rows.index_base(tile.cloud), begin = run.query_rows.begin(tile.cloud);
+  for (int64_t i = tile.first + warp; i < tile.last; i += kWarps) {
+    float3 query{not_a_number(), 0, 0};
+    if (i < tile.count) query = point_of(run, run.query + begin * run.dim, i);
+    if (query.x != query.x || run.limit < 0) {
+      write_missing(run, begin + i, 0, lane);
+      continue;
+    }
+    float d[kPoints];
+#pragma unroll
+    for (int c = 0; c < kPoints; c += 4) {
+      const int slot = c * 32 + lane * 4;
+      distances(axis[0] + slot, axis[1] + slot, axis[2] + slot, query, d + c);
+    }
+    const auto count_within = [&](float t) {
+      int within = 0;
+#pragma unroll
+      for (int c = 0; c < kPoints; c++) within += d[c] <= t;
+      return warp_sum(within);
+    };
+    float t = run.limit;
+    if (valid > k) {
+      if (guess < 0) {
+        // Every lane has a point within the largest of the lanes' smallest distances.
+        float least = infinite();
+#pragma unroll
+        for (int c = 0; c < kPoints; c++) least = fminf(least, d[c]);
+        guess = warp_max(least < infinite() ? least : 0.0f);
+      }
+      t = fminf(guess, run.limit);
+    }
+    const int within = count_within(t);
+    Radius radius{t, within, false};
+    if (within > kMost || (within < k && t < run.limit)) {
+      radius = find_radius(k, kMost, run.limit, t, within, count_within);
+    }
+    if (!radius.tie && radius.count >= k) {
+      guess = __int_as_float(max(0, radius_toward(__float_as_int(radius.t), radius.count, (k + kMost) / 2)));
+    }
+    const int m = pack(d, [&](int c) { return lane * kPoints + c; }, radius, k, near, place, lane);
+    finish<kKeys>(run, base, begin + i, near, place, m, lane);
+  }
+}
+
+// ------------------------------------------------------------------------------------------- large clouds
+
+constexpr int kTilePoints = 1024, kHeld = 4;  // points in shared memory, queries of a warp
+
+// The buffer of one query: candidates in the order of their rows.
+struct Buffer {
+  float* near;
+  int* place;
+};
+
+// Shortens a buffer of m candidates to k or a few more and returns how many; `bound` becomes the largest
+// distance that can still matter: rows that follow are higher, so they must be nearer.
+template <int kKeys>
+__device__ __forceinline__ int shorten(const Buffer& buffer, int m, int k, float limit, float* bound,
+                                       int lane) {
+  const float top = *bound == limit ? limit : above(*bound);  // no candidate is farther
+  __syncwarp();
+  float d[kKeys];
+  int row[kKeys];
+#pragma unroll
+  for (int r = 0; r < kKeys; r++) {
+    const int at = lane * kKeys + r;
+    d[r] = at < m ? buffer.near[at] : not_a_number();
+    row[r] = at < m ? buffer.place[at] : 0;
+  }
+  const auto count_within = [&](float t) {
+    int within = 0;
+#pragma unroll
+    for (int r = 0; r < kKeys; r++) within += d[r] <= t;
+    return warp_sum(within);
+  };
+  const Radius radius = find_radius(k, k + (32 * kKeys - 32 - k) / 4, top, top, m, count_within);
+  __syncwarp();
+  m = pack(d, [&](int r) { return row[r]; }, radius, k, buffer.near, buffer.place, lane);
+  *bound = below(radius.t);
+  __syncwarp();
+  return m;
+}
+
+// Clouds with above < N, of any size that int can number.
+template <int kKeys, int kBlockWarps>
+__global__ __launch_bounds__(32 * kBlockWarps) void nearest_large_kernel(Neighbours<float> run,
+                                                                         int64_t above) {
+  constexpr int kMost = 32 * kKeys;
+  __shared__ alignas(16) float axis[3][kTilePoints];
+  __shared__ float near_of[kBlockWarps][kHeld][kMost];
+  __shared__ int place_of[kBlockWarps][kHeld][kMost];
+  __shared__ float4 query_of[kBlockWarps][kHeld];  // and in w the bound: no candidate is farther
+  __shared__ int count_of[kBlockWarps][kHeld];
+
+  __shared__ Tile tile;  // not in registers, which the loop needs
+
+  if (threadIdx.x == 0) tile = tile_of(run.query_rows, kBlockWarps * kHeld, blockIdx.x);
+  __syncthreads();
+  const int64_t count = run.rows.count(tile.cloud);
+  if (tile.first < 0 || tile.first >= tile.last || count <= above) return;
+
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, k = int(run.k);
+  if (lane < kHeld) {
+    const int64_t row = tile.first + warp * kHeld + lane;
+    float3 q{not_a_number(), 0, 0};
+    if (row < min(tile.last, tile.count)) {
+      q = point_of(run, run.query + run.query_rows.begin(tile.cloud) * run.dim, row);
+    }
+    query_of[warp][lane] = {q.x, q.y, q.z, q.x == q.x ? run.limit : -1.0f};
+    count_of[warp][lane] = 0;
+  }
+
+  const float* points = run.points + run.rows.begin(tile.cloud) * run.dim;
+  for (int64_t start = 0; start < count; start += kTilePoints) {
+    __syncthreads();
+    // Of 128 points, lane l is to hold l, l + 32, l + 64, l + 96 in one load: ballots are in order of rows.
+    for (int i = threadIdx.x; i < kTilePoints; i += 32 * kBlockWarps) {
+      const int slot = i / 128 * 128 + i % 32 * 4 + i % 128 / 32;
+      const float3 p = start + i < count ? point_of(run, points, start + i) : float3{not_a_number(), 0, 0};
+      axis[0][slot] = p.x;
+      axis[1][slot] = p.y;
+      axis[2][slot] = p.z;
+    }
+    __syncthreads();
+    for (int c = 0; c < kTilePoints && start + c < count; c += 128) {
+      const int slot = c + lane * 4;
+      unsigned hits = 0;  // bit w: query w has a candidate among these points
+#pragma unroll
+      for (int w = 0; w < kHeld; w++) {
+        const float4 q = query_of[warp][w];
+        float d[4];
+        distances(axis[0] + slot, axis[1] + slot, axis[2] + slot, {q.x, q.y, q.z}, d);
+        const bool any = d[0] <= q.w || d[1] <= q.w || d[2] <= q.w || d[3] <= q.w;
+        hits |= __any_sync(kAll, any) ? 1u << w : 0u;
+      }
+      while (hits) {
+        const int w = __ffs(hits) - 1;
+        hits &= hits - 1;
+        const Buffer buffer{near_of[warp][w], place_of[warp][w]};
+        int m = count_of[warp][w];
+        const float4 q = query_of[warp][w];
+        float nearer = q.w, d[4];
+        distances(axis[0] + slot, axis[1] + slot, axis[2] + slot, {q.x, q.y, q.z}, d);
+#pragma unroll 1  // one copy of `shorten`
+        for (int j = 0; j < 4; j++) {
+          const float distance = j < 2 ? (j < 1 ? d[0] : d[1]) : (j < 3 ? d[2] : d[3]);
+          const bool candidate = distance <= nearer;
+          const unsigned lanes = __ballot_sync(kAll, candidate);
+          if (candidate) {
+            const int at = m + __popc(lanes & ((1u << lane) - 1));
+            buffer.near[at] = distance;
+            buffer.place[at] = int(start) + c + j * 32 + lane;
+          }
+          m += __popc(lanes);
+          if (m > kMost - 32) m = shorten<kKeys>(buffer, m, k, run.limit, &nearer, lane);
+        }
+        __syncwarp();
+        if (lane == 0) {
+          count_of[warp][w] = m;
+          query_of[warp][w].w = nearer;
+        }
+        __syncwarp();
+      }
+    }
+  }
+  __syncthreads();
+  const int64_t base = run.rows.index_base(tile.cloud), begin = run.query_rows.begin(tile.cloud);
+  for (int w = 0; w < kHeld; w++) {
+    const int64_t row = tile.first + warp * kHeld + w;
+    if (row >= tile.last) return;
+    finish<kKeys>(run, base, begin + row, near_of[warp][w], place_of[warp][w], count_of[warp][w], lane);
+  }
+}
+
+// ----------------------------------------------------------------------------------------------- launches
+
+constexpr int64_t kSmallest = 1024, kSmall = 2048;  // points of a small cloud
+
+template <int kPoints, int kKeys>
+cudaError_t launch_small(const Neighbours<float>& run, int64_t above, cudaStream_t stream) {
+  const auto blocks = static_cast<unsigned>(tiles_of(run.query_rows, kSmallTile));
+  nearest_small_kernel<kPoints, kKeys><<<blocks, 32 * kWarps, 0, stream>>>(run, above);
+  return cudaGetLastError();
+}
+
+// kKeys: room for k and as many again as make the search for a radius short.
+template <int kPoints>
+cudaError_t launch_small(const Neighbours<float>& run, int64_t above, cudaStream_t stream) {
+  if (run.k <= 24) return launch_small<kPoints, 1>(run, above, stream);
+  if (run.k <= 52) return launch_small<kPoints, 2>(run, above, stream);
+  if (run.k <= 112) return launch_small<kPoints, 4>(run, above, stream);
+  return launch_small<kPoints, 8>(run, above, stream);
+}
+
+template <int kKeys, int kBlockWarps>
+cudaError_t launch_large(const Neighbours<float>& run, int64_t above, cudaStream_t stream) {
+  const auto blocks = static_cast<unsigned>(tiles_of(run.query_rows, kBlockWarps * kHeld));
+  nearest_large_kernel<kKeys, kBlockWarps><<<blocks, 32 * kBlockWarps, 0, stream>>>(run, above);
+  return cudaGetLastError();
+}
+
+cudaError_t launch_nearest(const Neighbours<float>& run, cudaStream_t stream) {
+  // How many points a cloud can have, as far as the host knows.
+  const int64_t most = run.rows.packed() ? run.rows.total : run.rows.padded;
+  if (most <= 256) return launch_small<8>(run, -1, stream);
+  if (most <= 512) return launch_small<16>(run, -1, stream);
+  if (most <= kSmallest) return launch_small<32>(run, -1, stream);
+  if (most <= kSmall && !run.rows.packed()) return launch_small<64>(run, -1, stream);
+  int64_t above = -1;
+  if (run.rows.packed()) {
+    // Each launch takes the clouds of its range of sizes, the blocks of the others leave at once.
+    cudaError_t error = launch_small<32>(run, above, stream);
+    if (error != cudaSuccess) return error;
+    error = launch_small<64>(run, kSmallest, stream);
+    if (error != cudaSuccess || most <= kSmall) return error;
+    above = kSmall;
+  }
+  if (run.k <= 64) return launch_large<4, 8>(run, above, stream);
+  return launch_large<8, 4>(run, above, stream);
+}
+
+}  // namespace
+
+template <>
+int neighbours_cuda(const Neighbours<double>& run, void* stream) {
+  return neighbours_general_cuda(run, stream);
+}
+
+template <>
+int neighbours_cuda(const Neighbours<float>& run, void* stream) {
+  const int64_t most = run.rows.packed() ? run.rows.total : run.rows.padded;
+  if (run.query_rows.total == 0) return cudaSuccess;
+  if (run.dim > 3 || run.k > 192 || run.k == 0 || run.choice == Choice::first || most >= 1 << 30 ||
+      run.query_rows.clouds == 0) {
+    return neighbours_general_cuda(run, stream);
+  }
+  return launch_nearest(run, static_cast<cudaStream_t>(stream));
+}
+
+}  // namespace any2point
