@@ -76,3 +76,44 @@ def test_farthest_point_sample_of_nothing() -> None:
 def test_farthest_point_sample_refuses(points, samples, start, exception, pattern) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(exception, match=pattern):
         a2n.farthest_point_sample(points, samples, start=start)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize(("n", "dim"), [(1, 3), (50, 1), (3000, 3), (300, 6)])
+def test_neighbours_equal_torch(dtype: type, n: int, dim: int) -> None:
+    points = np.random.default_rng(n + dim).standard_normal((n, dim)).astype(dtype)
+    query = points[: max(1, n // 3)]
+    pair = torch.from_numpy(query)[None], torch.from_numpy(points)[None]
+    for k in (0, 1, 9, n + 1):
+        for is_sorted in (True, False):
+            got = a2n.knn(query, points, k, sorted=is_sorted)
+            for a, b in zip(got, ops.knn(*pair, k, sorted=is_sorted), strict=True):
+                np.testing.assert_array_equal(a, b[0].numpy())
+        for mode in ("nearest", "first"):
+            got = a2n.ball_query(query, points, 0.5, k, mode=mode)
+            for a, b in zip(got, ops.ball_query(*pair, 0.5, k, mode=mode), strict=True):
+                np.testing.assert_array_equal(a, b[0].numpy())
+
+
+@pytest.mark.parametrize(
+    ("changes", "exception", "pattern"),
+    [
+        (dict(query=np.zeros(3, np.float32)), ValueError, r"query: expected shape \[N, D\] with D >= 1"),
+        (dict(query=np.zeros((2, 2), np.float32)), ValueError, r"query: expected D = 3 like `points`"),
+        (dict(query=np.zeros((2, 3))), TypeError, r"query: expected float32 like `points`, got float64"),
+        (dict(k=-1), ValueError, r"k: expected at least 0, got -1"),
+        (dict(k=None), TypeError, r"k: expected an int, got NoneType"),
+        (dict(radius=0), ValueError, r"radius: expected more than 0, got 0"),
+        (dict(radius=np.nan), ValueError, r"radius: expected more than 0, got nan"),
+        (dict(radius="wide"), TypeError, r"radius: expected a float, got str"),
+        (dict(mode="last"), ValueError, r'mode: expected "nearest" or "first"'),
+    ],
+)
+def test_neighbours_refuse(changes, exception, pattern) -> None:  # type: ignore[no-untyped-def]
+    points = np.zeros((4, 3), np.float32)
+    arguments = dict(query=points, points=points, radius=1.0, k=2) | changes
+    with pytest.raises(exception, match=pattern):
+        a2n.ball_query(**arguments)
+    if not changes.keys() & {"radius", "mode"}:
+        with pytest.raises(exception, match=pattern):
+            a2n.knn(arguments["query"], points, arguments["k"])

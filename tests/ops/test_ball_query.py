@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import hypothesis.strategies as st
+import pytest
 import torch
-from op_contract import OpContract, Sample
+from hypothesis import given, settings
+from neighbour_clouds import CLOUDS, LEVELS, cloud, grid, simd
+from op_contract import OpContract, Sample, assert_same
 from torch import Tensor
 
 from any2point import ops, reference
 
-
-def grid(*shape: int, steps: int = 256, seed: int = 0) -> Tensor:
-    """Multiples of 1 / steps in [0, 1]: squared distances are exact, ties and duplicates are common."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, steps + 1, shape, generator=generator) / steps
+MODES = ("nearest", "first")
 
 
 class TestBallQuery(OpContract):
@@ -72,3 +72,94 @@ class TestBallQuery(OpContract):
         yield dict(radius=float("nan")), ValueError, r"radius: expected more than 0, got nan"
         yield dict(radius="1"), TypeError, r"radius: expected a float"
         yield dict(mode="last"), ValueError, r'mode: expected "nearest" or "first"'
+
+
+def in_order(query: Tensor, points: Tensor, radius: float, k: int, mode: str) -> tuple[list, list]:
+    """One query at a time, written out."""
+    indices, counts = [], []
+    limit = torch.tensor(radius, dtype=points.dtype).square()
+    for q in query:
+        distance = reference.squared_distance(q, points)
+        inside = [i for i in range(len(points)) if distance[i] < limit]
+        if mode == "nearest":
+            inside.sort(key=lambda i: (float(distance[i]), i))
+        counts.append(len(inside[:k]))
+        indices.append(inside[:k] + [-1] * (k - counts[-1]))
+    return indices, counts
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("radius", [1 / 256, 0.1, 0.25, 0.75, 5.0])
+def test_written_out(mode: str, radius: float) -> None:
+    query, points = grid(12, 3), grid(150, 3, steps=16, seed=1)
+    for k in (1, 7, 200):
+        index, distance, count = ops.ball_query(query[None], points[None], radius, k, mode=mode)
+        indices, counts = in_order(query, points, radius, k, mode)
+        assert index[0].tolist() == indices
+        assert count[0].tolist() == counts
+        assert (distance.isposinf() == (index < 0)).all()
+
+
+def test_radius_is_squared_in_the_dtype() -> None:
+    """A point at exactly the radius is outside, in float32 and in float64."""
+    for dtype in (torch.float32, torch.float64):
+        radius = 0.1
+        edge = torch.tensor(radius, dtype=dtype)
+        points = torch.zeros(1, 3, 1, dtype=dtype)
+        points[0, :, 0] = torch.stack([edge, torch.nextafter(edge, edge * 0), -edge])
+        found = ops.ball_query(torch.zeros(1, 1, 1, dtype=dtype), points, radius, 3)
+        assert found.index.tolist() == [[[1, -1, -1]]]
+
+
+def test_extreme_radii() -> None:
+    query, points = torch.zeros(1, 1, 3), torch.zeros(1, 2, 3)
+    points[0, 1] = 1e30  # its squared distance is infinite, and so is not less than an infinite radius
+    for mode in MODES:
+        assert ops.ball_query(query, points, 1e-30, 2, mode=mode).count.item() == 0  # the square is 0
+        assert ops.ball_query(query, points, 1e-18, 2, mode=mode).count.item() == 1
+        assert ops.ball_query(query, points, float("inf"), 2, mode=mode).index.tolist() == [[[0, -1]]]
+        assert ops.ball_query(query, points, 1e300, 2, mode=mode).index.tolist() == [[[0, -1]]]
+
+
+@pytest.mark.parametrize("name", CLOUDS)
+def test_large_clouds_and_every_instruction_set(name: str) -> None:
+    """Enough queries and points for the tree; the same bits at every SIMD level."""
+    points = cloud(name, 3000)[None]
+    query = points[:, ::4]
+    distance = ops.knn(query, points, 8).distance
+    radius = float(distance[distance.isfinite()].double().median().sqrt().clamp(1e-20, 1e38)) * 1.5
+    for mode, k in (("nearest", 1), ("nearest", 20), ("first", 20)):
+        want = reference.ball_query(query, points, radius, k, mode=mode)
+        for level in LEVELS:
+            with simd(level):
+                assert_same(
+                    ops.ball_query(query, points, radius, k, mode=mode), want, f"{name} {mode} {level}"
+                )
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    n=st.integers(0, 70), s=st.integers(0, 5), dim=st.integers(1, 4), k=st.integers(0, 40),
+    steps=st.sampled_from([1, 3, 64]), radius=st.sampled_from([0.25, 0.5, 1.0, 2.0]),
+    mode=st.sampled_from(MODES), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_any_small_cloud(
+    n: int, s: int, dim: int, k: int, steps: int, radius: float, mode: str, seed: int
+) -> None:
+    query, points = grid(1, s, dim, steps=steps, seed=seed), grid(1, n, dim, steps=steps, seed=seed + 1)
+    got = ops.ball_query(query, points, radius, k, mode=mode)
+    assert_same(got, reference.ball_query(query, points, radius, k, mode=mode))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CLOUDS)
+@pytest.mark.parametrize("mode", MODES)
+def test_cuda_gives_the_same_bits(name: str, mode: str) -> None:
+    for n in (100, 1024, 3000):
+        points = cloud(name, n)[None]
+        query = points[:, ::3]
+        distance = ops.knn(query, points, 8).distance
+        radius = float(distance[distance.isfinite()].double().median().sqrt().clamp(1e-20, 1e38)) * 1.5
+        for k in (1, 20, 150, 500):
+            want = ops.ball_query(query, points, radius, k, mode=mode)
+            assert_same(ops.ball_query(query.cuda(), points.cuda(), radius, k, mode=mode), want, f"{n} {k}")
