@@ -181,9 +181,10 @@ class Build(build_ext):
                 name = source.relative_to(ROOT / "csrc").with_suffix("")
                 glue.append(ninja.edge("nvcc", build / f"{name}.cu.o", [source]))
 
-        strip = "" if debug else "-Wl,-s"
+        runtime = "" if debug else "-Wl,-s"
+        runtime += self.shared_runtime(cxx)
         # libtorch must stay in NEEDED (torch is loaded RTLD_LOCAL); no RPATH: torch is imported first.
-        libs = f"-L{torch_dir / 'lib'} -Wl,--no-as-needed -ltorch -Wl,--as-needed -ltorch_cpu -lc10 {strip}"
+        libs = f"-L{torch_dir / 'lib'} -Wl,--no-as-needed -ltorch -Wl,--as-needed -ltorch_cpu -lc10 {runtime}"
         if cuda:
             libs += f" -L{cuda / 'lib64'} -lcudart_static -ldl -lrt -lpthread"
         outputs = {"any2point._C": ninja.edge("link", build / "_C.so", [*glue, *kernels], libs=libs)}
@@ -194,7 +195,7 @@ class Build(build_ext):
             extra = f"-isystem {pybind11.get_include()} -isystem {sysconfig.get_paths()['include']}"
             module = ninja.edge("cxx", build / "numpy.o", [ROOT / "csrc" / "numpy.cpp"], extra=extra)
             outputs["any2point._numpy"] = ninja.edge(
-                "link", build / "_numpy.so", [module, *kernels], libs=strip
+                "link", build / "_numpy.so", [module, *kernels], libs=runtime
             )
         ninja.run()
 
@@ -211,6 +212,14 @@ class Build(build_ext):
         record["nvcc"] = self.version_of(str(cuda / "bin" / "nvcc")) if cuda else None
         target = Path(self.get_ext_fullpath("any2point._C")).parent / "_build.json"
         target.write_text(json.dumps(record, indent=1) + "\n")
+
+    @staticmethod
+    def shared_runtime(compiler: str) -> str:
+        """Where the compiler has no libstdc++.so to link to, it quietly takes the static one, and an exception
+        that leaves the extension meets torch's other copy of the C++ runtime and crashes: name the shared one."""
+        ask = [*compiler.split(), "-print-file-name=libstdc++.so"]
+        answer = subprocess.run(ask, capture_output=True, text=True).stdout.strip()
+        return "" if os.path.isabs(answer) or not answer else " -l:libstdc++.so.6"
 
     @staticmethod
     def version_of(compiler: str) -> str:

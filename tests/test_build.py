@@ -82,6 +82,7 @@ def test_needs_no_cuda_libraries() -> None:
     dynamic = subprocess.run([readelf, "-d", str(BINARY)], capture_output=True, text=True, check=True).stdout
     needed = [line.split("[")[1].rstrip("]") for line in dynamic.splitlines() if "NEEDED" in line]
     assert "libtorch.so" in needed
+    assert "libstdc++.so.6" in needed  # a static copy of the C++ runtime cannot throw through torch's
     assert not [name for name in needed if "cuda" in name or "python" in name], needed
 
 

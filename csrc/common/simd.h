@@ -3,8 +3,8 @@
 // C++ library (its inline functions would be emitted with this set's instructions and could be the copy that
 // the linker keeps for everybody), and everything inside namespace any2point::A2P_ISA.
 //
-// Float: kLanes floats. Int: kLanes int32. Words: kLanes uint32, each a set of bits. Masks are plain bit sets,
-// lane 0 in bit 0.
+// Float: kLanes floats. Int: kLanes int32. Words: kLanes uint32, each a set of bits. Masks are plain bit
+// sets, lane 0 in bit 0.
 #pragma once
 
 #include <stdint.h>
