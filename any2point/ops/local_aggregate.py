@@ -103,8 +103,9 @@ def local_aggregate(
         if unit.in_weight.shape[-1] != width or unit.out_weight.shape[0] != width:
             got = f"{shape_text(unit.in_weight)} and {shape_text(unit.out_weight)}"
             raise ValueError(f"units: expected weights [H, {width}] and [{width}, H], got {got}")
+    # cuBLAS rounds otherwise for strided weights and biases; statistics are updated in place and stay.
     units = [
-        unit._replace(in_weight=unit.in_weight.contiguous(), out_weight=unit.out_weight.contiguous())
+        ResidualUnit(*(part.contiguous() if isinstance(part, Tensor) else part for part in unit))
         for unit in units
     ]
     return _composition(

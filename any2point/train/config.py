@@ -36,6 +36,8 @@ class TrainConfig:
         deterministic: refuse operations whose result depends on timing, where PyTorch knows of them.
         precision: "fp32", "bf16", "fp16", or "auto": bf16 where the hardware multiplies it, fp32 elsewhere.
         device: "cpu", "cuda", "cuda:1", ..., or "auto": the first GPU if there is one.
+        cuda_graph: on CUDA, record the step once and replay it: the launches of its many small kernels cost
+            several times what the kernels do. Takes a model that never waits for the device.
         normalize: "sphere" (centre and scale to radius 1), "center" or "none"; for training and evaluation.
         pool: farthest points to draw a training cloud's random points from; 0 draws from all of them.
         scale: per-axis factors are drawn from between these two.
@@ -63,6 +65,7 @@ class TrainConfig:
     deterministic: bool = True
     precision: str = "auto"
     device: str = "auto"
+    cuda_graph: bool = True
     normalize: str = "sphere"
     pool: int = 1200
     scale: tuple[float, float] = (2 / 3, 3 / 2)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from any2point.data.dataset import PointDataset
 from any2point.train import files
+from any2point.train.captured import Step, capture
 from any2point.train.config import TrainConfig
 from any2point.train.metrics import EvalResult, evaluate_prepared, input_size, prepare
 from any2point.train.progress import Reporter, default_reporter
@@ -115,6 +116,7 @@ class _Run:
         self.optimizer = torch.optim.AdamW(_parameter_groups(model, config.weight_decay), lr=config.lr)
         self.reporter = reporter or default_reporter()
         self.folder = None if run_dir is None else Path(run_dir)
+        self.captured: Step | None = None
         self.epoch = 0
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Any] = {"epoch": 0, "accuracy": -1.0, "weights": None}
@@ -144,6 +146,7 @@ class _Run:
 
     def _epoch(self, steps: int) -> dict[str, Any]:
         config, device = self.config, self.runtime.device
+        self._capture()
         generator = torch.Generator().manual_seed(_seed(config.seed, self.epoch, "data"))
         torch.manual_seed(_seed(config.seed, self.epoch, "model"))
         order = torch.randperm(len(self.train), generator=generator)
@@ -158,12 +161,10 @@ class _Run:
             rate = config.learning_rate(self.epoch + step / steps)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
-            with self.runtime.autocast():
-                logits = self.model(points)
-            loss = nn.functional.cross_entropy(logits.float(), labels, label_smoothing=config.label_smoothing)
-            self.runtime.step(loss, self.optimizer, self.params, config.clip_norm)
-            total += loss.detach()
-            right += (logits.detach().argmax(dim=1) == labels).sum()
+            loss, logits = self._gradients(points, labels)
+            self.runtime.update(self.optimizer, self.params, config.clip_norm)
+            total += loss
+            right += (logits.argmax(dim=1) == labels).sum()
             self.reporter.step(step + 1)
         self.epoch += 1
         loss_mean = float(total) / steps
@@ -173,6 +174,31 @@ class _Run:
             )
         accuracy = int(right) / (steps * self.batch)
         return {"epoch": self.epoch, "lr": rate, "loss": loss_mean, "train_accuracy": accuracy}
+
+    def _gradients(self, points: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Forward and backward of a batch; loss [] and logits [B, classes]."""
+        if self.captured is not None:
+            return self.captured(points, labels)
+        self.optimizer.zero_grad(set_to_none=True)
+        return self._eager(points, labels)
+
+    def _eager(self, points: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        with self.runtime.autocast():
+            logits = self.model(points)
+        smoothing = self.config.label_smoothing
+        loss = nn.functional.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
+        self.runtime.backward(loss)
+        return loss.detach(), logits.detach()
+
+    def _capture(self) -> None:
+        """Before the first step, so that the random numbers it draws are drawn before the epoch's seed."""
+        if self.captured is not None or not self.config.cuda_graph or self.runtime.device.type != "cuda":
+            return
+        self.model.train()
+        rows = torch.arange(self.batch)
+        points = self.transform(self.train.points[rows].to(self.runtime.device), torch.Generator())
+        labels = self.train.labels[rows].to(self.runtime.device)
+        self.captured = capture(self._eager, self.model, points, labels)
 
     def _evaluate_epoch(self, record: dict[str, Any]) -> None:
         config = self.config

@@ -44,12 +44,12 @@ class Runtime:
         """The context to run the model and its loss in."""
         return autocast(self.precision, self.device)
 
-    def step(
-        self, loss: Tensor, optimizer: torch.optim.Optimizer, params: Sequence[Tensor], clip: float
-    ) -> None:
-        """Backward, clip, update."""
-        optimizer.zero_grad(set_to_none=True)
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of the loss, scaled as the precision wants it."""
         self.scaler.scale(loss).backward()
+
+    def update(self, optimizer: torch.optim.Optimizer, params: Sequence[Tensor], clip: float) -> None:
+        """Clip and apply the gradients."""
         if clip:
             self.scaler.unscale_(optimizer)
             torch.nn.utils.clip_grad_norm_(params, clip)

@@ -192,10 +192,22 @@ def test_bf16_trains() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_gpu_run_repeats(precision: str) -> None:
-    options = {"device": "cuda", "precision": precision, "epochs": 4}
+    options = {"device": "cuda", "precision": precision, "epochs": 12}
     (model, result), (twin, _) = run(**options), run(**options)
     assert result.history[-1]["loss"] < result.history[0]["loss"]
     assert all(torch.equal(value, weights(twin)[name]) for name, value in weights(model).items())
+
+
+@pytest.mark.gpu
+def test_captured_step_equals_eager(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graph's losses, weights and buffers are those of eager steps (dropout off: their numbers may differ)."""
+    monkeypatch.setattr(torch.nn.functional, "dropout", lambda x, *args, **kwargs: x)
+    options = {"device": "cuda", "precision": "fp32", "epochs": 3}
+    (model, result), (eager, expected) = run(**options), run(**options, cuda_graph=False)
+    losses = [record["loss"] for record in result.history]
+    assert losses == pytest.approx([record["loss"] for record in expected.history], rel=1e-4)
+    for name, value in weights(eager).items():
+        torch.testing.assert_close(weights(model)[name], value, rtol=1e-3, atol=1e-4)
 
 
 def test_learning_rate() -> None:
