@@ -215,8 +215,8 @@ class Build(build_ext):
 
     @staticmethod
     def shared_runtime(compiler: str) -> str:
-        """Where the compiler has no libstdc++.so to link to, it quietly takes the static one, and an exception
-        that leaves the extension meets torch's other copy of the C++ runtime and crashes: name the shared one."""
+        """Where the compiler has no libstdc++.so to link to it quietly takes the static one, and an exception
+        that leaves the extension meets torch's copy of the C++ runtime and crashes: name the shared one."""
         ask = [*compiler.split(), "-print-file-name=libstdc++.so"]
         answer = subprocess.run(ask, capture_output=True, text=True).stdout.strip()
         return "" if os.path.isabs(answer) or not answer else " -l:libstdc++.so.6"

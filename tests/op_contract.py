@@ -22,7 +22,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DEVICES
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
@@ -345,4 +344,4 @@ class OpContract:
         assert_same(got, self.call(sample), "cuda:1")
 
 
-__all__ = ["DEVICES", "OpContract", "Recorder", "Sample", "assert_same", "tensors"]
+__all__ = ["OpContract", "Recorder", "Sample", "assert_same", "tensors"]

@@ -105,7 +105,12 @@ def local_aggregate(
             raise ValueError(f"units: expected weights [H, {width}] and [{width}, H], got {got}")
     # cuBLAS rounds otherwise for strided weights and biases; statistics are updated in place and stay.
     units = [
-        ResidualUnit(*(part.contiguous() if isinstance(part, Tensor) else part for part in unit))
+        unit._replace(
+            in_weight=unit.in_weight.contiguous(),
+            in_bias=None if unit.in_bias is None else unit.in_bias.contiguous(),
+            out_weight=unit.out_weight.contiguous(),
+            out_bias=None if unit.out_bias is None else unit.out_bias.contiguous(),
+        )
         for unit in units
     ]
     return _composition(

@@ -1,4 +1,4 @@
-"""A training step as one CUDA graph: the model is many small kernels, which take longer to launch than to run."""
+"""A training step as one CUDA graph: many small kernels take longer to launch than to run."""
 
 from __future__ import annotations
 

@@ -200,7 +200,7 @@ def test_gpu_run_repeats(precision: str) -> None:
 
 @pytest.mark.gpu
 def test_captured_step_equals_eager(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The graph's losses, weights and buffers are those of eager steps (dropout off: their numbers may differ)."""
+    """The graph's losses, weights and buffers are those of eager steps, dropout left out."""
     monkeypatch.setattr(torch.nn.functional, "dropout", lambda x, *args, **kwargs: x)
     options = {"device": "cuda", "precision": "fp32", "epochs": 3}
     (model, result), (eager, expected) = run(**options), run(**options, cuda_graph=False)
