@@ -54,6 +54,10 @@ inline NeighbourCall prepare_neighbours(const Tensor& query, const Tensor& point
 
 template <typename T>
 void run_neighbours_cpu(const Neighbours<T>& run) {
+  for (int64_t cloud = 0; cloud < run.rows.clouds && sizeof(T) == 4; cloud++) {
+    A2P_CHECK(run.rows.count(cloud) < (int64_t(1) << 31) - 64,
+              "points: expected fewer than 2^31 float32 points in a cloud on the CPU");
+  }
   neighbours_cpu(run, [](int64_t n, const Range& body) { torch::stable::parallel_for(0, n, 1, body); });
 }
 

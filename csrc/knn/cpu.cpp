@@ -1,7 +1,7 @@
 // Neighbour search on the CPU: prepares the clouds, cuts the queries into tiles, chooses the search.
 //
 // float32: scan.simd.cpp for small clouds and more than three coordinates, tree.simd.cpp for large ones.
-// float64 (and clouds that int32 cannot number): one plain search per query.
+// float64: one plain search per query.
 #include "knn/search.h"
 
 #include <algorithm>
@@ -12,12 +12,11 @@
 #include <utility>
 #include <vector>
 
-#include "common/distance.h"
-
 namespace any2point {
 
-void distances(const double* points, int64_t stride, int64_t dim, const double* query, double* distance) {
-  A2P_DISPATCH_ISA(distances, points, stride, dim, query, distance)
+int64_t within(const double* points, int64_t stride, int64_t dim, const double* query, double t,
+               double* distance, int64_t* row) {
+  A2P_DISPATCH_ISA(within, points, stride, dim, query, t, distance, row)
 }
 void scan(const ScanTask& task, const Wanted& wanted, const Scratch& scratch) {
   A2P_DISPATCH_ISA(scan, task, wanted, scratch)
@@ -71,70 +70,77 @@ void write_missing(const Neighbours<T>& run, int64_t first, int64_t last) {
   if (run.count) std::fill(run.count + first, run.count + last, int64_t(0));
 }
 
-// ---- any type, any size
+// ---- float64
 
-// Squared distances to the points of one cloud, NaN for those that are not finite.
-class PlainDistances {
+// All points of one cloud, each query by itself. The guess of a radius only saves work: if it holds fewer
+// than k, a larger one is tried, at last the limit.
+class PlainSearch {
  public:
-  PlainDistances(const Neighbours<double>& run, int64_t cloud)
-      : dim_(run.dim), stride_(rounded_up(run.rows.count(cloud), kSlack)), columns_(stride_ * run.dim) {
-    const double* points = run.points + run.rows.begin(cloud) * dim_;
+  PlainSearch(const Neighbours<double>& run, int64_t cloud)
+      : run_(run),
+        cloud_(cloud),
+        stride_(rounded_up(run.rows.count(cloud), kSlack)),
+        columns_(stride_ * run.dim, std::numeric_limits<double>::quiet_NaN()) {
+    const double* points = run.points + run.rows.begin(cloud) * run.dim;
     for (int64_t i = 0; i < run.rows.count(cloud); i++) {
-      const bool usable = finite(points + i * dim_, dim_);
-      for (int64_t d = 0; d < dim_; d++) {
-        columns_[d * stride_ + i] = usable ? points[i * dim_ + d] : std::numeric_limits<double>::quiet_NaN();
-      }
+      if (!finite(points + i * run.dim, run.dim)) continue;
+      for (int64_t d = 0; d < run.dim; d++) columns_[d * stride_ + i] = points[i * run.dim + d];
+      valid_++;
     }
   }
-  void measure(const double* query, std::vector<double>& distance) const {
-    distance.resize(stride_);
-    distances(columns_.data(), stride_, dim_, query, distance.data());
+
+  // Queries first .. last - 1 of the cloud.
+  void search(int64_t first, int64_t last) const {
+    std::vector<double> distance(stride_ + 1);
+    std::vector<int64_t> row(stride_ + 1);
+    std::vector<std::pair<double, int64_t>> found;
+    double guess = run_.limit;
+    for (int64_t i = run_.query_rows.begin(cloud_) + first; i < run_.query_rows.begin(cloud_) + last; i++) {
+      const double* query = run_.query + i * run_.dim;
+      int64_t n = 0;
+      if (run_.k > 0 && finite(query, run_.dim)) {
+        const bool all = run_.choice == Choice::first || valid_ <= run_.k;
+        double t = all ? run_.limit : std::min(guess, run_.limit);
+        for (double factor = 4;; factor *= factor) {
+          n = within(columns_.data(), stride_, run_.dim, query, t, distance.data(), row.data());
+          if (n >= run_.k || t == run_.limit) break;
+          t = t > 0 ? std::min(factor * t, run_.limit) : run_.limit;
+        }
+      }
+      found.resize(n);
+      for (int64_t j = 0; j < n; j++) found[j] = {distance[j], row[j]};
+      const double farthest = choose(i, found);
+      if (n >= run_.k) guess = 1.5 * farthest;
+    }
   }
 
  private:
-  int64_t dim_, stride_;
+  // Writes the result of one query and returns its largest distance.
+  double choose(int64_t query, std::vector<std::pair<double, int64_t>>& found) const {
+    const int64_t k = std::min<int64_t>(run_.k, found.size());
+    double farthest = 0;
+    if (run_.choice != Choice::first) {
+      if (k < int64_t(found.size())) std::nth_element(found.begin(), found.begin() + k, found.end());
+      found.resize(k);
+      std::sort(found.begin(), found.end());
+      farthest = k > 0 ? found.back().first : 0;
+    }
+    if (run_.choice == Choice::set) {
+      std::sort(found.begin(), found.end(), [](const auto& a, const auto& b) { return a.second < b.second; });
+    }
+    const int64_t base = run_.rows.index_base(cloud_);
+    for (int64_t j = 0; j < run_.k; j++) {
+      run_.index[query * run_.k + j] = j < k ? found[j].second + base : -1;
+      run_.distance[query * run_.k + j] = j < k ? found[j].first : std::numeric_limits<double>::infinity();
+    }
+    if (run_.count) run_.count[query] = k;
+    return farthest;
+  }
+
+  const Neighbours<double>& run_;
+  int64_t cloud_, stride_, valid_ = 0;
   std::vector<double> columns_;
 };
-
-template <typename T>
-using Candidates = std::vector<std::pair<T, int64_t>>;
-
-template <typename T>
-void choose(const Neighbours<T>& run, int64_t cloud, int64_t row, Candidates<T>& found) {
-  const int64_t k = std::min<int64_t>(run.k, found.size());
-  if (run.choice != Choice::first) {
-    std::partial_sort(found.begin(), found.begin() + k, found.end());
-  }
-  if (run.choice == Choice::set) {
-    std::sort(found.begin(), found.begin() + k,
-              [](const auto& a, const auto& b) { return a.second < b.second; });
-  }
-  const int64_t base = run.rows.index_base(cloud);
-  for (int64_t j = 0; j < run.k; j++) {
-    run.index[row * run.k + j] = j < k ? found[j].second + base : -1;
-    run.distance[row * run.k + j] = j < k ? found[j].first : std::numeric_limits<T>::infinity();
-  }
-  if (run.count) run.count[row] = k;
-}
-
-void search_plainly(const Neighbours<double>& run, int64_t cloud, const ParallelFor& parallel_for) {
-  const PlainDistances distances(run, cloud);
-  const int64_t begin = run.query_rows.begin(cloud), count = run.rows.count(cloud);
-  parallel_for(run.query_rows.count(cloud), [&](int64_t first, int64_t last) {
-    Candidates<double> found;
-    std::vector<double> distance;
-    for (int64_t row = begin + first; row < begin + last; row++) {
-      found.clear();
-      if (finite(run.query + row * run.dim, run.dim)) {
-        distances.measure(run.query + row * run.dim, distance);
-        for (int64_t i = 0; i < count; i++) {
-          if (distance[i] <= run.limit) found.push_back({distance[i], i});
-        }
-      }
-      choose(run, cloud, row, found);
-    }
-  });
-}
 
 // ---- float32
 
@@ -324,7 +330,11 @@ void neighbours_cpu(const Neighbours<float>& run, const ParallelFor& parallel_fo
 template <>
 void neighbours_cpu(const Neighbours<double>& run, const ParallelFor& parallel_for) {
   write_uncovered(run);
-  for (int64_t cloud = 0; cloud < run.rows.clouds; cloud++) search_plainly(run, cloud, parallel_for);
+  for (int64_t cloud = 0; cloud < run.rows.clouds; cloud++) {
+    const PlainSearch plain(run, cloud);
+    parallel_for(run.query_rows.count(cloud),
+                 [&](int64_t first, int64_t last) { plain.search(first, last); });
+  }
 }
 
 template <typename T>

@@ -128,8 +128,10 @@ void scan(const ScanTask& task, const Wanted& wanted, const Scratch& scratch) {
   }
 }
 
-void distances(const double* points, int64_t stride, int64_t dim, const double* query, double* distance) {
+int64_t within(const double* points, int64_t stride, int64_t dim, const double* query, double t,
+               double* distance, int64_t* row) {
   constexpr int64_t kRun = 64;
+  int64_t found = 0;
   for (int64_t begin = 0; begin < stride; begin += kRun) {
     double sum[kRun];
     const double* column = points + (dim > 1 ? stride : 0) + begin;
@@ -146,8 +148,13 @@ void distances(const double* points, int64_t stride, int64_t dim, const double* 
         sum[i] = __builtin_fma(d, d, sum[i]);
       }
     }
-    for (int64_t i = 0; i < kRun; i++) distance[begin + i] = sum[i];
+    for (int64_t i = 0; i < kRun; i++) {  // without a branch: what is not kept is overwritten
+      distance[found] = sum[i];
+      row[found] = begin + i;
+      found += sum[i] <= t;
+    }
   }
+  return found;
 }
 
 }  // namespace A2P_ISA

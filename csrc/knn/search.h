@@ -85,8 +85,9 @@ A2P_DECLARE_ISA(void order(float* const axis[3], int32_t* row, int64_t count, in
 // Fills the boxes of a tree whose points are in order.
 A2P_DECLARE_ISA(void enclose(const Tree& tree))
 A2P_DECLARE_ISA(void search(const TreeTask& task, const Wanted& wanted, const Scratch& scratch))
-// Squared distances of one query to all points, [dim][stride] float64.
-A2P_DECLARE_ISA(void distances(const double* points, int64_t stride, int64_t dim, const double* query,
-                               double* distance))
+// float64: packs the rows within t of a query, of points [dim][stride], with their distances; returns how
+// many. The lists have room for `stride`.
+A2P_DECLARE_ISA(int64_t within(const double* points, int64_t stride, int64_t dim, const double* query,
+                               double t, double* distance, int64_t* row))
 
 }  // namespace any2point
