@@ -8,7 +8,7 @@ cd "$(dirname "$0")/.."
 out=$1
 shift
 parts=${*:-install test sanitize bench demo}
-export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-9.0} PYTHONUNBUFFERED=1
+export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-9.0} PYTHONUNBUFFERED=1 PYTHONPATH=$PWD
 python=${PYTHON:-python3}
 status=0
 
