@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 RECIPE = "sh3d15-minilm"
 # Seconds that the training of one seed may take on a CPU before epochs are left out.
-BUDGET = 270.0
+BUDGET = 300.0
 
 
 @dataclass(frozen=True)
@@ -81,10 +81,10 @@ def run_demo(
         train, test = train.split(0.1)[1], test.split(0.15)[1]
     folder = _new_folder(output)
     pretrained, recipe = _open(source, recipe)
-    _introduce(train, test, pretrained, recipe)
     contenders = _contenders(pretrained, train)
     if not quick:
-        recipe = _fit_budget(recipe, contenders, train)
+        recipe = _fit_machine(recipe, contenders, train)
+    _introduce(train, test, pretrained, recipe)
 
     results: dict[str, list[RunResult]] = {contender.title: [] for contender in contenders}
     parameters: dict[str, int] = {}
@@ -165,26 +165,38 @@ def _contenders(pretrained: Source | None, train: PointDataset) -> list[Contende
     return [Contender("pretrained encoder", "", with_pretrained), random, probe]
 
 
-def _fit_budget(recipe: Recipe, contenders: list[Contender], train: PointDataset) -> Recipe:
-    """Time one step of each contender on a CPU, and leave out epochs if they would take too long in all."""
+def _fit_machine(recipe: Recipe, contenders: list[Contender], train: PointDataset) -> Recipe:
+    """On a CPU: choose the number of threads by timing, and leave out epochs if all would take too long.
+
+    On a machine with other work, threads that wait for each other can be many times slower than one alone.
+    """
     config = recipe.train
     runtime = Runtime(config)
     if runtime.device.type != "cpu":
         return recipe
-    steps = max(1, len(train) // config.batch_size)
     rows = torch.arange(min(config.batch_size, len(train)))
-    transform = config.train_transform(recipe.model["num_points"])
-    per_epoch = 0.0
-    for contender in contenders:
-        model = contender.build(recipe)
+    points = config.train_transform(recipe.model["num_points"])(train.points[rows], None)
+
+    def seconds(model: Any, repeats: int) -> list[float]:
+        times = []
         with runtime.session():
-            for _ in range(2):  # the first step warms caches up
+            for _ in range(repeats + 1):
                 start = time.perf_counter()
                 with runtime.autocast():
-                    logits = model(transform(train.points[rows], None))
+                    logits = model(points)
                 torch.nn.functional.cross_entropy(logits.float(), train.labels[rows]).backward()
-                last = time.perf_counter() - start
-        per_epoch += steps * last
+                times.append(time.perf_counter() - start)
+        return times[1:]  # the first step warms caches up
+
+    models = [contender.build(recipe) for contender in contenders]
+    available = torch.get_num_threads()
+    timed = {}
+    for threads in {max(1, available // part) for part in (1, 2, 4, 8)}:
+        torch.set_num_threads(threads)
+        timed[threads] = statistics.median(seconds(models[0], 3))
+    torch.set_num_threads(min(timed, key=lambda threads: timed[threads]))
+    steps = max(1, len(train) // config.batch_size)
+    per_epoch = steps * sum(min(seconds(model, 2)) for model in models)
     epochs = min(config.epochs, max(4, int(BUDGET / per_epoch)))
     if epochs == config.epochs:
         return recipe
