@@ -4,10 +4,10 @@
 // warp answers one query at a time. Each lane holds the distances to N / 32 points in registers (8 to 64 of
 // them). The warp searches for a radius that holds k to 32 * kKeys points (secant on the count, REDUX; start:
 // the radius of the query before), packs those, sorts them in a bitonic network of 32-bit keys and writes k
-// results. Instructions per warp and query at N = 1,024: 216 for the distances, 75 a count (1 to 2 counts),
-// 140 to pack, 45 (k = 16) to 320 (k = 81) to sort: about 800. So 16,384 queries with k = 81 are 13 M warp
-// instructions, 13 us at one a clock on each of 528 schedulers at 1.98 GHz. Bytes are no limit: 12 k out a
-// query (16 MB, 4 us), 12 a point and block in, from L2.
+// results. Instructions per warp and query for N = 1,024 and k = 81 (sm_90): 223 for the distances, 70 a
+// count (1 to 2 counts), 220 to pack, 440 to sort, 120 for the rest, about 1,100. So 16,384 queries are 18 M
+// warp instructions, 17 us at one a clock on each of 528 schedulers at 1.98 GHz; sorting keys of 64 bits
+// would add 10. Bytes are no limit: 12 k out a query (16 MB, 4 us), 12 a point and block in, from L2.
 //
 // Larger clouds: tiles of 1,024 points pass through shared memory, and each warp holds 4 queries against
 // them. A point costs a query 6 operations and a comparison with a bound. The few that pass go to a buffer in
@@ -48,11 +48,12 @@ constexpr int kSmallTile = 32;  // queries of a block
 
 // Clouds with above < N <= 32 * kPoints.
 template <int kPoints, int kKeys>
-__global__ __launch_bounds__(32 * kWarps) void nearest_small_kernel(Neighbours<float> run, int64_t above) {
+__global__ __launch_bounds__(32 * kWarps,
+                             kPoints > 32 ? 2 : 3) void nearest_small_kernel(Neighbours<float> run,
+                                                                             int64_t above) {
   constexpr int kCloud = 32 * kPoints, kMost = 32 * kKeys;
   __shared__ alignas(16) float axis[3][kCloud];
-  __shared__ float near_of[kWarps][kMost];
-  __shared__ int place_of[kWarps][kMost];
+  __shared__ Candidate list_of[kWarps][kMost];
   __shared__ int valid;
 
   const Tile tile = tile_of(run.query_rows, kSmallTile, blockIdx.x);
@@ -76,8 +77,8 @@ __global__ __launch_bounds__(32 * kWarps) void nearest_small_kernel(Neighbours<f
   __syncthreads();
 
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, k = int(run.k);
-  float *near = near_of[warp], guess = -1;
-  int* place = place_of[warp];
+  Candidate* list = list_of[warp];
+  float guess = -1;
   const int64_t base = run.rows.index_base(tile.cloud), begin = run.query_rows.begin(tile.cloud);
   for (int64_t i = tile.first + warp; i < tile.last; i += kWarps) {
     float3 query{not_a_number(), 0, 0};
@@ -92,11 +93,12 @@ __global__ __launch_bounds__(32 * kWarps) void nearest_small_kernel(Neighbours<f
       const int slot = c * 32 + lane * 4;
       distances(axis[0] + slot, axis[1] + slot, axis[2] + slot, query, d + c);
     }
+    int mine;  // of this lane, by the last count
     const auto count_within = [&](float t) {
-      int within = 0;
+      mine = 0;
 #pragma unroll
-      for (int c = 0; c < kPoints; c++) within += d[c] <= t;
-      return warp_sum(within);
+      for (int c = 0; c < kPoints; c++) count_up_to(t, d[c], &mine);
+      return warp_sum(mine);
     };
     float t = run.limit;
     if (valid > k) {
@@ -117,8 +119,10 @@ __global__ __launch_bounds__(32 * kWarps) void nearest_small_kernel(Neighbours<f
     if (!radius.tie && radius.count >= k) {
       guess = __int_as_float(max(0, radius_toward(__float_as_int(radius.t), radius.count, (k + kMost) / 2)));
     }
-    const int m = pack(d, [&](int c) { return lane * kPoints + c; }, radius, k, near, place, lane);
-    finish<kKeys>(run, base, begin + i, near, place, m, lane);
+    int row = lane * kPoints;
+    asm volatile("" : "+r"(row));  // or the compiler keeps all rows in registers over the loop
+    const int m = pack(d, mine, [&](int c) { return row + c; }, radius, k, list, lane);
+    finish<kKeys>(run, base, begin + i, list, m, lane);
   }
 }
 
@@ -126,36 +130,30 @@ __global__ __launch_bounds__(32 * kWarps) void nearest_small_kernel(Neighbours<f
 
 constexpr int kTilePoints = 1024, kHeld = 4;  // points in shared memory, queries of a warp
 
-// The buffer of one query: candidates in the order of their rows.
-struct Buffer {
-  float* near;
-  int* place;
-};
-
 // Shortens a buffer of m candidates to k or a few more and returns how many; `bound` becomes the largest
 // distance that can still matter: rows that follow are higher, so they must be nearer.
 template <int kKeys>
-__device__ __forceinline__ int shorten(const Buffer& buffer, int m, int k, float limit, float* bound,
-                                       int lane) {
+__device__ __forceinline__ int shorten(Candidate* buffer, int m, int k, float limit, float* bound, int lane) {
   const float top = *bound == limit ? limit : above(*bound);  // no candidate is farther
   __syncwarp();
   float d[kKeys];
-  int row[kKeys];
+  int row[kKeys], mine;
 #pragma unroll
   for (int r = 0; r < kKeys; r++) {
     const int at = lane * kKeys + r;
-    d[r] = at < m ? buffer.near[at] : not_a_number();
-    row[r] = at < m ? buffer.place[at] : 0;
+    const Candidate next = at < m ? buffer[at] : Candidate{not_a_number(), 0};
+    d[r] = next.distance;
+    row[r] = next.row;
   }
   const auto count_within = [&](float t) {
-    int within = 0;
+    mine = 0;
 #pragma unroll
-    for (int r = 0; r < kKeys; r++) within += d[r] <= t;
-    return warp_sum(within);
+    for (int r = 0; r < kKeys; r++) count_up_to(t, d[r], &mine);
+    return warp_sum(mine);
   };
   const Radius radius = find_radius(k, k + (32 * kKeys - 32 - k) / 4, top, top, m, count_within);
   __syncwarp();
-  m = pack(d, [&](int r) { return row[r]; }, radius, k, buffer.near, buffer.place, lane);
+  m = pack(d, mine, [&](int r) { return row[r]; }, radius, k, buffer, lane);
   *bound = below(radius.t);
   __syncwarp();
   return m;
@@ -167,9 +165,8 @@ __global__ __launch_bounds__(32 * kBlockWarps) void nearest_large_kernel(Neighbo
                                                                          int64_t above) {
   constexpr int kMost = 32 * kKeys;
   __shared__ alignas(16) float axis[3][kTilePoints];
-  __shared__ float near_of[kBlockWarps][kHeld][kMost];
-  __shared__ int place_of[kBlockWarps][kHeld][kMost];
-  __shared__ float4 query_of[kBlockWarps][kHeld];  // and in w the bound: no candidate is farther
+  __shared__ Candidate buffer_of[kBlockWarps][kHeld][kMost];  // in the order of rows
+  __shared__ float4 query_of[kBlockWarps][kHeld];             // and in w the bound: no candidate is farther
   __shared__ int count_of[kBlockWarps][kHeld];
 
   __shared__ Tile tile;  // not in registers, which the loop needs
@@ -216,7 +213,7 @@ __global__ __launch_bounds__(32 * kBlockWarps) void nearest_large_kernel(Neighbo
       while (hits) {
         const int w = __ffs(hits) - 1;
         hits &= hits - 1;
-        const Buffer buffer{near_of[warp][w], place_of[warp][w]};
+        Candidate* buffer = buffer_of[warp][w];
         int m = count_of[warp][w];
         const float4 q = query_of[warp][w];
         float nearer = q.w, d[4];
@@ -228,8 +225,7 @@ __global__ __launch_bounds__(32 * kBlockWarps) void nearest_large_kernel(Neighbo
           const unsigned lanes = __ballot_sync(kAll, candidate);
           if (candidate) {
             const int at = m + __popc(lanes & ((1u << lane) - 1));
-            buffer.near[at] = distance;
-            buffer.place[at] = int(start) + c + j * 32 + lane;
+            buffer[at] = {distance, int(start) + c + j * 32 + lane};
           }
           m += __popc(lanes);
           if (m > kMost - 32) m = shorten<kKeys>(buffer, m, k, run.limit, &nearer, lane);
@@ -248,7 +244,7 @@ __global__ __launch_bounds__(32 * kBlockWarps) void nearest_large_kernel(Neighbo
   for (int w = 0; w < kHeld; w++) {
     const int64_t row = tile.first + warp * kHeld + w;
     if (row >= tile.last) return;
-    finish<kKeys>(run, base, begin + row, near_of[warp][w], place_of[warp][w], count_of[warp][w], lane);
+    finish<kKeys>(run, base, begin + row, buffer_of[warp][w], count_of[warp][w], lane);
   }
 }
 

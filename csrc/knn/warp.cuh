@@ -133,43 +133,55 @@ __device__ __forceinline__ Radius find_radius(int k, int most, float limit, floa
   }
 }
 
+struct alignas(8) Candidate {
+  float distance;
+  int row;
+};
+
+// count + 1 if d <= t. As PTX, because the compiler makes three instructions of it.
+__device__ __forceinline__ void count_up_to(float t, float d, int* count) {
+  asm("{ .reg .pred p; setp.le.f32 p, %1, %2; @p add.s32 %0, %0, 1; }" : "+r"(*count) : "f"(d), "f"(t));
+}
+
+// Appends {d, row} to a list in shared memory if d <= t. As PTX, because the compiler makes a branch of it;
+// in two stores, because one would hold each distance in a pair of registers.
+__device__ __forceinline__ void append_up_to(float t, float d, int row, unsigned* address) {
+  asm volatile(
+      "{ .reg .pred p; setp.le.f32 p, %1, %2; @p st.shared.f32 [%0], %1; @p st.shared.s32 [%0 + 4], %3; "
+      "@p add.u32 %0, %0, 8; }"
+      : "+r"(*address)
+      : "f"(d), "f"(t), "r"(row)
+      : "memory");
+}
+
 // Packs a warp's candidates with d <= t (or, in a tie, the k first by distance and row) to shared memory.
-// Lane l holds kPoints candidates in the order of their rows, behind those of lane l - 1; `row(i)` is the row
-// of its i-th one. Returns how many.
+// Lane l holds kPoints candidates in the order of their rows, behind those of lane l - 1: `mine` up to t;
+// `row(i)` is the row of its i-th one. Spoils d. Returns how many.
 template <int kPoints, typename Row>
-__device__ __forceinline__ int pack(const float (&d)[kPoints], Row row, const Radius& radius, int k,
-                                    float* near, int* place, int lane) {
-  int mine = 0;
-  if (!radius.tie) {
-#pragma unroll
-    for (int i = 0; i < kPoints; i++) mine += d[i] <= radius.t;
-    int at = sum_of_lanes_below(mine, lane);
+__device__ __forceinline__ int pack(float (&d)[kPoints], int mine, Row row, const Radius& radius, int k,
+                                    Candidate* list, int lane) {
+  int m = radius.count;
+  if (radius.tie) {
+    int less = 0, ties = 0;
 #pragma unroll
     for (int i = 0; i < kPoints; i++) {
-      if (d[i] <= radius.t) {
-        near[at] = d[i];
-        place[at++] = row(i);
-      }
+      less += d[i] < radius.t;
+      ties += d[i] == radius.t;
     }
-    return radius.count;
-  }
-  int ties = 0;
+    int quota = k - warp_sum(less) - sum_of_lanes_below(ties, lane);  // how many of its ties this lane takes
+    quota = max(0, min(quota, ties));
+    mine = less + quota;
+    m = k;
 #pragma unroll
-  for (int i = 0; i < kPoints; i++) {
-    mine += d[i] < radius.t;
-    ties += d[i] == radius.t;
-  }
-  int quota = k - warp_sum(mine) - sum_of_lanes_below(ties, lane);  // how many of its ties this lane takes
-  quota = max(0, min(quota, ties));
-  int at = sum_of_lanes_below(mine + quota, lane);
-#pragma unroll
-  for (int i = 0; i < kPoints; i++) {
-    if (d[i] < radius.t || (d[i] == radius.t && quota-- > 0)) {
-      near[at] = d[i];
-      place[at++] = row(i);
+    for (int i = 0; i < kPoints; i++) {
+      if (d[i] == radius.t && quota-- <= 0) d[i] = not_a_number();
     }
   }
-  return k;
+  const int at = sum_of_lanes_below(mine, lane);
+  unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(list + at));
+#pragma unroll
+  for (int i = 0; i < kPoints; i++) append_up_to(radius.t, d[i], row(i), &address);
+  return m;
 }
 
 __device__ __forceinline__ void write_missing(const Neighbours<float>& run, int64_t row, int64_t from,
@@ -186,12 +198,12 @@ __device__ __forceinline__ void write_missing(const Neighbours<float>& run, int6
 // confuse distances closer than a step (floats have finer ones near 0), so the result is checked, and in that
 // rare case ranks are counted.
 template <int kKeys>
-__device__ __forceinline__ void sort(float* near, int m, int (&key)[kKeys], int lane) {
+__device__ __forceinline__ void sort(Candidate* list, int m, int (&key)[kKeys], int lane) {
   constexpr int kPositions = 32 * kKeys;
   float d[kKeys], most = 0;
 #pragma unroll
   for (int r = 0; r < kKeys; r++) {
-    d[r] = r * 32 + lane < m ? near[r * 32 + lane] : 0.0f;
+    d[r] = r * 32 + lane < m ? list[r * 32 + lane].distance : 0.0f;
     most = fmaxf(most, d[r]);
   }
   constexpr unsigned kSteps = 0xffffffffu / kPositions;
@@ -228,7 +240,7 @@ __device__ __forceinline__ void sort(float* near, int m, int (&key)[kKeys], int 
 #pragma unroll
   for (int r = 0; r < kKeys; r++) {
     key[r] = int(sorted[r] % kPositions);
-    d[r] = near[key[r]];
+    d[r] = list[key[r]].distance;
   }
 #pragma unroll
   for (int r = 0; r < kKeys; r++) {
@@ -243,36 +255,38 @@ __device__ __forceinline__ void sort(float* near, int m, int (&key)[kKeys], int 
 #pragma unroll
   for (int r = 0; r < kKeys; r++) {
     rank[r] = 0;
-    d[r] = near[r * 32 + lane];
+    d[r] = list[r * 32 + lane].distance;
   }
   for (int q = 0; q < m; q++) {
-    const float other = near[q];
+    const float other = list[q].distance;
 #pragma unroll
     for (int r = 0; r < kKeys; r++) rank[r] += other < d[r] || (other == d[r] && q < r * 32 + lane);
   }
   __syncwarp();
-  int* position_of = reinterpret_cast<int*>(near);  // the distances wait in registers
+  // The places of the distances, which wait in registers, take the positions by rank.
 #pragma unroll
   for (int r = 0; r < kKeys; r++) {
-    if (r * 32 + lane < m) position_of[rank[r]] = r * 32 + lane;
+    if (r * 32 + lane < m) list[rank[r]].distance = __int_as_float(r * 32 + lane);
   }
   __syncwarp();
 #pragma unroll
-  for (int r = 0; r < kKeys; r++) key[r] = r * 32 + lane < m ? position_of[r * 32 + lane] : 0;
+  for (int r = 0; r < kKeys; r++) {
+    key[r] = r * 32 + lane < m ? __float_as_int(list[r * 32 + lane].distance) : 0;
+  }
   __syncwarp();
 #pragma unroll
-  for (int r = 0; r < kKeys; r++) near[r * 32 + lane] = d[r];
+  for (int r = 0; r < kKeys; r++) list[r * 32 + lane].distance = d[r];
   __syncwarp();
 }
 
 // Writes the result of one query from m <= 32 * kKeys candidates that lie in the order of their rows.
 template <int kKeys>
-__device__ __forceinline__ void finish(const Neighbours<float>& run, int64_t base, int64_t query, float* near,
-                                       int* place, int m, int lane) {
+__device__ __forceinline__ void finish(const Neighbours<float>& run, int64_t base, int64_t query,
+                                       Candidate* list, int m, int lane) {
   __syncwarp();
   const int found = min(m, int(run.k));
   int key[kKeys];
-  sort<kKeys>(near, m, key, lane);
+  sort<kKeys>(list, m, key, lane);
   int64_t* index = run.index + query * run.k;
   float* distance = run.distance + query * run.k;
   if (run.choice == Choice::nearest) {
@@ -280,26 +294,28 @@ __device__ __forceinline__ void finish(const Neighbours<float>& run, int64_t bas
     for (int r = 0; r < kKeys; r++) {
       const int rank = r * 32 + lane;
       if (rank >= found) break;
-      index[rank] = base + place[key[r]];
-      distance[rank] = near[key[r]];
+      const Candidate next = list[key[r]];
+      index[rank] = base + next.row;
+      distance[rank] = next.distance;
     }
   } else {
     // The chosen ones are marked by their sign, then written in the order in which they lie.
 #pragma unroll
     for (int r = 0; r < kKeys; r++) {
-      if (r * 32 + lane < found) place[key[r]] |= int(0x80000000u);
+      if (r * 32 + lane < found) list[key[r]].row |= int(0x80000000u);
     }
     __syncwarp();
     int written = 0;
 #pragma unroll
     for (int r = 0; r < kKeys; r++) {
       const int position = r * 32 + lane;
-      const bool chosen = position < m && place[position] < 0;
+      const Candidate next = list[position];
+      const bool chosen = position < m && next.row < 0;
       const unsigned lanes = __ballot_sync(kAll, chosen);
       if (chosen) {
         const int at = written + __popc(lanes & ((1u << lane) - 1));
-        index[at] = base + (place[position] & 0x7fffffff);
-        distance[at] = near[position];
+        index[at] = base + (next.row & 0x7fffffff);
+        distance[at] = next.distance;
       }
       written += __popc(lanes);
     }
