@@ -19,8 +19,20 @@ from benchmarks import common, peers
 OURS = "any2point"
 
 
-def compare(functions: dict[str, Callable[[], Any]], required: float, rounds: int, label: str) -> None:
+def compare(
+    functions: dict[str, Callable[[], Any]], required: float, rounds: int, shape: str, request: Any
+) -> None:
     times = common.interleave(functions, rounds=rounds)
+    op = request.node.originalname.removeprefix("test_")
+    label = f"{op} {shape}"
+    if path := request.config.getoption("--rows"):
+        rows = []
+        for name, values in times.items():
+            p20, p50, p80 = (float(q) * 1e6 for q in np.quantile(values, [0.2, 0.5, 0.8]))
+            row = common.Row(op, name, shape, "forward, CPU time", p20_us=p20, p50_us=p50, p80_us=p80)
+            row.command = "pytest benchmarks/test_claims.py"
+            rows.append(row.place(common.cpu()))
+        common.write_rows(path, rows)
     best = {name: min(values) for name, values in times.items()}
     middle = {name: float(np.median(values)) for name, values in times.items()}
     rival = min((name for name in best if name != OURS), key=best.__getitem__)
@@ -35,7 +47,9 @@ def compare(functions: dict[str, Callable[[], Any]], required: float, rounds: in
 @pytest.mark.parametrize(
     ("rows", "samples", "required", "rounds"), [(1024, 512, 3.0, 25), (100_000, 25_000, 4.0, 5)]
 )
-def test_farthest_point_sample(rows: int, samples: int, required: float, rounds: int) -> None:
+def test_farthest_point_sample(
+    rows: int, samples: int, required: float, rounds: int, request: pytest.FixtureRequest
+) -> None:
     points = common.cloud("cube", 1, rows)[0]
     numpy_ops = pytest.importorskip("any2point.numpy")
     functions: dict[str, Callable[[], Any]] = {OURS: lambda: numpy_ops.farthest_point_sample(points, samples)}
@@ -50,7 +64,7 @@ def test_farthest_point_sample(rows: int, samples: int, required: float, rounds:
         same = ops.farthest_point_sample(torch.from_numpy(points)[None], samples, start=int(picks[0]))[0]
         common.check_samples(picks, same, exact=False, match=0.99)
         functions[name] = lambda sample=sample: sample(points, samples)
-    compare(functions, required, rounds, f"farthest_point_sample {rows} -> {samples}")
+    compare(functions, required, rounds, f"1,{rows},{samples}", request)
 
 
 @pytest.mark.skipif(not peers.searches(), reason="neither scipy nor pykdtree is installed")
@@ -58,7 +72,9 @@ def test_farthest_point_sample(rows: int, samples: int, required: float, rounds:
     ("queries", "rows", "k", "required", "rounds"),
     [(512, 1024, 81, 5.0, 25), (100_000, 100_000, 16, 1.5, 5)],
 )
-def test_knn(queries: int, rows: int, k: int, required: float, rounds: int) -> None:
+def test_knn(
+    queries: int, rows: int, k: int, required: float, rounds: int, request: pytest.FixtureRequest
+) -> None:
     points = common.cloud("cube", 1, rows)[0]
     query = points[:queries].copy()
     numpy_ops = pytest.importorskip("any2point.numpy")
@@ -68,4 +84,4 @@ def test_knn(queries: int, rows: int, k: int, required: float, rounds: int) -> N
         index, distance = search(query, points, k)
         common.check_neighbors(index, np.asarray(distance, dtype=np.float64) ** 2, expected)
         functions[name] = lambda search=search: search(query, points, k)
-    compare(functions, required, rounds, f"knn {queries} queries, {rows} points, k={k}")
+    compare(functions, required, rounds, f"1,{queries},{rows},{k}", request)

@@ -1,6 +1,10 @@
 // group on CUDA: a copy, bound by the bytes written. A thread moves 16 bytes (or as much as rows and pointers
 // allow) and has four moves in flight; places advance by additions, as a division would cost more than the
 // move. Stores bypass the caches' reuse order so that the features stay in L2.
+//
+// H200, 32 x 1,024 x 96 floats to 512 x 81: 148 us, 1.17 times the floor of its bytes (126 us at the copy
+// bandwidth of 4.2 TB/s); torch.gather 376, pytorch3d 432, torch indexing 648 us. Backward, by inverse_list:
+// 207 us; torch.gather 396, torch indexing 521 us (both by atomics).
 #include "common/grid.cuh"
 #include "group/kernel.h"
 
