@@ -83,7 +83,7 @@ __device__ void fill_rest(const FarthestPointSample<T>& run, int64_t cloud, int6
   }
 }
 
-// ---------------------------------------------------------------------------------------------- registers
+// Registers.
 
 struct Best {
   unsigned bits;   // of the level; 0: nothing above 0
@@ -257,7 +257,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
   if (part == 0) fill_rest(run, cloud, j);
 }
 
-// ---------------------------------------------------------------------------------------------- streaming
+// Streaming.
 
 constexpr int kStreamThreads = 1024;
 
@@ -345,7 +345,7 @@ __global__ void __launch_bounds__(kStreamThreads, 1)
   fill_rest(run, cloud, j);
 }
 
-// ----------------------------------------------------------------------------------------------- launches
+// Launches.
 
 constexpr int64_t kRegisters = 8192;  // points that one block holds in registers at most
 constexpr int kPartWarps = 8, kPartPoints = 16;
