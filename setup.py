@@ -13,6 +13,7 @@ compile CUDA with a CPU-only torch. Environment:
 from __future__ import annotations
 
 import filecmp
+import importlib.util
 import json
 import os
 import platform
@@ -120,8 +121,11 @@ class NinjaFile:
         text, file = "\n".join(self.lines) + "\n", self.folder / "build.ninja"
         if not file.exists() or file.read_text() != text:
             file.write_text(text)
-        ninja = shutil.which("ninja")
-        command = [ninja] if ninja else [sys.executable, "-m", "ninja"]
+        # This Python's ninja before the one on PATH: another version would not trust the log, and rebuild all.
+        ours = importlib.util.find_spec("ninja") is not None
+        command = [sys.executable, "-m", "ninja"] if ours else ["ninja"]
+        if not ours and not shutil.which("ninja"):
+            raise SystemExit("any2point: expected ninja, found none: pip install ninja")
         if subprocess.run([*command, "-C", str(self.folder), "-j", str(max_jobs())]).returncode:
             raise SystemExit("any2point: the compiler stopped with an error (above)")
 
