@@ -121,7 +121,7 @@ class NinjaFile:
         text, file = "\n".join(self.lines) + "\n", self.folder / "build.ninja"
         if not file.exists() or file.read_text() != text:
             file.write_text(text)
-        # This Python's ninja before the one on PATH: another version would not trust the log, and rebuild all.
+        # This Python's ninja before the one on PATH: another version would not trust the log and rebuild.
         ours = importlib.util.find_spec("ninja") is not None
         command = [sys.executable, "-m", "ninja"] if ours else ["ninja"]
         if not ours and not shutil.which("ninja"):
