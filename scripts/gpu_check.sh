@@ -35,7 +35,7 @@ install_and_import() {
     (cd / && PYTHONPATH="$out/../site" "$python" -c "import any2point.ops as o; print(o.__file__)")
 }
 part install install_and_import
-part test "$python" -m pytest tests -x --maxfail=40
+part test "$python" -m pytest tests --maxfail=40
 part sanitize sanitize
 part bench "$python" benchmarks/gpu.py --output "$out/gpu.csv" ${PEERS:+--peers "$PEERS"} ${COMMIT:+--commit "$COMMIT"}
 part demo "$python" -m any2point demo ${WEIGHTS:+--source "$WEIGHTS"} --output "$out/../demo"
