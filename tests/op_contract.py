@@ -67,6 +67,15 @@ def assert_same(got: Any, want: Any, note: str = "") -> None:
         )
 
 
+def assert_within_twice(got: Tensor, plain: Tensor, exact: Tensor, note: str) -> None:
+    """Root mean square errors of two results in low precision: `got` at most twice that of `plain`."""
+    finite = exact.cpu().isfinite()
+    assert torch.equal(got.cpu().isfinite(), finite), note
+    errors = [(x.cpu().double() - exact.cpu().double())[finite].square() for x in (got, plain)]
+    mine, other = (float(error.mean().sqrt()) if error.numel() else 0.0 for error in errors)
+    assert mine <= 2 * other + 1e-7, f"{note}: error {mine:.2e}, of plain PyTorch {other:.2e}"
+
+
 class Recorder(TorchDispatchMode):
     """Collects the any2point ops that a public function calls, with their arguments."""
 
@@ -132,6 +141,17 @@ class OpContract:
                 low = sample.to(dtype)
                 want = self.call(low.to(torch.float32))
                 self.compare(self.call(low), want, dtype, f"{sample.name} in {dtype}")
+
+    def test_error_in_low_precision(self, device: str) -> None:
+        """No further from the exact result than twice what plain PyTorch is in the same precision."""
+        for dtype in self.low_precision:
+            for sample in self.samples(device):
+                low = sample.to(dtype)
+                exact = type(self).reference(**low.to("cpu").to(torch.float64).kwargs)
+                got, plain = self.call(low), type(self).reference(**low.kwargs)
+                for x, y, z in zip(tensors(got), tensors(plain), tensors(exact), strict=True):
+                    if x.is_floating_point():
+                        assert_within_twice(x, y, z, f"{sample.name} in {dtype}")
 
     def test_non_contiguous(self, device: str) -> None:
         def scatter(x: Any) -> Any:  # same values, every second element of a larger buffer
@@ -344,4 +364,4 @@ class OpContract:
         assert_same(got, self.call(sample), "cuda:1")
 
 
-__all__ = ["OpContract", "Recorder", "Sample", "assert_same", "tensors"]
+__all__ = ["OpContract", "Recorder", "Sample", "assert_same", "assert_within_twice", "tensors"]

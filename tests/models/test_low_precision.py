@@ -1,0 +1,104 @@
+"""bf16: logits and gradients at most twice as far from float32 as the model composed of plain PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import golden
+import pytest
+import torch
+from op_contract import assert_within_twice
+from torch import Tensor
+
+import any2point.models.any2point
+import any2point.nn.adapter
+import any2point.nn.projection
+import any2point.nn.tokenizer
+from any2point import Any2Point, Any2PointConfig, ops, reference
+from any2point.sources import Source
+
+PLACES = (
+    any2point.nn.tokenizer,
+    any2point.nn.projection,
+    any2point.nn.adapter,
+    any2point.models.any2point,
+)
+# The ops whose results are rounded; the others give indices, the same in every implementation.
+ROUNDED = ("group", "guided_aggregate", "local_aggregate", "virtual_project")
+QUIET = {"attention_dropout": 0.0, "drop_path": 0.0, "adapter_dropout": 0.0, "dropout": 0.0}
+
+
+def reference_of(name: str) -> Callable[..., Any]:
+    """The reference, with the one default that the public function fills in."""
+    plain = getattr(reference, name)
+    if name != "guided_aggregate":
+        return plain
+    return lambda x, cell, cluster, attention, *rest, **options: plain(
+        x, cell, cluster, attention, *rest, scale=attention.proj_weight.shape[-1] ** -0.5, **options
+    )
+
+
+@contextmanager
+def plain_pytorch() -> Iterator[set[str]]:
+    """The model's ops replaced by their references; gives the names of those that were."""
+    replaced = set()
+    with pytest.MonkeyPatch.context() as patch:
+        for place in PLACES:
+            for name in set(ROUNDED) & set(vars(place)):
+                assert getattr(place, name) is getattr(ops, name)
+                patch.setattr(place, name, reference_of(name))
+                replaced.add(name)
+        yield replaced
+
+
+def results(model: Any2Point, points: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Logits in evaluation, and logits and gradients of one training step from the same state."""
+    device, state = points.device.type, {k: v.clone() for k, v in model.state_dict().items()}
+    labels = torch.arange(len(points), device=points.device) * 3 + 2
+    with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+        with torch.no_grad():
+            found = {"logits": model.eval()(points).float()}
+        logits = model.train()(points).float()
+    model.zero_grad()
+    torch.nn.functional.cross_entropy(logits, labels).backward()
+    found["training logits"] = logits.detach()
+    # One vector for all trained tensors: those whose gradient is rounding alone then weigh what they should.
+    gradients = [p.grad.flatten().float() for p in model.parameters() if p.grad is not None]
+    found["gradient"] = torch.cat(gradients)
+    model.load_state_dict(state)
+    return found
+
+
+def check(model: Any2Point, points: Tensor) -> None:
+    exact = results(model, points, torch.float32)
+    got = results(model, points, torch.bfloat16)
+    with plain_pytorch() as replaced:
+        assert replaced == set(ROUNDED)
+        plain = results(model, points, torch.bfloat16)
+    for name, value in exact.items():
+        assert_within_twice(got[name], plain[name], value, name)
+        assert not torch.equal(got[name], value), f"{name}: nothing was computed in bf16"
+
+
+@pytest.mark.parametrize("family", ["clip-text", "dinov2", "bert"])
+def test_small_models(family: str, device: str) -> None:
+    config = Any2PointConfig(
+        num_classes=15, num_points=256, num_tokens=32, neighbors=16, tokenizer_hidden=16, **QUIET
+    )
+    model = Any2Point(config, Source.random(family, width=192, depth=3)).to(device)
+    points = torch.randn(4, 256, 3, generator=torch.Generator().manual_seed(1)).to(device)
+    check(model, points)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ["clip-text/scanobjectnn", "dinov2/scanobjectnn", "imagebind/modelnet40"])
+def test_official_models(variant: str, device: str) -> None:
+    model = Any2Point.from_official(
+        golden.state_dict(variant, hot=True),
+        variant,
+        position_table=golden.position_table(variant, hot=True),
+        **QUIET,
+    )
+    check(model.to(device), golden.points(variant).to(device))
