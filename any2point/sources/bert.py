@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from any2point.sources.checkpoint import Reader, count_blocks, find_prefix
@@ -27,7 +26,7 @@ _CLS = 101
 LAYOUT = Layout(norm="post", activation="gelu", input_norm=True, eps=1e-12)
 
 
-def _matches(state: Mapping[str, Tensor]) -> bool:
+def _matches(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> bool:
     return find_prefix(state, _PROBE) is not None
 
 
@@ -58,9 +57,8 @@ def _convert(
     tensors = reader.pair("embeddings.LayerNorm", "input_norm")
     for i in range(depth):
         old, new = f"encoder.layer.{i}", f"blocks.{i}"
-        for leaf in ("weight", "bias"):
-            parts = [reader.take(f"{old}.attention.self.{part}.{leaf}") for part in ("query", "key", "value")]
-            tensors[f"{new}.attn.qkv.{leaf}"] = torch.cat(parts)
+        parts = [f"{old}.attention.self.{part}" for part in ("query", "key", "value")]
+        tensors |= reader.fused(parts, f"{new}.attn.qkv")
         tensors |= reader.pair(f"{old}.attention.output.dense", f"{new}.attn.proj")
         tensors |= reader.pair(f"{old}.attention.output.LayerNorm", f"{new}.norm1")
         tensors |= reader.pair(f"{old}.intermediate.dense", f"{new}.mlp.fc1")
@@ -86,7 +84,9 @@ def _convert(
 
 FAMILY = Family(
     name="bert",
+    title="BERT, MiniLM, sentence-transformers",
     modality="language",
+    checkpoint="Hugging Face BertModel with or without `bert.`: model.safetensors and config.json",
     width=768,
     depth=12,
     positions=(512,),

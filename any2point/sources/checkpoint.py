@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from any2point.sources.encoder import Activation
 
 _NAMES = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin")
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
@@ -129,6 +131,32 @@ def count_blocks(keys: Iterable[str], pattern: str) -> int:
     return depth
 
 
+_ACTIVATIONS: dict[str, Activation] = {
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "quick_gelu": "quick_gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_fast": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+}
+
+
+def read_activation(
+    config: Mapping[str, Any], default: Activation, names: Sequence[str] = ("hidden_act",)
+) -> Activation:
+    """Our name of the activation that a Hugging Face `config.json` tells under one of `names`."""
+    for name in names:
+        if name in config:
+            if config[name] not in _ACTIVATIONS:
+                known = ", ".join(_ACTIVATIONS)
+                raise ValueError(
+                    f"`path`: expected one of {known} as {name} in config.json, got {config[name]!r}"
+                )
+            return _ACTIVATIONS[config[name]]
+    return default
+
+
 class Reader:
     """Takes tensors out of a state dict by name, in float32, and keeps account of what it did not use."""
 
@@ -152,6 +180,17 @@ class Reader:
     def pair(self, source: str, target: str) -> dict[str, Tensor]:
         """Weight and bias of a layer under their new name."""
         return {f"{target}.{leaf}": self.take(f"{source}.{leaf}") for leaf in ("weight", "bias")}
+
+    def fused(
+        self, sources: Sequence[str], target: str, *, no_bias: Container[str] = ()
+    ) -> dict[str, Tensor]:
+        """Layers side by side, as query, key and value in one; those in `no_bias` get a bias of zeros."""
+        weights = [self.take(f"{source}.weight") for source in sources]
+        biases = [
+            torch.zeros(len(weight)) if source in no_bias else self.take(f"{source}.bias")
+            for source, weight in zip(sources, weights)
+        ]
+        return {f"{target}.weight": torch.cat(weights), f"{target}.bias": torch.cat(biases)}
 
     def unused(self) -> tuple[str, ...]:
         """Names of the tensors that were not taken."""

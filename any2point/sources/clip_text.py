@@ -20,7 +20,7 @@ _PROBE = "transformer.resblocks.0.attn.in_proj_weight"
 LAYOUT = Layout(norm="pre", activation="quick_gelu", eps=1e-5)
 
 
-def _matches(state: Mapping[str, Tensor]) -> bool:
+def _matches(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> bool:
     return find_prefix(state, _PROBE, exclude="visual.") is not None
 
 
@@ -65,7 +65,9 @@ def _convert(
 
 FAMILY = Family(
     name="clip-text",
+    title="CLIP text towers",
     modality="language",
+    checkpoint="OpenAI ViT-*.pt or open_clip: `transformer.resblocks.N`, `positional_embedding`",
     width=768,
     depth=12,
     positions=(77,),

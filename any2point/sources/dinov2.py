@@ -11,7 +11,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from any2point.sources.checkpoint import Reader, count_blocks, find_prefix
@@ -23,7 +22,7 @@ _HF = "encoder.layer.0.layer_scale1.lambda1"
 LAYOUT = Layout(norm="pre", activation="gelu", layer_scale=True, eps=1e-6)
 
 
-def _matches(state: Mapping[str, Tensor]) -> bool:
+def _matches(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> bool:
     return find_prefix(state, _HUB) is not None or find_prefix(state, _HF) is not None
 
 
@@ -50,9 +49,8 @@ def _hf_blocks(reader: Reader, depth: int) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for i in range(depth):
         old, new = f"encoder.layer.{i}", f"blocks.{i}"
-        for leaf in ("weight", "bias"):
-            names = [f"{old}.attention.attention.{part}.{leaf}" for part in ("query", "key", "value")]
-            tensors[f"{new}.attn.qkv.{leaf}"] = torch.cat([reader.take(name) for name in names])
+        parts = [f"{old}.attention.attention.{part}" for part in ("query", "key", "value")]
+        tensors |= reader.fused(parts, f"{new}.attn.qkv")
         tensors |= reader.pair(f"{old}.attention.output.dense", f"{new}.attn.proj")
         for layer in ("norm1", "norm2", "mlp.fc1", "mlp.fc2"):
             tensors |= reader.pair(f"{old}.{layer}", f"{new}.{layer}")
@@ -103,7 +101,9 @@ def _convert(
 
 FAMILY = Family(
     name="dinov2",
+    title="DINOv2",
     modality="vision",
+    checkpoint="hub .pth or timm: `blocks.N.ls1.gamma`; Hugging Face: `encoder.layer.N.layer_scale1.lambda1`",
     width=768,
     depth=12,
     positions=(37, 37),

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+Activation = Literal["gelu", "quick_gelu", "gelu_tanh", "relu", "swiglu"]
 
 
 @dataclass(frozen=True)
@@ -17,17 +19,28 @@ class Layout:
 
     Attributes:
         norm: "pre" (CLIP, ViT: `x + f(LN(x))`) or "post" (BERT: `LN(x + f(x))`).
-        activation: of the MLP: "gelu" (erf) or "quick_gelu" (`x sigmoid(1.702 x)`).
+        activation: of the MLP: "gelu" (erf), "quick_gelu" (`x sigmoid(1.702 x)`, CLIP), "gelu_tanh" (GPT-2),
+            "relu" or "swiglu" (DINOv2's giant: `silu(a) b` of the two halves of a doubled first layer).
         layer_scale: whether each branch is multiplied by a learned vector (DINOv2).
+        bias_kv: whether every block has one more key and value of its own that all tokens attend to
+            (ImageBind), as in `nn.MultiheadAttention(add_bias_kv=True)`.
         input_norm: whether a LayerNorm follows the sum of token and position (BERT's embedding LayerNorm).
         eps: of every LayerNorm.
     """
 
     norm: Literal["pre", "post"] = "pre"
-    activation: Literal["gelu", "quick_gelu"] = "gelu"
+    activation: Activation = "gelu"
     layer_scale: bool = False
+    bias_kv: bool = False
     input_norm: bool = False
     eps: float = 1e-6
+
+    def __post_init__(self) -> None:
+        if self.norm not in ("pre", "post"):
+            raise ValueError(f"`norm`: expected pre or post, got {self.norm!r}")
+        if self.activation not in get_args(Activation):
+            known = ", ".join(get_args(Activation))
+            raise ValueError(f"`activation`: expected one of {known}, got {self.activation!r}")
 
 
 def drop_path(branch: Tensor, rate: float) -> Tensor:
@@ -36,25 +49,51 @@ def drop_path(branch: Tensor, rate: float) -> Tensor:
     return branch * ((torch.rand(shape, device=branch.device) >= rate).to(branch.dtype) / (1 - rate))
 
 
+def _returned(y: Tensor, x: Tensor) -> Tensor:
+    """`y` in the type of `x`, which half precision weights change; autocast chooses types by itself."""
+    return y if torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm computed in the type of its own weight, whatever comes in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(self.weight.dtype))
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with fused query, key and value."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, bias_kv: bool = False) -> None:
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
+        self.bias_k = nn.Parameter(torch.zeros(width)) if bias_kv else None
+        self.bias_v = nn.Parameter(torch.zeros(width)) if bias_kv else None
 
     def forward(
         self, x: Tensor, *, axis: str = "tokens", causal: bool = False, dropout: float = 0.0
     ) -> Tensor:
         """`x [B, T, C]`; with axis "batch" every token slot attends over the clouds of the batch."""
-        if axis == "batch":
-            x = x.transpose(0, 1)
-        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2], dropout_p=dropout, is_causal=causal)
-        y = self.proj(y.transpose(1, 2).flatten(2))
+        y = x.transpose(0, 1) if axis == "batch" else x
+        qkv = self.qkv(y.to(self.qkv.weight.dtype)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        query, key, value, mask = qkv[0], qkv[1], qkv[2], None
+        if self.bias_k is not None and self.bias_v is not None:
+            key, value = self._append(key, self.bias_k), self._append(value, self.bias_v)
+            if causal:  # the appended column is open to every row
+                length = query.shape[2]
+                mask = torch.ones(length, length + 1, dtype=torch.bool, device=x.device).tril()
+                mask, causal = mask | (torch.arange(length + 1, device=x.device) == length), False
+        y = F.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=causal
+        )
+        y = _returned(self.proj(y.transpose(1, 2).flatten(2)), x)
         return y.transpose(0, 1) if axis == "batch" else y
+
+    def _append(self, x: Tensor, row: Tensor) -> Tensor:
+        row = row.to(x.dtype).view(1, self.heads, 1, -1).expand(x.shape[0], -1, -1, -1)
+        return torch.cat([x, row], dim=2)
 
 
 class MLP(nn.Module):
@@ -62,14 +101,23 @@ class MLP(nn.Module):
 
     def __init__(self, width: int, hidden: int, activation: str) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, hidden)
+        self.fc1 = nn.Linear(width, 2 * hidden if activation == "swiglu" else hidden)
         self.fc2 = nn.Linear(hidden, width)
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.fc1(x)
-        x = x * torch.sigmoid(1.702 * x) if self.activation == "quick_gelu" else F.gelu(x)
-        return self.fc2(x)
+        """`x [..., C]` -> `[..., C]`."""
+        y = self.fc1(x.to(self.fc1.weight.dtype))
+        if self.activation == "swiglu":
+            gate, y = y.chunk(2, dim=-1)
+            y = F.silu(gate) * y
+        elif self.activation == "quick_gelu":
+            y = y * torch.sigmoid(1.702 * y)
+        elif self.activation == "relu":
+            y = F.relu(y)
+        else:
+            y = F.gelu(y, approximate="tanh" if self.activation == "gelu_tanh" else "none")
+        return _returned(self.fc2(y), x)
 
 
 class Block(nn.Module):
@@ -78,9 +126,9 @@ class Block(nn.Module):
     def __init__(self, width: int, heads: int, mlp_width: int, layout: Layout) -> None:
         super().__init__()
         self.post_norm = layout.norm == "post"
-        self.norm1 = nn.LayerNorm(width, layout.eps)
-        self.attn = Attention(width, heads)
-        self.norm2 = nn.LayerNorm(width, layout.eps)
+        self.norm1 = LayerNorm(width, layout.eps)
+        self.attn = Attention(width, heads, layout.bias_kv)
+        self.norm2 = LayerNorm(width, layout.eps)
         self.mlp = MLP(width, mlp_width, layout.activation)
         self.ls1 = nn.Parameter(torch.ones(width)) if layout.layer_scale else None
         self.ls2 = nn.Parameter(torch.ones(width)) if layout.layer_scale else None
@@ -96,6 +144,7 @@ class Block(nn.Module):
         path_rate: float = 0.0,
     ) -> Tensor:
         """`x [B, T, C]` -> `[B, T, C]`; `adapter` takes the MLP's branch, and its output is added to it."""
+        dtype = x.dtype
         y = self.attn(x if self.post_norm else self.norm1(x), axis=axis, causal=causal, dropout=dropout)
         y = y if self.ls1 is None else self.ls1 * y
         x = x + (drop_path(y, path_rate) if path_rate else y)
@@ -106,7 +155,7 @@ class Block(nn.Module):
         y = y if self.ls2 is None else self.ls2 * y
         y = drop_path(y, path_rate) if path_rate else y
         x = x + y if adapter is None else x + y + adapter(y)
-        return self.norm2(x) if self.post_norm else x
+        return (self.norm2(x) if self.post_norm else x).to(dtype)
 
 
 class FrozenEncoder(nn.Module):
@@ -115,7 +164,7 @@ class FrozenEncoder(nn.Module):
     def __init__(self, width: int, depth: int, heads: int, mlp_width: int, layout: Layout) -> None:
         super().__init__()
         self.layout = layout
-        self.input_norm = nn.LayerNorm(width, layout.eps) if layout.input_norm else None
+        self.input_norm = LayerNorm(width, layout.eps) if layout.input_norm else None
         self.blocks = nn.ModuleList(Block(width, heads, mlp_width, layout) for _ in range(depth))
         self.requires_grad_(False)
         self.eval()
@@ -126,7 +175,7 @@ class FrozenEncoder(nn.Module):
 
     def embed(self, x: Tensor) -> Tensor:
         """What the source does to the sum of token and position before its first block."""
-        return x if self.input_norm is None else self.input_norm(x)
+        return x if self.input_norm is None else self.input_norm(x).to(x.dtype)
 
     def forward(self, x: Tensor, *, causal: bool = False) -> Tensor:
         """The plain source, without adapters: `[B, T, C]` -> `[B, T, C]`, without the final norm."""
@@ -134,3 +183,10 @@ class FrozenEncoder(nn.Module):
         for block in self.blocks:
             x = block(x, causal=causal)
         return x
+
+    def hidden_states(self, x: Tensor, *, causal: bool = False) -> list[Tensor]:
+        """What enters the first block and what leaves every block: depth + 1 tensors `[B, T, C]`."""
+        states = [self.embed(x)]
+        for block in self.blocks:
+            states.append(block(states[-1], causal=causal))
+        return states

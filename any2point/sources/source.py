@@ -14,23 +14,31 @@ from torch import Tensor
 from any2point.sources.checkpoint import read_checkpoint
 from any2point.sources.encoder import FrozenEncoder, Layout
 
+POSITION_KINDS = ("learned", "sinusoidal", "stand-in")
+_OPTIONAL = ("cls_token", "cls_position", "registers")
+
 
 @dataclass(frozen=True)
 class Source:
     """The frozen transformer that is fine-tuned for point clouds, in one canonical form.
 
     Attributes:
-        name: family: "clip-text", "bert", "dinov2" or "imagebind".
+        name: family, one of `FAMILIES`.
         modality: "language", "vision" or "audio".
         width: channels C.
         depth: number of blocks.
         heads: attention heads.
         layout: how a block is put together.
         tensors: weights under canonical names: `blocks.<i>.{norm1,attn.qkv,attn.proj,norm2,mlp.fc1,mlp.fc2}`,
-            `blocks.<i>.{ls1,ls2}`, `input_norm` and, where the source has one, the final `norm`.
+            `blocks.<i>.{ls1,ls2}`, `blocks.<i>.attn.{bias_k,bias_v}`, `input_norm` and, where the source
+            has one, the final `norm`.
         position_table: `[L, C]` for sequences, `[H, W, C]` for images, without the class token's row.
         cls_token: `[C]` value that the class token starts from, or None for a random start.
         cls_position: `[C]` position encoding of the class token, or None for a random start.
+        registers: `[R, C]` further frozen tokens between the class token and the others, with their positions
+            added where they have any (DINOv2's registers, DeiT's and AST's distillation token), or None.
+        position_kind: "learned", "sinusoidal" or "stand-in" (the family has no absolute positions, and its
+            file says what the table holds instead).
         origin: how to get these weights again: `{"path": ...}` or `{"seed": ...}`, with the family.
         unused: tensors of the checkpoint that play no part.
     """
@@ -45,6 +53,8 @@ class Source:
     position_table: Tensor = field(repr=False)
     cls_token: Tensor | None = field(default=None, repr=False)
     cls_position: Tensor | None = field(default=None, repr=False)
+    registers: Tensor | None = field(default=None, repr=False)
+    position_kind: str = "learned"
     origin: Mapping[str, Any] = field(default_factory=dict)
     unused: tuple[str, ...] = field(default=(), repr=False)
 
@@ -56,6 +66,13 @@ class Source:
             raise ValueError(
                 f"`position_table`: expected [L, {self.width}] or [H, W, {self.width}], got {got}"
             )
+        if self.registers is not None and (
+            self.registers.dim() != 2 or self.registers.shape[1] != self.width
+        ):
+            raise ValueError(f"`registers`: expected [R, {self.width}], got {list(self.registers.shape)}")
+        if self.position_kind not in POSITION_KINDS:
+            known = ", ".join(POSITION_KINDS)
+            raise ValueError(f"`position_kind`: expected one of {known}, got {self.position_kind!r}")
         expected = {k: v.shape for k, v in self._skeleton().state_dict().items()}
         for name, shape in expected.items():
             if name not in self.tensors:
@@ -72,7 +89,7 @@ class Source:
     @property
     def mlp_width(self) -> int:
         """Hidden width of the MLPs."""
-        return self.tensors["blocks.0.mlp.fc1.weight"].shape[0]
+        return self.tensors["blocks.0.mlp.fc2.weight"].shape[1]
 
     @property
     def fingerprint(self) -> str:
@@ -83,11 +100,22 @@ class Source:
             digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
         return digest.hexdigest()
 
-    def encoder(self) -> FrozenEncoder:
-        """The transformer as a module; its parameters share memory with `tensors`."""
+    def encoder(self, dtype: torch.dtype | None = None) -> FrozenEncoder:
+        """The transformer as a module.
+
+        Args:
+            dtype: type in which the layers of attention and MLP are stored and computed: bfloat16 takes
+                half the memory. Norms stay in float32, and results have the type of the input, with and
+                without autocast. With None, parameters are those of `tensors` and share their memory.
+        """
+        if dtype is not None and not dtype.is_floating_point:
+            raise ValueError(f"`dtype`: expected a floating point type, got {dtype}")
         encoder = self._skeleton()
-        names = encoder.state_dict().keys()
-        encoder.load_state_dict({name: self.tensors[name] for name in names}, strict=True, assign=True)
+        tensors = {}
+        for name in encoder.state_dict():
+            matrix = dtype is not None and (".attn." in name or ".mlp." in name)
+            tensors[name] = self.tensors[name].to(dtype) if matrix else self.tensors[name]
+        encoder.load_state_dict(tensors, strict=True, assign=True)
         return encoder.requires_grad_(False)
 
     def _skeleton(self) -> FrozenEncoder:
@@ -96,7 +124,7 @@ class Source:
 
     def _all_tensors(self) -> dict[str, Tensor]:
         tensors = dict(self.tensors) | {"position_table": self.position_table}
-        for name in ("cls_token", "cls_position"):
+        for name in _OPTIONAL:
             value = getattr(self, name)
             if value is not None:
                 tensors[name] = value
@@ -112,6 +140,7 @@ class Source:
             "depth": self.depth,
             "heads": self.heads,
             "positions": shape,
+            "position_kind": self.position_kind,
             "layout": asdict(self.layout),
             "origin": dict(self.origin),
             "fingerprint": self.fingerprint,
@@ -125,7 +154,7 @@ class Source:
     def from_state_dict(cls, description: Mapping[str, Any], state: Mapping[str, Tensor]) -> Source:
         """Inverse of `describe()` and `state_dict()`."""
         tensors = dict(state)
-        extra = {name: tensors.pop(name, None) for name in ("position_table", "cls_token", "cls_position")}
+        extra = {name: tensors.pop(name, None) for name in ("position_table", *_OPTIONAL)}
         if extra["position_table"] is None:
             raise ValueError("`state`: expected a tensor 'position_table', got none")
         return cls(
@@ -136,6 +165,7 @@ class Source:
             heads=description["heads"],
             layout=Layout(**description["layout"]),
             tensors=tensors,
+            position_kind=description.get("position_kind", "learned"),
             origin=dict(description.get("origin", {})),
             **extra,  # type: ignore[arg-type]
         )
@@ -154,7 +184,9 @@ class Source:
         Args:
             path: `.safetensors`, or a torch file with a plain state dict, or a folder with one (and, as the
                 hub has it, a `config.json`).
-            family: "clip-text", "bert" or "dinov2"; recognised by the names of the tensors if None.
+            family: one of `FAMILIES`; if None, recognised by the names of the tensors, with the help of
+                `config.json` where relatives share them. Of a checkpoint with several towers (CLIP) the first
+                family of `FAMILIES` is taken.
             depth: use the first blocks only.
             heads: attention heads, where neither `config.json` nor the family's convention tells.
 
@@ -170,7 +202,7 @@ class Source:
 
         state, config, file = read_checkpoint(path)
         if family is None:
-            matching = [name for name, entry in FAMILIES.items() if entry.matches(state)]
+            matching = [name for name, entry in FAMILIES.items() if entry.matches(state, config)]
             if not matching:
                 seen = ", ".join(sorted(state)[:4])
                 known = ", ".join(FAMILIES)
@@ -200,7 +232,7 @@ class Source:
         """The architecture of a family with random weights, as it would be before pretraining.
 
         Args:
-            family: "clip-text", "bert", "dinov2" or "imagebind".
+            family: one of `FAMILIES`.
             width: channels; the family's base model by default, as for the arguments that follow.
             depth: blocks.
             heads: attention heads; by default of 64 channels each.
@@ -223,7 +255,7 @@ class Source:
             shapes = FrozenEncoder(width, depth, heads, 4 * width, entry.layout).state_dict()
         tensors = {}
         for name, value in shapes.items():
-            if value.dim() == 2:
+            if value.dim() == 2 or name.endswith(("bias_k", "bias_v")):
                 tensors[name] = normal(*value.shape)
             else:
                 tensors[name] = torch.zeros(value.shape) if name.endswith("bias") else torch.ones(value.shape)
@@ -241,6 +273,8 @@ class Source:
             position_table=normal(*positions, width),
             cls_token=normal(width) if entry.has_cls else None,
             cls_position=normal(width) if entry.has_cls else None,
+            registers=normal(entry.registers, width) if entry.registers else None,
+            position_kind=entry.position_kind,
             origin=origin,
         )
 
@@ -257,17 +291,37 @@ class Source:
 
 @dataclass(frozen=True)
 class Family:
-    """One row of the table of source families: how to recognise and read its checkpoints."""
+    """One row of the table of source families: how to recognise and read its checkpoints.
+
+    Attributes:
+        name: as in `Source.name`.
+        title: the models it stands for, for readers.
+        modality: "language", "vision" or "audio".
+        checkpoint: what a checkpoint must look like, in one line.
+        width: channels of the base model.
+        depth: blocks of the base model.
+        positions: shape of the base model's position table, `(L,)` or `(H, W)`.
+        layout: how a block is put together.
+        has_cls: whether it has a class token.
+        matches: whether these tensors, with this `config.json`, are of this family.
+        convert: `(state, config, *, depth, heads, origin) -> Source`.
+        registers: number of further frozen tokens of the base model.
+        position_kind: as in `Source.position_kind`.
+    """
 
     name: str
+    title: str
     modality: str
+    checkpoint: str
     width: int
     depth: int
     positions: tuple[int, ...]
     layout: Layout
     has_cls: bool
-    matches: Callable[[Mapping[str, Tensor]], bool]
+    matches: Callable[[Mapping[str, Tensor], Mapping[str, Any]], bool]
     convert: Callable[..., Source]
+    registers: int = 0
+    position_kind: str = "learned"
 
 
 def get_family(name: str) -> Family:
