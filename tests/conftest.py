@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 # Threads that wait asleep: spinning ones take most of the time on a machine that does other things too.
@@ -10,6 +12,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
 import torch
+
+# `published_layouts` writes small data sets for tests of every folder.
+sys.path.insert(0, str(Path(__file__).parent / "data"))
 
 torch.set_num_threads(min(2, os.cpu_count() or 1))
 
