@@ -90,6 +90,13 @@ class Tokenizer(nn.Module):
         distance = (kept - mean).square().sum(-1)
         return torch.where(valid, distance, -1.0).argmax(1)
 
+    def _positions(self, level: Tensor, picks: Tensor) -> Tensor:
+        """Where in a level `[B, n]` the picks `[B, m]` of the next one stand."""
+        batch, size = picks.shape
+        if self.tie == "lowest":  # each level is a prefix of the one before
+            return torch.arange(size, device=picks.device).expand(batch, size)
+        return (picks[:, :, None] == level[:, None, :]).int().argmax(-1)
+
     def forward(self, points: Tensor) -> Tokens:
         """`points [B, N, 3]` float32 or float64 -> tokens of the last stage.
 
@@ -102,10 +109,8 @@ class Tokenizer(nn.Module):
 
         first = self._first(points, valid)
         levels = farthest_point_hierarchy(points, list(self.sizes), start=first, tie=self.tie)
-        index = levels[0]
-        for stage, (size, count) in enumerate(zip(self.sizes, self.neighbors)):
-            # Each level is a prefix of the one before, so only the first has to be looked up.
-            center = index if stage == 0 else torch.arange(size, device=points.device).expand(batch, size)
+        for stage, count in enumerate(self.neighbors):
+            center = levels[0] if stage == 0 else self._positions(levels[stage - 1], levels[stage])
             centers = group(points, center)
             neighbor = knn(centers, points, count, sorted=False).index
             units = [unit.tensors() for unit in self.stages[stage]]  # type: ignore[attr-defined]

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from any2point import Any2Point
 from any2point.models.official import VARIANTS
+from any2point.nn import Tokenizer
+from any2point.ops import farthest_point_sample, group
 
 # 768 channels become 48, with everything that depends on them; two blocks are left.
 SHRINK = {3072: 192, 2304: 144, 1536: 96, 768: 48, 384: 24, 192: 12, 96: 6}
@@ -70,3 +72,16 @@ def test_refused() -> None:
         Any2Point.from_official(state, "clip", position_table=positions)
     with pytest.raises(ValueError, match="`state_dict`: expected the blocks of a transformer"):
         Any2Point.from_official({}, variant, position_table=positions)
+
+
+def test_tokens_among_ties() -> None:
+    """On a grid the official order of ties differs from level to level; tokens must follow it."""
+    axis = torch.arange(10.0) + 1
+    points = torch.cartesian_prod(axis, axis, axis)[None]
+    tokenizer = Tokenizer(6, (512, 256, 128), (8, 8, 8), start="first", tie="pointnet2")
+    tokens = tokenizer(points)
+    picked = points
+    for size in (512, 256, 128):
+        picked = group(picked, farthest_point_sample(picked, size, tie="pointnet2"))
+    assert torch.equal(tokens.centers, picked)
+    assert torch.equal(group(points, tokens.index), picked)
