@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -10,9 +11,10 @@ import torch
 from torch import Tensor
 
 from any2point.models.config import Any2PointConfig
-from any2point.sources import Layout, Source
+from any2point.sources import Source
+from any2point.sources._layouts import split_table
 from any2point.sources.checkpoint import count_blocks
-from any2point.sources.dinov2 import split_table
+from any2point.sources.source import get_family
 
 if TYPE_CHECKING:
     from any2point.models.any2point import Any2Point
@@ -53,12 +55,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "imagebind/modelnet40": _MODELNET | _BIND | _DEEP | {"camera": 1.4, "adapter_dim": 8},
 }
 
-# Layout of the blocks, and where the blocks' tensors stand under which official name.
-_LAYOUTS = {
-    "clip-text": ("language", Layout(activation="quick_gelu", eps=1e-5)),
-    "dinov2": ("vision", Layout(layer_scale=True, eps=1e-6)),
-    "imagebind": ("audio", Layout(eps=1e-6)),
-}
+# Where the blocks' tensors stand under which official name.
 _SOURCE = [
     (r"(?:res)?blocks\.(\d+)\.attn\.in_proj_(weight|bias)", r"blocks.\1.attn.qkv.\2"),
     (r"(?:res)?blocks\.(\d+)\.attn\.out_proj\.(weight|bias)", r"blocks.\1.attn.proj.\2"),
@@ -144,13 +141,14 @@ def official_source(state: Mapping[str, Tensor], family: str, position_table: An
     if depth == 0:
         raise ValueError("`state_dict`: expected the blocks of a transformer, got none")
     table = torch.as_tensor(position_table).float()
-    if family == "dinov2":
-        table = split_table(table)[0]
-    elif family == "imagebind":
-        table = table.reshape(-1, table.shape[-1])[1:].unflatten(0, (12, 19))
-    modality, layout = _LAYOUTS[family]
+    entry = get_family(family)
+    if len(entry.positions) == 2:
+        height, across = entry.positions
+        table = split_table(table, grid=(height, across))[0]
+    # The official code drops the keys and values that ImageBind's attention adds.
+    layout = dataclasses.replace(entry.layout, bias_kv=False)
     width = tensors["blocks.0.attn.qkv.weight"].shape[1]
-    return Source(family, modality, width, depth, heads, layout, tensors, table)
+    return Source(family, entry.modality, width, depth, heads, layout, tensors, table)
 
 
 def load_official(

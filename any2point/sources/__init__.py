@@ -2,10 +2,31 @@
 
 from __future__ import annotations
 
-from any2point.sources import bert, clip_text, dinov2
+from any2point.sources import (
+    ast,
+    bert,
+    clip_text,
+    clip_vision,
+    deit,
+    dino,
+    dinov2,
+    hubert,
+    imagebind,
+    mae,
+    ssast,
+    vit,
+    wav2vec2,
+    whisper,
+)
 from any2point.sources.encoder import FrozenEncoder, Layout
 from any2point.sources.source import Family, Source
 
-FAMILIES: dict[str, Family] = {family.FAMILY.name: family.FAMILY for family in (clip_text, bert, dinov2)}
+# A checkpoint is of the first family that matches: the special before the general that shares their names.
+_LANGUAGE = (clip_text, bert)
+_AUDIO = (imagebind, ssast, ast, whisper, hubert, wav2vec2)
+_VISION = (dinov2, clip_vision, deit, mae, dino, vit)
+FAMILIES: dict[str, Family] = {
+    module.FAMILY.name: module.FAMILY for module in (*_LANGUAGE, *_AUDIO, *_VISION)
+}
 
 __all__ = ["FAMILIES", "Family", "FrozenEncoder", "Layout", "Source"]

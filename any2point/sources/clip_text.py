@@ -21,7 +21,8 @@ LAYOUT = Layout(norm="pre", activation="quick_gelu", eps=1e-5)
 
 
 def _matches(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> bool:
-    return find_prefix(state, _PROBE, exclude="visual.") is not None
+    prefix = find_prefix(state, _PROBE, exclude="visual.")
+    return prefix is not None and f"{prefix}ln_final.weight" in state  # not an image tower by itself
 
 
 def _convert(

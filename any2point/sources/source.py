@@ -261,6 +261,7 @@ class Source:
                 tensors[name] = torch.zeros(value.shape) if name.endswith("bias") else torch.ones(value.shape)
         if entry.layout.norm == "pre":
             tensors |= {"norm.weight": torch.ones(width), "norm.bias": torch.zeros(width)}
+        fixed = entry.table
         origin = {"seed": seed, "width": width, "depth": depth, "heads": heads, "positions": list(positions)}
         return cls(
             name=entry.name,
@@ -270,9 +271,9 @@ class Source:
             heads=heads,
             layout=entry.layout,
             tensors=tensors,
-            position_table=normal(*positions, width),
+            position_table=normal(*positions, width) if fixed is None else fixed(*positions, width),
             cls_token=normal(width) if entry.has_cls else None,
-            cls_position=normal(width) if entry.has_cls else None,
+            cls_position=(normal(width) if fixed is None else torch.zeros(width)) if entry.has_cls else None,
             registers=normal(entry.registers, width) if entry.registers else None,
             position_kind=entry.position_kind,
             origin=origin,
@@ -307,6 +308,7 @@ class Family:
         convert: `(state, config, *, depth, heads, origin) -> Source`.
         registers: number of further frozen tokens of the base model.
         position_kind: as in `Source.position_kind`.
+        table: where positions are fixed, the table as a function of its shape, `(*positions, width)`.
     """
 
     name: str
@@ -322,6 +324,7 @@ class Family:
     convert: Callable[..., Source]
     registers: int = 0
     position_kind: str = "learned"
+    table: Callable[..., Tensor] | None = None
 
 
 def get_family(name: str) -> Family:
