@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,18 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from any2point.models.base import PointModel
-from any2point.models.config import Any2PointConfig
-from any2point.nn import (
-    AdaptedEncoder,
-    CellAttention,
-    ClassificationHead,
-    GuidedAdapter,
-    Tokenizer,
-    VirtualProjection,
-    spread_lines,
-    spread_rotations,
+from any2point.models.build import (
+    build_encoder,
+    build_head,
+    build_projection,
+    build_tokenizer,
+    start_token,
 )
-from any2point.nn.projection import official_rotations
+from any2point.models.config import Any2PointConfig
+from any2point.nn.positions import build_positions
 from any2point.ops import group, voxel_cluster
 from any2point.sources import Source
 
@@ -31,13 +27,16 @@ class Encoding(NamedTuple):
     """Features of a cloud.
 
     `tokens [B, T, C]` and their `centers [B, T, 3]` (points of the input), the class token `cls [B, C]`, and
-    the pooled `feature [B, 2C]` that the head sees.
+    the pooled `feature [B, 2C]` that the head sees. If asked for, `attention [B, L, H, T]`: the weights that
+    the class token gives to the tokens in each of the L frozen blocks, by head. What a row lacks to 1 went to
+    the class token itself, to registers, and to keys that the source's blocks have of their own.
     """
 
     tokens: Tensor
     centers: Tensor
     cls: Tensor
     feature: Tensor
+    attention: Tensor | None = None
 
 
 class Any2Point(PointModel):
@@ -65,71 +64,109 @@ class Any2Point(PointModel):
         self.class_names = None if class_names is None else list(class_names)
         width = source.width
         self.tokenizer = build_tokenizer(config, width)
-        self.projection = _build_projection(config, source)
-        self.cls_token = _start(source.cls_token, width)
-        self.cls_position = _start(source.cls_position, width)
-        self.encoder = _build_encoder(config, source, self.projection.num_cells)
+        self.projection = build_projection(config, source)
+        self.positions = build_positions(config.positions, source.position_table)
+        self.cls_token = start_token(source.cls_token, width)
+        self.cls_position = start_token(source.cls_position, width)
+        self.registers = self._registers(source.registers)
+        self.encoder = build_encoder(config, source, self.projection.num_cells)
         self.norm = nn.LayerNorm(width, config.final_norm_eps)  # type: ignore[arg-type]
         if "norm.weight" in source.tensors:
             with torch.no_grad():
                 self.norm.weight.copy_(source.tensors["norm.weight"])
                 self.norm.bias.copy_(source.tensors["norm.bias"])
-        self.head = ClassificationHead(
-            2 * width,
-            config.num_classes,
-            hidden=config.head_width,
-            dropout=config.dropout,
-            bias=config.head_bias,
-        )
+        self.head = build_head(config, 2 * width)
         for module in (self.encoder.adapters, self.head):
             for layer in module.modules():
                 if isinstance(layer, nn.Linear):
                     nn.init.xavier_uniform_(layer.weight)
                     if layer.bias is not None:
                         nn.init.zeros_(layer.bias)
+        if config.tuning == "probe":
+            for parameter in (self.cls_token, self.cls_position, *self.norm.parameters()):
+                parameter.requires_grad_(False)
 
-    def embed(self, points: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Everything before the first block.
+    def _registers(self, value: Tensor | None) -> Tensor | None:
+        if value is not None and self.config.tuning == "full":
+            return nn.Parameter(value.clone())
+        # A buffer only where there are some, so that saved models of other sources keep their names.
+        if value is not None:
+            self.register_buffer("registers", value.clone())
+            return self.registers
+        return None
+
+    def embed(
+        self, points: Tensor, features: Tensor | None = None, lengths: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Everything before the first block; arguments as in `encode`.
 
         Returns:
-            Sequence `[B, 1 + T, C]` and its position encodings, cells `[B, V, T]`, voxels `[B, T]`, and the
-            points `[B, T]` that the tokens are centred on.
+            Sequence `[B, 1 + R + T, C]` (class token, registers, tokens) and its position encodings, cells
+            `[B, V, T]`, voxels `[B, T]`, and the points `[B, T]` that the tokens are centred on.
         """
-        coordinates = self.prepare(points)
-        tokens = self.tokenizer(coordinates)
+        tokens = self.tokenizer(*self.prepare(points, features, lengths))
         projected = self.projection(tokens.centers)
+        encoding = projected.encoding if self.positions is None else self.positions(tokens.centers)
         cluster = voxel_cluster(tokens.centers, self.config.voxel_size).cluster
         batch, dtype = len(points), self.cls_token.dtype
-        x = torch.cat([self.cls_token.expand(batch, -1, -1), tokens.features.to(dtype)], dim=1)
-        encoding = projected.encoding.to(dtype)
-        position = torch.cat([self.cls_position.expand(batch, -1, -1), encoding], dim=1)
-        return x, position, projected.cell, cluster, tokens.index
+        x = [self.cls_token.expand(batch, -1, -1), tokens.features.to(dtype)]
+        position = [self.cls_position.expand(batch, -1, -1), encoding.to(dtype)]
+        if self.registers is not None:  # with their positions in them
+            registers = self.registers.to(dtype).expand(batch, -1, -1)
+            x.insert(1, registers)
+            position.insert(1, torch.zeros_like(registers))
+        return torch.cat(x, dim=1), torch.cat(position, dim=1), projected.cell, cluster, tokens.index
 
-    def encode(self, points: Tensor) -> Encoding:
-        """`points [B, N, 3]` -> features of every token and of the cloud."""
-        x, position, cell, cluster, index = self.embed(points)
-        x = self.norm(self.encoder(x, position, cell, cluster))
-        cls, tokens = x[:, 0], x[:, 1:]
+    def encode(
+        self,
+        points: Tensor,
+        features: Tensor | None = None,
+        lengths: Tensor | None = None,
+        attention: bool = False,
+    ) -> Encoding:
+        """Features of every token and of the cloud, for use as a 3D tower in other models.
+
+        Args:
+            points: `[B, N, 3]`, see `prepare`, also for the two that follow.
+            features: `[B, N, F]` with F = `config.input_features`.
+            lengths: `[B]` points of each cloud.
+            attention: also return the attention of the class token, which is computed beside the blocks.
+
+        Raises:
+            ValueError: attention of a model whose class token does not attend to the tokens of its cloud
+                (`attention_axis` "batch", or `causal`).
+        """
+        config = self.config
+        if attention and (config.attention_axis == "batch" or config.causal):
+            got = f"attention_axis={config.attention_axis!r} and causal={config.causal}"
+            raise ValueError(f"`attention`: expected a class token that attends to its tokens, got {got}")
+        x, position, cell, cluster, index = self.embed(points, features, lengths)
+        maps: list[Tensor] | None = [] if attention else None
+        x = self.norm(self.encoder(x, position, cell, cluster, maps))
+        cls, tokens = x[:, 0], x[:, self.encoder.prefix :]
         largest = tokens.amax(1)
-        pair = [largest, cls] if self.config.feature_order == "max_cls" else [cls, largest]
-        return Encoding(tokens, group(points, index), cls, torch.cat(pair, dim=-1))
+        pair = [largest, cls] if config.feature_order == "max_cls" else [cls, largest]
+        weights = None if maps is None else torch.stack(maps, dim=1)
+        return Encoding(tokens, group(points, index), cls, torch.cat(pair, dim=-1), weights)
 
-    def forward(self, points: Tensor) -> Tensor:
-        """`points [B, N, 3]` -> logits `[B, num_classes]`."""
-        return self.head(self.encode(points).feature)
+    def forward(
+        self, points: Tensor, features: Tensor | None = None, lengths: Tensor | None = None
+    ) -> Tensor:
+        """`points [B, N, 3]` (and features `[B, N, F]`, lengths `[B]`) -> logits `[B, num_classes]`."""
+        return self.head(self.encode(points, features, lengths).feature)
 
     def part_of(self, name: str) -> str:
         """The part that a parameter belongs to, as the paper counts them."""
-        if name.startswith("encoder.source."):
+        if name.startswith("encoder.source.") or name == "registers":
             return "source"
         if name.startswith("encoder.attention."):
             return "attention in cells"
         if name.startswith("encoder.adapters."):
             kind = name.split(".")[3]
             return {"adapter": "adapters", "view_norm": "view norms", "space_norm": "voxel norms"}[kind]
-        return {"cls_token": "class token", "cls_position": "class token", "norm": "final norm"}.get(
-            name.split(".")[0], name.split(".")[0]
-        )
+        names = {"cls_token": "class token", "cls_position": "class token", "norm": "final norm"}
+        names["projection"] = "position table"
+        return names.get(name.split(".")[0], name.split(".")[0])
 
     def save_pretrained(self, directory: str | Path, *, include_source: bool = False) -> None:
         """Write `config.json` and `model.safetensors` (trained tensors and statistics), each atomically.
@@ -137,7 +174,8 @@ class Any2Point(PointModel):
         Args:
             directory: made if missing.
             include_source: also write the frozen transformer, as `source.safetensors`; otherwise the
-                configuration records where it came from, and its fingerprint.
+                configuration records where it came from, and its fingerprint. Of a source that was tuned in
+                full (`tuning`), the tuned weights are always written, to `model.safetensors`.
         """
         from any2point.models.hub import save
 
@@ -152,7 +190,7 @@ class Any2Point(PointModel):
         Args:
             directory: folder or repository id.
             source: the frozen transformer or its path, where it was neither saved nor can be had again from
-                its seed or recorded path.
+                its seed or recorded path. Not used for a model with `tuning` "full", whose folder holds all.
             revision: of the hub repository.
 
         Raises:
@@ -192,83 +230,9 @@ class Any2Point(PointModel):
 
     @property
     def frozen_names(self) -> set[str]:
-        """Names in `state_dict()` of what belongs to the source: its blocks and its position table."""
+        """Names in `state_dict()` of what is not saved: what belongs to the source, unless tuned in full."""
+        if self.config.tuning == "full":
+            return {"projection.views"}
         names = {f"encoder.source.{name}" for name in self.encoder.source.state_dict()}
-        return names | {"projection.table", "projection.views"}
-
-
-def build_tokenizer(config: Any2PointConfig, width: int) -> Tokenizer:
-    """The tokenizer whose tokens have `width` channels."""
-    return Tokenizer(
-        width // 2 ** len(config.tokenizer_units),
-        config.sizes,
-        config.counts,
-        units=config.tokenizer_units,
-        last_hidden=config.tokenizer_hidden,
-        normalize=config.normalize,
-        guard=bool(config.guard),
-        start=str(config.fps_start),
-        tie=config.fps_tie,  # type: ignore[arg-type]
-    )
-
-
-def _start(value: Tensor | None, width: int) -> nn.Parameter:
-    start = 0.02 * torch.randn(width) if value is None else value.clone()
-    return nn.Parameter(start.view(1, 1, width))
-
-
-def _build_projection(config: Any2PointConfig, source: Source) -> VirtualProjection:
-    table = source.position_table
-    if table.dim() == 3:
-        if config.table_grid is not None:
-            table = table.flatten(0, 1).unflatten(0, config.table_grid)
-        views = spread_rotations(config.views)
-    elif config.lines is not None:
-        views = torch.tensor(config.lines)
-    elif config.permuted_lines:
-        views = official_rotations() @ torch.tensor(config.line_direction)
-    else:
-        views = spread_lines(config.views)
-    return VirtualProjection(
-        table.clone(),
-        views,
-        cell=config.cell,  # type: ignore[arg-type]
-        size=config.position_size,
-        camera=config.camera,
-        wrap=bool(config.wrap),
-        scramble=bool(config.scramble),
-    )
-
-
-def _build_encoder(config: Any2PointConfig, source: Source, num_cells: int) -> AdaptedEncoder:
-    layout = dataclasses.replace(source.layout, eps=config.norm_eps)  # type: ignore[arg-type]
-    frozen = dataclasses.replace(source, layout=layout).encoder()
-    rates = torch.linspace(0, config.drop_path, source.depth).tolist()
-    adapters = [
-        GuidedAdapter(
-            source.width,
-            config.adapter_dim,
-            config.views,
-            scale=config.scale_factor,
-            dropout=config.adapter_dropout,
-            coefficient=config.coef_pro,
-            pooling=config.pooling,
-            num_cells=num_cells,
-            count_empty=bool(config.count_empty),
-            norm_eps=config.norm_eps,  # type: ignore[arg-type]
-            path_rate=rate,
-            path_rows=bool(config.drop_path_rows),
-        )
-        for rate in rates
-    ]
-    attention = CellAttention(source.width, config.attention_dim, config.attention_heads, config.views)
-    return AdaptedEncoder(
-        frozen,
-        adapters,
-        attention,
-        position_adds=str(config.position_adds),
-        axis=str(config.attention_axis),
-        causal=config.causal,
-        dropout=config.attention_dropout,
-        path_rates=rates,
-    )
+        names |= {"projection.table", "projection.views"}
+        return names if self.registers is None else names | {"registers"}

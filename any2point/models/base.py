@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from any2point.models.config import Any2PointConfig
 from any2point.models.summary import Summary, count_parameters
+from any2point.ops._checks import check_clouds
 
 # Coordinates are clamped to this, and to as many voxels, after centring: squared distances stay finite and
 # voxels can be numbered in 32 bits.
@@ -29,7 +30,7 @@ class PointModel(nn.Module):
         """Trained parameters for an optimiser: weights decayed; biases and normalisations not.
 
         As officially, the class token and its position are decayed too (the token unless `config.cls_decay`
-        is off).
+        is off). Of a source that is tuned in full, its position table and registers are not.
         """
         decayed: list[nn.Parameter] = []
         plain: list[nn.Parameter] = []
@@ -39,6 +40,7 @@ class PointModel(nn.Module):
             leaf = name.rsplit(".", 1)[-1]
             undecayed = parameter.dim() < 2 or leaf.endswith("bias") or "norm" in name
             undecayed = undecayed or (name == "cls_token" and not self.config.cls_decay)
+            undecayed = undecayed or name in ("projection.table", "registers")  # in full fine-tuning
             (plain if undecayed else decayed).append(parameter)
         return [
             {"params": decayed, "weight_decay": weight_decay},
@@ -60,15 +62,22 @@ class PointModel(nn.Module):
         """Counts of trained and frozen parameters by part."""
         return count_parameters(self.parts())
 
-    def prepare(self, points: Tensor) -> Tensor:
+    def prepare(
+        self, points: Tensor, features: Tensor | None = None, lengths: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """Check a batch of clouds and bring it to the coordinates that the network works in.
 
         Args:
             points: `[B, N, 3]` floating point; float16 and bfloat16 are widened. Points with a NaN or
-                infinite coordinate are left out, as if they were not there.
+                infinite coordinate or feature are left out, as if they were not there.
+            features: `[B, N, F]` floating point with F = `config.input_features`; None for F = 0.
+            lengths: `[B]` int64, how many points each cloud has; rows beyond are left out, whatever they
+                hold. By default N. A cloud with fewer points than the first stage of the tokenizer picks
+                has some of its tokens several times. One without any has tokens of zeros.
 
         Returns:
-            `[B, N, 3]` float32 or float64, centred if `config.center`.
+            `[B, N, 3]` float32 or float64, centred if `config.center`, NaN for points that are left out;
+            and the features.
         """
         if not isinstance(points, Tensor) or not points.is_floating_point():
             got = points.dtype if isinstance(points, Tensor) else type(points).__name__
@@ -84,13 +93,34 @@ class PointModel(nn.Module):
                 f"`points`: expected at least {needed} points per cloud (the first stage's centres and "
                 f"neighbours), got {points.shape[1]}"
             )
+        self._check_features(features, points)
         dtype = torch.float64 if points.dtype == torch.float64 else torch.float32
+        valid = points.isfinite().all(-1, keepdim=True)
+        if features is not None:
+            valid = valid & features.isfinite().all(-1, keepdim=True)
+        if lengths is not None:
+            counts = check_clouds(points, lengths).lengths
+            assert counts is not None
+            valid = valid & (torch.arange(points.shape[1], device=device) < counts[:, None])[..., None]
         if self.config.center:
             # In float64 the mean does not depend on the order of the points, to float32 rounding.
             wide = points.to(torch.float64)
-            valid = points.isfinite().all(-1, keepdim=True)
             total = torch.where(valid, wide, 0.0).sum(1, keepdim=True)
             limit = _LIMIT * min(1.0, self.config.voxel_size)
-            centered = (wide - total / valid.sum(1, keepdim=True).clamp(min=1)).clamp(-limit, limit)
-            points = torch.where(valid, centered, torch.nan)
-        return points.to(dtype)
+            points = (wide - total / valid.sum(1, keepdim=True).clamp(min=1)).clamp(-limit, limit)
+        return torch.where(valid, points, torch.nan).to(dtype), features
+
+    def _check_features(self, features: Tensor | None, points: Tensor) -> None:
+        expected = [points.shape[0], points.shape[1], self.config.input_features]
+        if features is None:
+            if expected[2]:
+                raise ValueError(f"`features`: expected a tensor {expected} (`input_features`), got None")
+            return
+        if not isinstance(features, Tensor) or not features.is_floating_point():
+            got = features.dtype if isinstance(features, Tensor) else type(features).__name__
+            raise TypeError(f"`features`: expected a floating point tensor {expected}, got {got}")
+        if list(features.shape) != expected or not expected[2]:
+            text = expected if expected[2] else "None (`input_features` is 0)"
+            raise ValueError(f"`features`: expected {text}, got shape {list(features.shape)}")
+        if features.device != points.device:
+            raise ValueError(f"`features`: expected a tensor on {points.device}, got {features.device}")

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from any2point.models.checks import check_for_source, check_values
 from any2point.nn.tokenizer import stage_sizes
 from any2point.sources import Source
 
@@ -44,15 +45,35 @@ class Any2PointConfig:
         num_tokens: tokens per cloud, T.
         neighbors: K of the nearest neighbours, one for all stages or one each.
         stage_sizes: centres per stage; a geometric progression from num_points to num_tokens by default.
-        tokenizer_width: channels of the first embedding; the source's width / 8, or None for that.
-        tokenizer_units: residual units per stage.
+        input_features: channels of every point beside its coordinates (normals, colour, height, ...), F.
+        tokenizer: "lga", the paper's stages of local aggregation, or "pointnet", one stage with a small
+            PointNet on the neighbours of each token, as in Point-BERT; `stage_sizes`, the `tokenizer_` fields
+            apart from the width, and `normalize` are of the first alone.
+        tokenizer_width: channels of the first embedding: the source's width / 2 per stage, or None for that.
+            Of "pointnet" the first hidden width, 128 by default.
+        tokenizer_units: residual units per stage; its length is the number of stages.
         tokenizer_hidden: bottleneck of the last stage.
         normalize: how offsets of neighbours are normalised: "scan" or "mn40".
+        positions: position encodings of the tokens. "virtual": the source's own, by virtual projection.
+            Controls that know nothing of the source: "none"; "learned", a trained function of the centre (two
+            linear layers, as in Point-BERT); "sinusoidal", fixed sines and cosines of the centre, as strong
+            as the source's table. None of them depends on the order of tokens. The class token keeps its own
+            position, and the guided aggregation its cells, which `adapter` turns off.
         views: number of lines or images, V.
-        lines: directions of the lines, V triples, instead of evenly spread ones.
+        lines: for sequences, directions of the lines, V triples, instead of evenly spread ones.
+        rotations: for images, V triples of Euler angles in degrees instead of evenly spread lines of sight;
+            `any2point.nn.euler_rotations` says how they are applied. The official ones are (0, 0, 90),
+            (90, 0, 90), (180, 0, 90), (270, 0, 90), (0, -90, 90) and (0, 90, 90).
         cell: edge of a cell in positions; 2/77 of a line or 26/518 of an image's side by default.
-        position_size: extent of the positions, `(length,)` or `(height, width)`; by default the table's.
+        position_size: extent of the positions, `(length,)` or `(height, width)` in pixels, of any aspect; by
+            default the table's. The table is interpolated over it.
         voxel_size: edge of the voxels that guide the aggregation, in units of the coordinates.
+        adapter: what is trained in the blocks: "both", the "bottleneck" adapter or the guided aggregation
+            ("aggregate") alone, or "none"; "none" by default for `tuning` "probe", otherwise "both".
+        adapter_blocks: numbers of the blocks that have it, from 0; all by default.
+        insertion: what the bottleneck adapter takes and joins: the output of the MLP ("mlp_output", the
+            paper's), its input ("mlp_parallel"), or the output of the attention ("attention_output"). The
+            guided aggregation follows that half of the block: at its end, or between attention and MLP.
         adapter_dim: bottleneck of the adapters.
         adapter_dropout: in the adapters.
         scale_factor: factor on the adapters.
@@ -60,6 +81,8 @@ class Any2PointConfig:
         attention_dim: inner width of the attention in cells.
         attention_heads: its heads.
         pooling: of tokens in a cell: "mean" or "max+mean".
+        ensemble: how views are blended: "adaptive" (weighted by their agreement with the voxels, the
+            paper's), "mean" or "max".
         feature_order: of the pooled feature: "max_cls" or "cls_max".
         head_width: hidden width of the classification head.
         head_bias: whether its hidden layers have biases.
@@ -70,6 +93,13 @@ class Any2PointConfig:
         norm_eps: of the frozen LayerNorms; the source's own by default.
         final_norm_eps: of the final, trained LayerNorm; the source's own by default.
         cls_decay: whether the class token is decayed by the optimiser.
+        tuning: what is trained. "adapter", the paper's: tokenizer, class token and its position, adapters,
+            final normalisation and head. "full": all of that and every weight of the source, its position
+            table included. "probe", a linear probe: the tokenizer, without which a source takes no points,
+            and a head of one linear layer; the class token and the final normalisation stay as they are.
+        checkpointing: keep no intermediate results of blocks and stages of the tokenizer for the gradient,
+            but compute them again: less memory, more time, the same gradients.
+        source_dtype: "float32", or "bfloat16" to store and compute the frozen matrices in half the memory.
         parity: None, or "official" to turn on every quirk of the official code that follows.
         center: subtract each cloud's mean, so that a translation does not matter. Official: False.
         fps_start: first centre: "farthest" point from the mean, so that the order of the points does not
@@ -96,15 +126,22 @@ class Any2PointConfig:
     num_tokens: int = 128
     neighbors: int | tuple[int, ...] = 64
     stage_sizes: tuple[int, ...] | None = None
+    input_features: int = 0
+    tokenizer: str = "lga"
     tokenizer_width: int | None = None
     tokenizer_units: tuple[int, ...] = (2, 1, 1)
     tokenizer_hidden: int = 32
     normalize: str = "scan"
+    positions: str = "virtual"
     views: int = 6
     lines: tuple[tuple[float, float, float], ...] | None = None
+    rotations: tuple[tuple[float, float, float], ...] | None = None
     cell: float | None = None
     position_size: tuple[int, ...] | None = None
     voxel_size: float = 0.16
+    adapter: str | None = None
+    adapter_blocks: tuple[int, ...] | None = None
+    insertion: str = "mlp_output"
     adapter_dim: int = 16
     adapter_dropout: float = 0.1
     scale_factor: float = 0.3
@@ -112,6 +149,7 @@ class Any2PointConfig:
     attention_dim: int = 12
     attention_heads: int = 6
     pooling: str = "mean"
+    ensemble: str = "adaptive"
     feature_order: str = "max_cls"
     head_width: int = 256
     head_bias: bool = False
@@ -122,6 +160,9 @@ class Any2PointConfig:
     norm_eps: float | None = None
     final_norm_eps: float | None = None
     cls_decay: bool = True
+    tuning: str = "adapter"
+    checkpointing: bool = False
+    source_dtype: str = "float32"
 
     parity: str | None = None
     center: bool | None = None
@@ -144,51 +185,17 @@ class Any2PointConfig:
             value = getattr(self, field.name)
             if isinstance(value, list):
                 object.__setattr__(self, field.name, tuple(value))
-        if self.lines is not None:
-            object.__setattr__(self, "lines", tuple(tuple(float(x) for x in line) for line in self.lines))
-        self._check()
-
-    def _check(self) -> None:
-        for name in ("num_classes", "num_points", "num_tokens", "views", "adapter_dim", "head_width"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ValueError(f"`{name}`: expected a positive integer, got {value!r}")
-        choices: dict[str, tuple[str | None, ...]] = {
-            "normalize": ("scan", "mn40"),
-            "pooling": ("mean", "max+mean"),
-            "feature_order": ("max_cls", "cls_max"),
-            "parity": (None, "official"),
-            "fps_start": (None, "farthest", "first"),
-            "fps_tie": (None, "lowest", "pointnet2"),
-            "attention_axis": (None, "tokens", "batch"),
-            "position_adds": (None, "once", "every", "both"),
-        }
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"`{name}`: expected one of {allowed}, got {getattr(self, name)!r}")
-        for name in ("dropout", "adapter_dropout", "drop_path", "attention_dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"`{name}`: expected a probability below 1, got {getattr(self, name)!r}")
-        for name in ("voxel_size", "cell"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"`{name}`: expected a positive number, got {value!r}")
-        sizes, counts = self.sizes, self.counts
-        if any(b > a for a, b in zip((self.num_points, *sizes), sizes)):
-            chain = (self.num_points, *sizes)
-            raise ValueError(f"`num_tokens`: expected points >= centres of each stage >= tokens, got {chain}")
-        if any(k < 1 or k > n for k, n in zip(counts, (self.num_points, *sizes))):
-            available = (self.num_points, *sizes[:-1])
-            raise ValueError(f"`neighbors`: expected 1 to {available} by stage, got {counts}")
-        if self.attention_dim % self.attention_heads:
-            got = f"{self.attention_dim} and {self.attention_heads}"
-            raise ValueError(f"`attention_heads`: expected a divisor of `attention_dim`, got {got}")
-        if self.lines is not None and len(self.lines) != self.views:
-            raise ValueError(f"`lines`: expected {self.views} directions (`views`), got {len(self.lines)}")
+        for name in ("lines", "rotations"):
+            rows = getattr(self, name)
+            if rows is not None:
+                object.__setattr__(self, name, tuple(tuple(float(x) for x in row) for row in rows))
+        check_values(self)
 
     @property
     def sizes(self) -> tuple[int, ...]:
         """Centres per stage of the tokenizer."""
+        if self.tokenizer == "pointnet":
+            return (self.num_tokens,)
         stages = len(self.tokenizer_units)
         if self.stage_sizes is None:
             return stage_sizes(self.num_points, self.num_tokens, stages)
@@ -200,7 +207,7 @@ class Any2PointConfig:
     @property
     def counts(self) -> tuple[int, ...]:
         """Neighbours per stage of the tokenizer."""
-        stages = len(self.tokenizer_units)
+        stages = 1 if self.tokenizer == "pointnet" else len(self.tokenizer_units)
         counts = (self.neighbors,) * stages if isinstance(self.neighbors, int) else self.neighbors
         if len(counts) != stages:
             raise ValueError(f"`neighbors`: expected one number or {stages}, got {self.neighbors}")
@@ -212,7 +219,8 @@ class Any2PointConfig:
 
     def resolve_common(self) -> Any2PointConfig:
         """The same configuration with every None filled in whose default does not depend on a source."""
-        return self._fill(_OFFICIAL if self.parity == "official" else _DEFAULT)
+        values = _OFFICIAL if self.parity == "official" else _DEFAULT
+        return self._fill(values | {"adapter": "none" if self.tuning == "probe" else "both"})
 
     def resolve(self, source: Source) -> Any2PointConfig:
         """The same configuration with every None that has a default for this source and parity filled in."""
@@ -227,23 +235,16 @@ class Any2PointConfig:
             "position_adds": ("both" if clip else "every") if official else "once",
             "cell": max(size) * (26 / 518 if image else 2 / 77),
             "position_size": size,
-            "tokenizer_width": source.width // 2 ** len(self.tokenizer_units),
+            "tokenizer_width": 128
+            if self.tokenizer == "pointnet"
+            else source.width // 2 ** len(self.tokenizer_units),
             "norm_eps": source.layout.eps,
             "final_norm_eps": source.layout.eps,
         }
         if official and image:
             values["camera"] = 1.4
         config = self.resolve_common()._fill(values)
-        width = source.width // 2 ** len(self.tokenizer_units)
-        if config.tokenizer_width != width or width * 2 ** len(self.tokenizer_units) != source.width:
-            got = f"{config.tokenizer_width} for a source of width {source.width}"
-            stages = len(self.tokenizer_units)
-            raise ValueError(f"`tokenizer_width`: expected the source's width / {2**stages}, got {got}")
-        if (config.permuted_lines or (official and image)) and config.views != 6:
-            raise ValueError(f"`views`: expected 6 with the official views, got {config.views}")
-        if config.position_size is not None and len(config.position_size) != (2 if image else 1):
-            shape = config.position_size
-            raise ValueError(f"`position_size`: expected {2 if image else 1} number(s), got {shape}")
+        check_for_source(config, source)
         return config
 
     def to_dict(self) -> dict[str, Any]:

@@ -83,15 +83,17 @@ def load(
         expected = description["source"]["fingerprint"]
     except (KeyError, TypeError) as error:
         raise ValueError(f"`directory`: {directory / CONFIG} is incomplete ({error})") from None
-    if not isinstance(source, Source):
+    state = read_safetensors(directory / WEIGHTS)
+    if config.tuning == "full":
+        source = _tuned_source(description["source"], state, directory / WEIGHTS)
+    elif not isinstance(source, Source):
         source = _find_source(description, directory, source)
-    if source.fingerprint != expected:
+    if source.fingerprint != expected and config.tuning != "full":
         raise ValueError(
             f"`source`: these {source.name} weights are not those that the model was trained with "
             f"(fingerprint {source.fingerprint[:12]}, expected {expected[:12]})"
         )
     model = cls(config, source, description.get("class_names"))
-    state = read_safetensors(directory / WEIGHTS)
     frozen = model.frozen_names
     wanted = {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
     _compare(wanted, state, directory / WEIGHTS)
@@ -108,6 +110,20 @@ def _compare(wanted: dict[str, Tensor], state: dict[str, Tensor], file: Path) ->
         if state[name].shape != tensor.shape:
             got = f"{list(state[name].shape)} for {name!r}"
             raise ValueError(f"`directory`: expected shape {list(tensor.shape)} in {file}, got {got}")
+
+
+def _tuned_source(recorded: dict[str, Any], state: dict[str, Tensor], file: Path) -> Source:
+    """The source of a fully tuned model, from the model's own weights."""
+    prefix = "encoder.source."
+    tensors = {name.removeprefix(prefix): x for name, x in state.items() if name.startswith(prefix)}
+    if "projection.table" not in state:
+        raise ValueError(f"`directory`: {file} does not hold this model's tensors: missing projection.table")
+    width = recorded["width"]
+    tensors["position_table"] = state["projection.table"].reshape(*recorded["positions"], width)
+    tensors |= {name: state[name].flatten() for name in ("cls_token", "cls_position") if name in state}
+    if "registers" in state:
+        tensors["registers"] = state["registers"]
+    return Source.from_state_dict(recorded, tensors)
 
 
 def _find_source(description: dict[str, Any], directory: Path, path: str | Path | None) -> Source:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from any2point.models.any2point import build_tokenizer
 from any2point.models.base import PointModel
+from any2point.models.build import build_tokenizer
 from any2point.models.config import Any2PointConfig
 
 
@@ -30,7 +30,9 @@ class TokenizerProbe(PointModel):
         self.tokenizer = build_tokenizer(config, width)
         self.head = nn.Linear(2 * width, config.num_classes)
 
-    def forward(self, points: Tensor) -> Tensor:
-        """`points [B, N, 3]` -> logits `[B, num_classes]`."""
-        tokens = self.tokenizer(self.prepare(points)).features
+    def forward(
+        self, points: Tensor, features: Tensor | None = None, lengths: Tensor | None = None
+    ) -> Tensor:
+        """`points [B, N, 3]` (and as `prepare` says) -> logits `[B, num_classes]`."""
+        tokens = self.tokenizer(*self.prepare(points, features, lengths)).features
         return self.head(torch.cat([tokens.amax(1), tokens.mean(1)], dim=-1))

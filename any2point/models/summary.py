@@ -30,6 +30,11 @@ class Summary:
         return sum(row[2] for row in self.rows)
 
     @property
+    def trained_parts(self) -> tuple[str, ...]:
+        """Names of the parts of which something is trained."""
+        return tuple(row[0] for row in self.rows if row[1])
+
+    @property
     def trained_without_head(self) -> int:
         """Trained parameters without the classification head, the number that the paper reports."""
         return sum(row[1] for row in self.rows if row[0] != self.head)
@@ -42,6 +47,7 @@ class Summary:
         ]
         lines = [f"{'part':<24}{'trained':>14}{'frozen':>14}"]
         lines += [f"{part:<24}{trained:>14,}{frozen:>14,}" for part, trained, frozen in rows]
+        lines.append(f"trained: {', '.join(self.trained_parts) or 'nothing'}")
         return "\n".join(lines)
 
 

@@ -6,8 +6,10 @@ from any2point.nn.adapter import Adapter, CellAttention, GuidedAdapter
 from any2point.nn.batch_norm import BatchNorm
 from any2point.nn.encoder import AdaptedEncoder
 from any2point.nn.head import ClassificationHead
-from any2point.nn.projection import VirtualProjection, spread_lines, spread_rotations
-from any2point.nn.tokenizer import Tokenizer, Tokens, stage_sizes
+from any2point.nn.positions import LearnedPositions, NoPositions, SinusoidalPositions
+from any2point.nn.projection import VirtualProjection
+from any2point.nn.tokenizer import PointNetTokenizer, Tokenizer, Tokens, stage_sizes
+from any2point.nn.views import euler_rotations, given_lines, spread_lines, spread_rotations
 
 __all__ = [
     "AdaptedEncoder",
@@ -16,9 +18,15 @@ __all__ = [
     "CellAttention",
     "ClassificationHead",
     "GuidedAdapter",
+    "LearnedPositions",
+    "NoPositions",
+    "PointNetTokenizer",
+    "SinusoidalPositions",
     "Tokenizer",
     "Tokens",
     "VirtualProjection",
+    "euler_rotations",
+    "given_lines",
     "spread_lines",
     "spread_rotations",
     "stage_sizes",

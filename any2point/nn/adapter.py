@@ -12,7 +12,7 @@ from any2point.ops import guided_aggregate
 
 
 class Adapter(nn.Module):
-    """Bottleneck on the output of an MLP: `scale * up(dropout(QuickGELU(down(x))))`."""
+    """Bottleneck: `scale * up(dropout(QuickGELU(down(x))))`."""
 
     def __init__(self, width: int, hidden: int, *, scale: float, dropout: float) -> None:
         super().__init__()
@@ -62,10 +62,12 @@ class GuidedAdapter(nn.Module):
         width: channels C.
         hidden: bottleneck of the adapter.
         views: V.
+        kind: "both", "bottleneck" or "aggregate" alone, or "none".
         scale: factor on the adapter.
         dropout: inside the adapter.
         coefficient: factor on the guided blend.
         pooling: "mean" or "max+mean".
+        ensemble: "adaptive", "mean" or "max".
         num_cells: cells per view.
         count_empty: official statistics, with empty cells as zero rows.
         norm_eps: of the layer normalisation before the attention in cells.
@@ -79,10 +81,12 @@ class GuidedAdapter(nn.Module):
         hidden: int,
         views: int,
         *,
+        kind: str = "both",
         scale: float,
         dropout: float,
         coefficient: float,
         pooling: str,
+        ensemble: str = "adaptive",
         num_cells: int,
         count_empty: bool,
         norm_eps: float,
@@ -90,26 +94,32 @@ class GuidedAdapter(nn.Module):
         path_rows: bool = False,
     ) -> None:
         super().__init__()
-        self.adapter = Adapter(width, hidden, scale=scale, dropout=dropout)
-        self.view_norm = BatchNorm(views, width)
-        self.space_norm = BatchNorm(width)
-        self.coefficient, self.pooling = coefficient, pooling
+        bottleneck, aggregate = kind in ("both", "bottleneck"), kind in ("both", "aggregate")
+        self.adapter = Adapter(width, hidden, scale=scale, dropout=dropout) if bottleneck else None
+        self.view_norm = BatchNorm(views, width) if aggregate else None
+        self.space_norm = BatchNorm(width) if aggregate and ensemble == "adaptive" else None
+        self.coefficient, self.pooling, self.ensemble = coefficient, pooling, ensemble
         self.num_cells, self.count_empty, self.norm_eps = num_cells, count_empty, norm_eps
         self.path_rate, self.path_rows = path_rate, path_rows
 
-    def forward(self, tokens: Tensor, cell: Tensor, cluster: Tensor, attention: CellAttention) -> Tensor:
+    def forward(
+        self, tokens: Tensor, cell: Tensor, cluster: Tensor, attention: CellAttention | None
+    ) -> Tensor:
         """`tokens [B, S, C]` -> `[B, S, C]`, see `any2point.ops.guided_aggregate`."""
+        if self.view_norm is None or attention is None:
+            return tokens
         return guided_aggregate(
             tokens,
             cell,
             cluster,
             attention.tensors(),
             self.view_norm.tensors(),
-            self.space_norm.tensors(),
+            None if self.space_norm is None else self.space_norm.tensors(),
             num_cells=self.num_cells,
             num_heads=attention.heads,
             coefficient=self.coefficient,
             pooling=self.pooling,
+            ensemble=self.ensemble,
             count_empty=self.count_empty,
             drop_path=self.path_rate,
             drop_path_rows=self.path_rows,

@@ -10,10 +10,14 @@ from any2point.reference.batch_norm import masked_batch_norm
 
 
 class BatchNorm(nn.Module):
-    """Weight, bias, running mean and variance of one (with a leading shape: several) normalisations."""
+    """Weight, bias, running mean and variance of one (with a leading shape: several) normalisations.
+
+    With `keep_statistics` the running ones are not updated.
+    """
 
     running_mean: Tensor
     running_var: Tensor
+    keep_statistics = False
 
     def __init__(self, *shape: int) -> None:
         super().__init__()
@@ -23,8 +27,11 @@ class BatchNorm(nn.Module):
         self.register_buffer("running_var", torch.ones(shape))
 
     def tensors(self) -> BatchNormTensors:
-        """The four tensors, as `any2point.ops` take them."""
-        return BatchNormTensors(self.weight, self.bias, self.running_mean, self.running_var)
+        """The four tensors, as `any2point.ops` take them (and update the last two)."""
+        mean, var = self.running_mean, self.running_var
+        if self.keep_statistics:
+            mean, var = mean.clone(), var.clone()
+        return BatchNormTensors(self.weight, self.bias, mean, var)
 
     def forward(self, rows: Tensor, valid: Tensor) -> Tensor:
         """Normalise `rows [R, C]`; only those that are `valid [R]` count in the statistics."""

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from any2point.nn.adapter import CellAttention, GuidedAdapter
+from any2point.nn.attention_map import class_attention
+from any2point.nn.recompute import recompute
 from any2point.sources.encoder import FrozenEncoder
+
+# Where the bottleneck adapter stands, and behind which half of the block the guided aggregation follows.
+INSERTIONS = ("mlp_output", "mlp_parallel", "attention_output")
 
 
 class AdaptedEncoder(nn.Module):
@@ -17,64 +23,104 @@ class AdaptedEncoder(nn.Module):
     Args:
         source: the frozen transformer.
         adapters: one per block.
-        attention: attention inside cells.
+        attention: attention inside cells; None without guided aggregation.
         position_adds: "once" (to the tokens), "every" (before every block) or "both".
+        insertion: what the bottleneck adapter takes and joins: "mlp_output", as officially; "mlp_parallel",
+            the input of the MLP; or "attention_output". The guided aggregation follows the half of the block
+            that the adapter is in: it ends the block, or comes between attention and MLP.
+        prefix: tokens that stand before those of the points: the class token and the source's registers. The
+            adapter sees them, the guided aggregation does not.
         axis: self-attention over the "tokens" of a cloud or, as the official CLIP code, over the "batch".
         causal: mask later tokens.
         dropout: on attention weights of the frozen blocks when training.
         path_rates: probability per block of dropping its branches when training.
+        checkpointing: compute each block again for the gradient instead of keeping what is inside.
     """
 
     def __init__(
         self,
         source: FrozenEncoder,
         adapters: Sequence[GuidedAdapter],
-        attention: CellAttention,
+        attention: CellAttention | None,
         *,
         position_adds: str = "once",
+        insertion: str = "mlp_output",
+        prefix: int = 1,
         axis: str = "tokens",
         causal: bool = False,
         dropout: float = 0.0,
         path_rates: Sequence[float] | None = None,
+        checkpointing: bool = False,
     ) -> None:
         super().__init__()
         self.source = source
         self.adapters = nn.ModuleList(adapters)
         self.attention = attention
-        self.position_adds, self.axis, self.causal, self.dropout = position_adds, axis, causal, dropout
+        self.position_adds, self.insertion, self.prefix = position_adds, insertion, prefix
+        self.axis, self.causal, self.dropout = axis, causal, dropout
         self.path_rates = [0.0] * len(adapters) if path_rates is None else list(path_rates)
+        self.checkpointing = checkpointing
 
     def block(self, index: int, x: Tensor, position: Tensor, cell: Tensor, cluster: Tensor) -> Tensor:
-        """Block `index` with its adapter and guided aggregation: `[B, 1 + S, C]` -> `[B, 1 + S, C]`."""
+        """Block `index` with its adapter and guided aggregation: `[B, P + S, C]` -> `[B, P + S, C]`."""
         if self.position_adds != "once":
             x = x + position
-        guided = self.adapters[index]
-        x = self.source.blocks[index](
+        frozen: Any = self.source.blocks[index]
+        adapter: Any = self.adapters[index].adapter
+        rate = self.path_rates[index] if self.training else 0.0
+        early = self.insertion == "attention_output"
+        x = frozen.attend(
             x,
-            guided.adapter,
+            adapter if early else None,
             axis=self.axis,
             causal=self.causal,
             dropout=self.dropout if self.training else 0.0,
-            path_rate=self.path_rates[index] if self.training else 0.0,
+            path_rate=rate,
         )
-        tokens = guided(x[:, 1:], cell, cluster, self.attention)
-        return torch.cat([x[:, :1], tokens], dim=1)
+        if early:
+            x = self._guide(index, x, cell, cluster)
+        x = frozen.transform(
+            x, None if early else adapter, parallel=self.insertion == "mlp_parallel", path_rate=rate
+        )
+        return x if early else self._guide(index, x, cell, cluster)
 
-    def forward(self, x: Tensor, position: Tensor, cell: Tensor, cluster: Tensor) -> Tensor:
+    def _guide(self, index: int, x: Tensor, cell: Tensor, cluster: Tensor) -> Tensor:
+        guided = self.adapters[index]
+        if guided.view_norm is None:
+            return x
+        tokens = guided(x[:, self.prefix :], cell, cluster, self.attention)
+        return torch.cat([x[:, : self.prefix], tokens], dim=1)
+
+    def forward(
+        self,
+        x: Tensor,
+        position: Tensor,
+        cell: Tensor,
+        cluster: Tensor,
+        maps: list[Tensor] | None = None,
+    ) -> Tensor:
         """Tokens to features.
 
         Args:
-            x: `[B, 1 + S, C]`, class token first.
+            x: `[B, P + S, C]`, class token first, then registers.
             position: position encodings of the same shape.
             cell: `[B, V, S]` int64.
             cluster: `[B, S]` int64.
+            maps: a list that the class token's attention `[B, H, S]` in every block is appended to.
 
         Returns:
-            `[B, 1 + S, C]`, before the final normalisation.
+            `[B, P + S, C]`, before the final normalisation.
         """
         if self.position_adds != "every":
             x = x + position
         x = self.source.embed(x)
         for index in range(len(self.adapters)):
-            x = self.block(index, x, position, cell, cluster)
+            if maps is not None:
+                seen = x if self.position_adds == "once" else x + position
+                frozen: Any = self.source.blocks[index]
+                maps.append(class_attention(frozen, seen)[..., self.prefix :])
+            if self.checkpointing:
+                x = recompute(self.adapters[index], self.block, index, x, position, cell, cluster)
+            else:
+                x = self.block(index, x, position, cell, cluster)
         return x

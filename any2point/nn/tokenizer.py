@@ -1,4 +1,4 @@
-"""The point tokenizer: stages of farthest point sampling, nearest neighbours and local aggregation."""
+"""The point tokenizers: farthest point sampling, nearest neighbours, and a small network on each group."""
 
 from __future__ import annotations
 
@@ -9,7 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from any2point.nn.batch_norm import BatchNorm
-from any2point.ops import ResidualUnit, farthest_point_hierarchy, group, knn, local_aggregate
+from any2point.nn.recompute import recompute
+from any2point.ops import (
+    ResidualUnit,
+    farthest_point_hierarchy,
+    farthest_point_sample,
+    group,
+    knn,
+    local_aggregate,
+)
 
 
 class Tokens(NamedTuple):
@@ -24,6 +32,40 @@ def stage_sizes(num_points: int, num_tokens: int, stages: int = 3) -> tuple[int,
     """Centres per stage: a geometric progression from points to tokens (1024 and 128: 512, 256, 128)."""
     ratio = num_tokens / num_points
     return tuple(round(num_points * ratio ** ((i + 1) / stages)) for i in range(stages))
+
+
+def first_centers(points: Tensor, start: str) -> Tensor | int:
+    """The centre that sampling starts from: the point "farthest" from the mean `[B]`, or the "first" one.
+
+    Args:
+        points: `[B, N, 3]`; those that are not finite do not count.
+        start: as above.
+    """
+    if start == "first":
+        return 0
+    valid = points.isfinite().all(-1)
+    kept = torch.where(valid[..., None], points, 0.0)
+    mean = kept.sum(1, keepdim=True) / valid.sum(1).clamp(min=1)[:, None, None]
+    distance = (kept - mean).square().sum(-1)
+    return torch.where(valid, distance, -1.0).argmax(1)
+
+
+def repeat_centers(index: Tensor) -> Tensor:
+    """Samples `[B, M]` of which a cloud with too few points has -1 at the end: there they begin again.
+
+    A cloud without any point keeps its -1, which `group` takes for a point of zeros.
+    """
+    found = (index >= 0).sum(1, keepdim=True)
+    return index.gather(1, torch.arange(index.shape[1], device=index.device) % found.clamp(min=1))
+
+
+def with_features(points: Tensor, features: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Coordinates with features behind them `[B, N, 3 + F]`, zeros for points that do not count; which do."""
+    valid = points.isfinite().all(-1)
+    x = points.to(dtype)
+    if features is not None:
+        x = torch.cat([x, features.to(dtype)], dim=-1)
+    return torch.where(valid[..., None], x, 0.0), valid
 
 
 class Bottleneck(nn.Module):
@@ -55,6 +97,8 @@ class Tokenizer(nn.Module):
         guard: False for the official, unguarded normalisation.
         start: first centre of a cloud: "farthest" from the mean, or "first" in the array.
         tie: "lowest" or "pointnet2", see `any2point.ops.farthest_point_sample`.
+        features: channels of every point beside its coordinates.
+        checkpointing: compute each stage again for the gradient instead of keeping what is inside.
     """
 
     def __init__(
@@ -69,11 +113,14 @@ class Tokenizer(nn.Module):
         guard: bool = True,
         start: str = "farthest",
         tie: Literal["lowest", "pointnet2"] = "lowest",
+        features: int = 0,
+        checkpointing: bool = False,
     ) -> None:
         super().__init__()
         self.sizes, self.neighbors = tuple(sizes), tuple(neighbors)
         self.normalize, self.guard, self.start, self.tie = normalize, guard, start, tie
-        self.embed = nn.Linear(3, width, bias=False)
+        self.checkpointing = checkpointing
+        self.embed = nn.Linear(3 + features, width, bias=False)
         self.embed_norm = BatchNorm(width)
         self.stages = nn.ModuleList()
         for stage, count in enumerate(units):
@@ -82,14 +129,6 @@ class Tokenizer(nn.Module):
             self.stages.append(nn.ModuleList(Bottleneck(width, hidden) for _ in range(count)))
         self.width = width
 
-    def _first(self, points: Tensor, valid: Tensor) -> Tensor | int:
-        if self.start == "first":
-            return 0
-        kept = torch.where(valid[..., None], points, 0.0)
-        mean = kept.sum(1, keepdim=True) / valid.sum(1).clamp(min=1)[:, None, None]
-        distance = (kept - mean).square().sum(-1)
-        return torch.where(valid, distance, -1.0).argmax(1)
-
     def _positions(self, level: Tensor, picks: Tensor) -> Tensor:
         """Where in a level `[B, n]` the picks `[B, m]` of the next one stand."""
         batch, size = picks.shape
@@ -97,32 +136,104 @@ class Tokenizer(nn.Module):
             return torch.arange(size, device=picks.device).expand(batch, size)
         return (picks[:, :, None] == level[:, None, :]).int().argmax(-1)
 
-    def forward(self, points: Tensor) -> Tokens:
-        """`points [B, N, 3]` float32 or float64 -> tokens of the last stage.
+    def forward(self, points: Tensor, features: Tensor | None = None) -> Tokens:
+        """`points [B, N, 3]` float32 or float64, `features [B, N, F]` -> tokens of the last stage.
 
-        Points with a NaN or infinite coordinate (padding, say) are left out.
+        Points with a NaN or infinite coordinate (padding, say) are left out. A cloud with fewer points than
+        the first stage has centres repeats its centres.
         """
         batch = points.shape[0]
-        valid = points.isfinite().all(-1)
-        x = torch.where(valid[..., None], points, 0.0).to(self.embed.weight.dtype)
+        x, valid = with_features(points, features, self.embed.weight.dtype)
         x = self.embed_norm(self.embed(x).flatten(0, 1), valid.flatten()).relu().unflatten(0, (batch, -1))
 
-        first = self._first(points, valid)
+        first = first_centers(points, self.start)
         levels = farthest_point_hierarchy(points, list(self.sizes), start=first, tie=self.tie)
+        if self.tie == "lowest":  # with the official order, samples repeat by themselves
+            index = repeat_centers(levels[0])
+            levels = [index[:, :size] for size in self.sizes]
         for stage, count in enumerate(self.neighbors):
             center = levels[0] if stage == 0 else self._positions(levels[stage - 1], levels[stage])
             centers = group(points, center)
             neighbor = knn(centers, points, count, sorted=False).index
-            units = [unit.tensors() for unit in self.stages[stage]]  # type: ignore[attr-defined]
-            x = local_aggregate(
-                points,
-                x,
-                center,
-                neighbor,
-                units,
-                normalize=self.normalize,
-                guard=self.guard,
-                training=self.training,
-            )
+            if self.checkpointing:
+                x = recompute(self.stages[stage], self._aggregate, stage, points, x, center, neighbor)
+            else:
+                x = self._aggregate(stage, points, x, center, neighbor)
             points = centers
         return Tokens(x, points, levels[-1])
+
+    def _aggregate(self, stage: int, points: Tensor, x: Tensor, center: Tensor, neighbor: Tensor) -> Tensor:
+        return local_aggregate(
+            points,
+            x,
+            center,
+            neighbor,
+            [unit.tensors() for unit in self.stages[stage]],  # type: ignore[attr-defined]
+            normalize=self.normalize,
+            guard=self.guard,
+            training=self.training,
+        )
+
+
+class PointNetTokenizer(nn.Module):
+    """One group of neighbours per token and one small PointNet for all, as in Point-BERT and Point-MAE.
+
+    Offsets of the K neighbours from their centre, in the unit of the coordinates, go through two layers
+    `[w, 2w]`; the maximum over the group is put in front of each, and two more layers `[4w, C]` and another
+    maximum give the token.
+
+    Args:
+        width: channels C of the tokens.
+        tokens: T.
+        neighbors: K.
+        hidden: width w of the first layer.
+        start: first centre of a cloud, see `Tokenizer`.
+        tie: see `Tokenizer`.
+        features: channels of every point beside its coordinates.
+        checkpointing: compute the network again for the gradient instead of keeping what is inside.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        tokens: int,
+        neighbors: int,
+        *,
+        hidden: int = 128,
+        start: str = "farthest",
+        tie: Literal["lowest", "pointnet2"] = "lowest",
+        features: int = 0,
+        checkpointing: bool = False,
+    ) -> None:
+        super().__init__()
+        self.tokens, self.neighbors, self.start, self.tie = tokens, neighbors, start, tie
+        self.checkpointing = checkpointing
+        self.point = nn.Linear(3 + features, hidden)
+        self.point_norm = BatchNorm(hidden)
+        self.local = nn.Linear(hidden, 2 * hidden)
+        self.both = nn.Linear(4 * hidden, 4 * hidden)
+        self.both_norm = BatchNorm(4 * hidden)
+        self.token = nn.Linear(4 * hidden, width)
+        self.width = width
+
+    def forward(self, points: Tensor, features: Tensor | None = None) -> Tokens:
+        """`points [B, N, 3]` float32 or float64, `features [B, N, F]` -> tokens; see `Tokenizer`."""
+        first = first_centers(points, self.start)
+        index = repeat_centers(farthest_point_sample(points, self.tokens, start=first, tie=self.tie))
+        centers = group(points, index)
+        neighbor = knn(centers, points, self.neighbors, sorted=False).index
+        neighbor = torch.where(neighbor < 0, index[..., None], neighbor)
+        x, _ = with_features(points, features, self.point.weight.dtype)
+        offset = (group(points, neighbor) - centers[:, :, None]).to(x.dtype)
+        x = torch.cat([offset, group(x[..., 3:], neighbor)], dim=-1) if x.shape[-1] > 3 else offset
+        tokens = recompute(self, self._embed, x) if self.checkpointing else self._embed(x)
+        return Tokens(tokens, centers, index)
+
+    def _embed(self, x: Tensor) -> Tensor:
+        """The network: `[B, T, K, 3 + F]` -> `[B, T, C]`."""
+        shape = x.shape[:3]
+        valid = torch.ones(shape.numel(), dtype=torch.bool, device=x.device)
+        x = self.local(self.point_norm(self.point(x).flatten(0, 2), valid).relu()).view(*shape, -1)
+        x = torch.cat([x.amax(2, keepdim=True).expand_as(x), x], dim=-1)
+        x = self.token(self.both_norm(self.both(x).flatten(0, 2), valid).relu()).view(*shape, -1)
+        return x.amax(2)

@@ -98,7 +98,7 @@ def check_clouds(
                 f"{prefix}lengths: expected shape [B] = [{tensor.shape[0]}], got {shape_text(lengths)}"
             )
         if (
-            _readable(lengths)
+            readable(lengths)
             and len(lengths)
             and not 0 <= int(lengths.min()) <= int(lengths.max()) <= tensor.shape[1]
         ):
@@ -109,7 +109,7 @@ def check_clouds(
         offsets = check_index(f"{prefix}offsets", offsets, like=tensor, like_name=name)
         if offsets.dim() != 1 or offsets.shape[0] < 1:
             raise ValueError(f"{prefix}offsets: expected shape [B + 1], got {shape_text(offsets)}")
-        if _readable(offsets):
+        if readable(offsets):
             ends = int(offsets[0]), int(offsets[-1])
             if ends != (0, tensor.shape[0]) or bool((offsets.diff() < 0).any()):
                 raise ValueError(
@@ -119,6 +119,6 @@ def check_clouds(
     return Clouds(tensor, lengths, offsets)
 
 
-def _readable(tensor: Tensor) -> bool:
+def readable(tensor: Tensor) -> bool:
     """Whether values may be looked at: on the CPU, outside of tracing."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and type(tensor) is Tensor

@@ -17,16 +17,17 @@ __all__ = ["BatchNorm", "CellAttention", "guided_aggregate"]
 def guided_aggregate(
     features: Tensor,
     cell: Tensor,
-    cluster: Tensor,
+    cluster: Tensor | None,
     attention: CellAttention,
     view_norm: BatchNorm,
-    space_norm: BatchNorm,
+    space_norm: BatchNorm | None,
     *,
     num_cells: int,
     num_heads: int,
     coefficient: float,
     scale: float | None = None,
     pooling: str = "mean",
+    ensemble: str = "adaptive",
     count_empty: bool = False,
     drop_path: float = 0.0,
     drop_path_rows: bool = False,
@@ -40,22 +41,25 @@ def guided_aggregate(
     For each view v, tokens attend to the tokens of their cell and are averaged over it:
     `g_v = GELU(BN_v(mean_cell(x + attention_v(LN_v(x)))))`, spread back to the tokens. With
     `s = GELU(BN(max_voxel x + mean_voxel x))` the result is
-    `x + coefficient * sum_v w_v g_v / sum_v w_v`, `w_v = (cos(g_v, s) + 1) / 2`.
+    `x + coefficient * sum_v w_v g_v / sum_v w_v`, `w_v = (cos(g_v, s) + 1) / 2`. With another `ensemble` the
+    blend is the mean of the `g_v` or their elementwise maximum, and voxels play no part.
 
     Args:
         features: `[B, S, C]` tokens x, without class token; float16 and bfloat16 are computed in float32 and
             rounded at the end.
         cell: `[B, V, S]` int64 or int32, cell of every token in every view, in `[0, num_cells)`.
-        cluster: `[B, S]`, voxel of every token, numbered consecutively over the batch from 0.
+        cluster: `[B, S]`, voxel of every token, numbered consecutively over the batch from 0. None is enough
+            unless `ensemble` is "adaptive".
         attention: weights of LayerNorm and attention inside cells, stacked over the views.
         view_norm: batch normalisations of the views, tensors `[V, C]`; running statistics updated in place
             when training.
-        space_norm: batch normalisation of the voxels, tensors `[C]`.
+        space_norm: batch normalisation of the voxels, tensors `[C]`; None likewise.
         num_cells: cells per view and cloud.
         num_heads: heads of the attention; the inner width M is `attention.proj_weight.shape[-1]`.
         coefficient: factor on the blend.
         scale: factor on the attention's scores, `M^-0.5` by default (of the inner width, as officially).
-        pooling: "mean", or "max+mean" (their sum).
+        pooling: of the tokens of a cell: "mean", or "max+mean" (their sum).
+        ensemble: how the views are blended: "adaptive" as above, "mean" or "max".
         count_empty: official rule: cells without a token enter the statistics of `view_norm` as zeros.
         drop_path: probability of dropping the attention branch when training.
         drop_path_rows: official rule: drop it per token instead of per cloud.
@@ -68,7 +72,7 @@ def guided_aggregate(
         `[B, S, C]`.
 
     Raises:
-        ValueError: shapes do not fit each other, or the option `pooling` is unknown.
+        ValueError: shapes do not fit each other, or an option (`pooling`, `ensemble`) is unknown.
         TypeError: an argument has another dtype than listed.
 
     Differentiable in: features and every weight.
@@ -88,11 +92,19 @@ def guided_aggregate(
     check_floating("features", features)
     batch, count, width = features.shape
     cell = check_index("cell", cell, like=features, like_name="features")
-    cluster = check_index("cluster", cluster, like=features, like_name="features")
     if cell.dim() != 3 or cell.shape[0] != batch or cell.shape[2] != count:
         raise ValueError(f"cell: expected shape [{batch}, V, {count}], got {shape_text(cell)}")
-    if cluster.shape != (batch, count):
-        raise ValueError(f"cluster: expected shape [{batch}, {count}], got {shape_text(cluster)}")
+    if ensemble not in ("adaptive", "mean", "max"):
+        raise ValueError(f"ensemble: expected 'adaptive', 'mean' or 'max', got {ensemble!r}")
+    if ensemble == "adaptive":
+        cluster = check_index("cluster", cluster, like=features, like_name="features")
+        if cluster.shape != (batch, count):
+            raise ValueError(f"cluster: expected shape [{batch}, {count}], got {shape_text(cluster)}")
+        if space_norm is None:
+            raise ValueError("space_norm: expected tensors for ensemble 'adaptive', got None")
+        if space_norm.weight.shape != (width,):
+            got = shape_text(space_norm.weight)
+            raise ValueError(f"space_norm: expected tensors [{width}], got {got}")
     views, inner = cell.shape[1], attention.proj_weight.shape[-1]
     if attention.proj_weight.shape != (views, width, inner):
         got = shape_text(attention.proj_weight)
@@ -105,9 +117,6 @@ def guided_aggregate(
     if view_norm.weight.shape != (views, width):
         got = shape_text(view_norm.weight)
         raise ValueError(f"view_norm: expected tensors [{views}, {width}], got {got}")
-    if space_norm.weight.shape != (width,):
-        got = shape_text(space_norm.weight)
-        raise ValueError(f"space_norm: expected tensors [{width}], got {got}")
     if pooling not in ("mean", "max+mean"):
         raise ValueError(f"pooling: expected 'mean' or 'max+mean', got {pooling!r}")
     if not 0 <= drop_path < 1:
@@ -124,6 +133,7 @@ def guided_aggregate(
         coefficient=coefficient,
         scale=inner**-0.5 if scale is None else scale,
         pooling=pooling,
+        ensemble=ensemble,
         count_empty=count_empty,
         drop_path=drop_path,
         drop_path_rows=drop_path_rows,

@@ -6,7 +6,14 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from any2point.ops._checks import check_clouds, check_floating, check_like, check_tensor, shape_text
+from any2point.ops._checks import (
+    check_clouds,
+    check_floating,
+    check_like,
+    check_tensor,
+    readable,
+    shape_text,
+)
 from any2point.ops.interpolate import interpolate
 from any2point.reference.virtual_project import VirtualProjection, cell_grid
 from any2point.reference.virtual_project import virtual_project as _composition
@@ -36,7 +43,7 @@ def virtual_project(
     Args:
         centers: `[B, S, 3]` float32 or float64 (float16 and bfloat16 are raised to float32).
         table: position encodings `[L, C]` of a sequence, or `[H, W, C]` of an image, without class token.
-        views: directions `[V, 3]` (any length) or rotations `[V, 3, 3]`, applied from the right.
+        views: directions `[V, 3]` (any length but zero) or rotations `[V, 3, 3]`, applied from the right.
         cell: edge of a cell in units of position.
         size: extent of the positions, `[length]` or `[height, width]`; by default that of the table.
         camera: distance of the camera from the origin (of the coordinates, no re-centring); by default it is
@@ -50,10 +57,15 @@ def virtual_project(
         numbered row by row, below the product of `cell_grid(size, cell)`.
 
     Raises:
-        ValueError: shapes do not fit each other, or `cell` is not positive.
+        ValueError: shapes do not fit each other, or `cell` is not positive; on the CPU also a direction of
+            length zero. On CUDA such a line has all centres in its middle.
         TypeError: an argument has another dtype than listed.
 
-    Differentiable in: table, and centers (through position and through the interpolation weights).
+    Differentiable in: table, and centers (through position and through the interpolation weights; cells are
+        constants). In the centres the result is continuous with kinks, where the gradient is that of one
+        side: at whole positions of the table, at the edge of an image (clamped positions have none), and
+        where another point becomes the extreme one. The points that span a line, or the sphere that a camera
+        has in view, receive the gradient of that span. With `wrap` there are jumps as well.
     Deterministic: yes.
     Complexity: O(B V S C) time, O(B S C) memory.
 
@@ -77,6 +89,8 @@ def virtual_project(
     check_like("views", views, "centers", centers, dtype=False)
     if views.shape[0] == 0 or any(n != 3 for n in views.shape[1:]):
         raise ValueError(f"views: expected shape {expected} for this table, got {shape_text(views)}")
+    if table.dim() == 2 and readable(views) and bool((views == 0).all(-1).any()):
+        raise ValueError(f"views: expected directions that are not zero, got {views.tolist()}")
     if not cell > 0:
         raise ValueError(f"cell: expected a positive number, got {cell}")
     if size is not None and len(size) != table.dim() - 1:

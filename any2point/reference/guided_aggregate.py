@@ -66,16 +66,17 @@ def _drop_path(branch: Tensor, rate: float, *, rows: bool) -> Tensor:
 def guided_aggregate(
     features: Tensor,
     cell: Tensor,
-    cluster: Tensor,
+    cluster: Tensor | None,
     attention: CellAttention,
     view_norm: BatchNorm,
-    space_norm: BatchNorm,
+    space_norm: BatchNorm | None,
     *,
     num_cells: int,
     num_heads: int,
     coefficient: float,
     scale: float,
     pooling: str = "mean",
+    ensemble: str = "adaptive",
     count_empty: bool = False,
     drop_path: float = 0.0,
     drop_path_rows: bool = False,
@@ -97,16 +98,20 @@ def guided_aggregate(
     row = torch.arange(rows, device=features.device)
     step: dict[str, Any] = {"training": training, "momentum": momentum, "eps": eps}
 
-    space = segment_pool(flat, cluster.flatten(), rows, "max")
-    space = space + segment_pool(flat, cluster.flatten(), rows, "mean")
-    space = masked_batch_norm(space, space_norm, row <= cluster.max(), **step)
-    space = group(F.gelu(space), cluster.flatten())
+    space: Tensor | None = None
+    if ensemble == "adaptive":
+        assert cluster is not None
+        assert space_norm is not None
+        space = segment_pool(flat, cluster.flatten(), rows, "max")
+        space = space + segment_pool(flat, cluster.flatten(), rows, "mean")
+        space = masked_batch_norm(space, space_norm, row <= cluster.max(), **step)
+        space = group(F.gelu(space), cluster.flatten())
 
     heads = attend_in_cells(features, cell, attention, num_heads=num_heads, scale=scale, eps=norm_eps)
     leader = first_in_cell(cell, num_cells) + count * torch.arange(batch, device=cell.device)[:, None, None]
     total = batch * num_cells if count_empty else None
     dropped = training and drop_path > 0
-    weighted, weights = torch.zeros_like(flat), flat.new_zeros(rows, 1)
+    blend, weights = torch.zeros_like(flat), flat.new_zeros(rows, 1)
     for view in range(views):
         segment = leader[:, view].flatten()
         proj_weight, proj_bias = attention.proj_weight[view], attention.proj_bias[view]
@@ -125,8 +130,14 @@ def guided_aggregate(
         norm = BatchNorm(*(tensor[view] for tensor in view_norm))
         guided = masked_batch_norm(guided, norm, segment == row, total, **step)
         guided = group(F.gelu(guided), segment)
-        weight = (F.cosine_similarity(guided, space, dim=-1, eps=1e-8)[:, None] + 1) / 2
-        weighted = weighted + weight * guided
-        weights = weights + weight
-    ensemble = weighted / weights.clamp(min=torch.finfo(weights.dtype).tiny)
-    return (features + coefficient * ensemble.view_as(features)).to(dtype)
+        if space is not None:
+            weight = (F.cosine_similarity(guided, space, dim=-1, eps=1e-8)[:, None] + 1) / 2
+            blend = blend + weight * guided
+            weights = weights + weight
+        elif ensemble == "mean":
+            blend = blend + guided / views
+        else:
+            blend = guided if view == 0 else torch.maximum(blend, guided)
+    if space is not None:
+        blend = blend / weights.clamp(min=torch.finfo(weights.dtype).tiny)
+    return (features + coefficient * blend.view_as(features)).to(dtype)

@@ -35,7 +35,8 @@ def cell_grid(size: Sequence[int], cell: float) -> tuple[int, ...]:
 
 def project_to_lines(centers: Tensor, views: Tensor, length: int, *, wrap: bool) -> Tensor:
     """Coordinates `[B, V, S]` of the centres on V lines of `length` positions, by minimum and maximum."""
-    direction = views / torch.linalg.vector_norm(views, dim=-1, keepdim=True)
+    norm = torch.linalg.vector_norm(views, dim=-1, keepdim=True)
+    direction = views / torch.where(norm > 0, norm, 1.0)
     along = (centers[:, None] * direction[None, :, None]).sum(-1)
     low = along.amin(-1, keepdim=True)
     extent = along.amax(-1, keepdim=True) - low

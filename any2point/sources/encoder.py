@@ -144,22 +144,50 @@ class Block(nn.Module):
         path_rate: float = 0.0,
     ) -> Tensor:
         """`x [B, T, C]` -> `[B, T, C]`; `adapter` takes the MLP's branch, and its output is added to it."""
-        dtype = x.dtype
+        x = self.attend(x, axis=axis, causal=causal, dropout=dropout, path_rate=path_rate)
+        return self.transform(x, adapter, path_rate=path_rate)
+
+    def attend(
+        self,
+        x: Tensor,
+        adapter: Callable[[Tensor], Tensor] | None = None,
+        *,
+        axis: str = "tokens",
+        causal: bool = False,
+        dropout: float = 0.0,
+        path_rate: float = 0.0,
+    ) -> Tensor:
+        """The first half, `[B, T, C]` -> `[B, T, C]`; `adapter` takes the attention's branch."""
         y = self.attn(x if self.post_norm else self.norm1(x), axis=axis, causal=causal, dropout=dropout)
         y = y if self.ls1 is None else self.ls1 * y
-        x = x + (drop_path(y, path_rate) if path_rate else y)
-        if self.post_norm:
-            x = self.norm1(x)
+        y = drop_path(y, path_rate) if path_rate else y
+        out = x + y if adapter is None else x + y + adapter(y)
+        return (self.norm1(out) if self.post_norm else out).to(x.dtype)
 
-        y = self.mlp(x if self.post_norm else self.norm2(x))
+    def transform(
+        self,
+        x: Tensor,
+        adapter: Callable[[Tensor], Tensor] | None = None,
+        *,
+        parallel: bool = False,
+        path_rate: float = 0.0,
+    ) -> Tensor:
+        """The second half; `adapter` takes the MLP's branch, or with `parallel` what the MLP takes."""
+        inputs = x if self.post_norm else self.norm2(x)
+        y = self.mlp(inputs)
         y = y if self.ls2 is None else self.ls2 * y
         y = drop_path(y, path_rate) if path_rate else y
-        x = x + y if adapter is None else x + y + adapter(y)
-        return (self.norm2(x) if self.post_norm else x).to(dtype)
+        out = x + y if adapter is None else x + y + adapter(inputs if parallel else y)
+        return (self.norm2(out) if self.post_norm else out).to(x.dtype)
 
 
 class FrozenEncoder(nn.Module):
-    """The blocks of a source: no parameter requires a gradient, and it stays in evaluation mode."""
+    """The blocks of a source: no parameter requires a gradient, and it stays in evaluation mode.
+
+    `unfreeze` ends that, for full fine-tuning.
+    """
+
+    frozen = True
 
     def __init__(self, width: int, depth: int, heads: int, mlp_width: int, layout: Layout) -> None:
         super().__init__()
@@ -170,8 +198,16 @@ class FrozenEncoder(nn.Module):
         self.eval()
 
     def train(self, mode: bool = True) -> FrozenEncoder:
-        """Keep evaluation mode, whatever the parent module is switched to."""
-        return super().train(False)
+        """Keep evaluation mode, whatever the parent module is switched to, unless unfrozen."""
+        return super().train(mode and not self.frozen)
+
+    def unfreeze(self) -> FrozenEncoder:
+        """Train all weights, in memory of their own (they may be shared with a `Source`)."""
+        self.frozen = False
+        for module in self.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                setattr(module, name, nn.Parameter(parameter.detach().clone()))
+        return self
 
     def embed(self, x: Tensor) -> Tensor:
         """What the source does to the sum of token and position before its first block."""

@@ -21,7 +21,7 @@ from any2point.nn import (
     spread_rotations,
     stage_sizes,
 )
-from any2point.nn.projection import official_rotations
+from any2point.nn.views import official_rotations
 from any2point.sources import Source
 
 

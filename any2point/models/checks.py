@@ -1,0 +1,128 @@
+"""What a configuration may hold, by itself and for a source."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from any2point.nn.encoder import INSERTIONS
+from any2point.nn.views import euler_rotations, given_lines
+from any2point.sources import Source
+
+if TYPE_CHECKING:
+    from any2point.models.config import Any2PointConfig
+
+_CHOICES: dict[str, tuple[str | None, ...]] = {
+    "normalize": ("scan", "mn40"),
+    "tokenizer": ("lga", "pointnet"),
+    "positions": ("virtual", "none", "learned", "sinusoidal"),
+    "adapter": (None, "both", "bottleneck", "aggregate", "none"),
+    "insertion": INSERTIONS,
+    "pooling": ("mean", "max+mean"),
+    "ensemble": ("adaptive", "mean", "max"),
+    "feature_order": ("max_cls", "cls_max"),
+    "tuning": ("adapter", "full", "probe"),
+    "source_dtype": ("float32", "bfloat16"),
+    "parity": (None, "official"),
+    "fps_start": (None, "farthest", "first"),
+    "fps_tie": (None, "lowest", "pointnet2"),
+    "attention_axis": (None, "tokens", "batch"),
+    "position_adds": (None, "once", "every", "both"),
+}
+_POSITIVE = ("num_classes", "num_points", "num_tokens", "views", "adapter_dim", "head_width")
+
+
+def check_values(config: Any2PointConfig) -> None:
+    """ValueError for a field that cannot be, or for fields that contradict each other."""
+    for name in _POSITIVE:
+        value = getattr(config, name)
+        if not isinstance(value, int) or value < 1:
+            raise ValueError(f"`{name}`: expected a positive integer, got {value!r}")
+    if not isinstance(config.input_features, int) or config.input_features < 0:
+        raise ValueError(f"`input_features`: expected an integer of 0 or more, got {config.input_features!r}")
+    for name, allowed in _CHOICES.items():
+        if getattr(config, name) not in allowed:
+            raise ValueError(f"`{name}`: expected one of {allowed}, got {getattr(config, name)!r}")
+    for name in ("dropout", "adapter_dropout", "drop_path", "attention_dropout"):
+        if not 0 <= getattr(config, name) < 1:
+            raise ValueError(f"`{name}`: expected a probability below 1, got {getattr(config, name)!r}")
+    for name in ("voxel_size", "cell"):
+        value = getattr(config, name)
+        if value is not None and not value > 0:
+            raise ValueError(f"`{name}`: expected a positive number, got {value!r}")
+    _check_stages(config)
+    if config.attention_dim % config.attention_heads:
+        got = f"{config.attention_dim} and {config.attention_heads}"
+        raise ValueError(f"`attention_heads`: expected a divisor of `attention_dim`, got {got}")
+    for name in ("lines", "rotations"):
+        rows = getattr(config, name)
+        if rows is not None and len(rows) != config.views:
+            raise ValueError(f"`{name}`: expected {config.views} directions (`views`), got {len(rows)}")
+    if config.lines is not None:
+        given_lines(config.lines)
+    if config.rotations is not None:
+        euler_rotations(config.rotations)
+    _check_together(config)
+
+
+def _check_stages(config: Any2PointConfig) -> None:
+    if config.tokenizer == "pointnet" and config.stage_sizes is not None:
+        raise ValueError(f"`stage_sizes`: expected None for `tokenizer` pointnet, got {config.stage_sizes}")
+    sizes, counts = config.sizes, config.counts
+    if any(b > a for a, b in zip((config.num_points, *sizes), sizes)):
+        chain = (config.num_points, *sizes)
+        raise ValueError(f"`num_tokens`: expected points >= centres of each stage >= tokens, got {chain}")
+    if any(k < 1 or k > n for k, n in zip(counts, (config.num_points, *sizes))):
+        available = (config.num_points, *sizes[:-1])
+        raise ValueError(f"`neighbors`: expected 1 to {available} by stage, got {counts}")
+
+
+def _check_together(config: Any2PointConfig) -> None:
+    """Fields that ask for what another field takes away."""
+    if config.tuning == "probe":
+        if config.adapter not in (None, "none"):
+            raise ValueError(f"`adapter`: expected none for `tuning` probe, got {config.adapter}")
+        if config.positions == "learned":
+            raise ValueError("`positions`: expected none that are trained for `tuning` probe, got learned")
+    if config.tuning == "full" and config.source_dtype != "float32":
+        raise ValueError(f"`source_dtype`: expected float32 for `tuning` full, got {config.source_dtype}")
+    none = config.adapter == "none" or config.tuning == "probe"
+    if none and config.adapter_blocks is not None:
+        raise ValueError(f"`adapter_blocks`: expected None with `adapter` none, got {config.adapter_blocks}")
+    if none and config.insertion != "mlp_output":
+        raise ValueError(f"`insertion`: expected mlp_output with `adapter` none, got {config.insertion}")
+    if config.adapter == "aggregate" and config.insertion == "mlp_parallel":
+        raise ValueError(
+            "`insertion`: expected mlp_output or attention_output with `adapter` aggregate, got mlp_parallel"
+        )
+    if config.causal and config.attention_axis == "batch":
+        raise ValueError("`causal`: expected False with `attention_axis` batch, got True")
+    if config.lines is not None and config.permuted_lines:
+        raise ValueError("`lines`: expected None with `permuted_lines`, got both")
+
+
+def check_for_source(config: Any2PointConfig, source: Source) -> None:
+    """ValueError where a resolved configuration does not fit the source."""
+    _check_together(config)
+    image = source.position_table.dim() == 3
+    if config.tokenizer == "lga":
+        stages = len(config.tokenizer_units)
+        width = source.width // 2**stages
+        if config.tokenizer_width != width or width * 2**stages != source.width:
+            got = f"{config.tokenizer_width} for a source of width {source.width}"
+            raise ValueError(f"`tokenizer_width`: expected the source's width / {2**stages}, got {got}")
+    given = config.rotations is not None
+    if (config.permuted_lines or (config.parity == "official" and image and not given)) and config.views != 6:
+        raise ValueError(f"`views`: expected 6 with the official views, got {config.views}")
+    if config.position_size is not None and len(config.position_size) != (2 if image else 1):
+        shape = config.position_size
+        raise ValueError(f"`position_size`: expected {2 if image else 1} number(s), got {shape}")
+    kind = f"{source.name}, whose positions are {'an image' if image else 'a sequence'}"
+    if image and config.lines is not None:
+        raise ValueError(f"`lines`: expected None for {kind}; see `rotations`")
+    if not image and config.rotations is not None:
+        raise ValueError(f"`rotations`: expected None for {kind}; see `lines`")
+    blocks = config.adapter_blocks
+    if blocks is not None and (
+        not blocks or len(set(blocks)) != len(blocks) or not all(b in range(source.depth) for b in blocks)
+    ):
+        raise ValueError(f"`adapter_blocks`: expected distinct numbers below {source.depth}, got {blocks}")
