@@ -17,43 +17,30 @@ from typing import Any
 
 from torch import Tensor
 
-from any2point.sources.checkpoint import Reader, count_blocks, find_prefix
+from any2point.sources.checkpoint import Reader, count_blocks, find_prefix, read_activation, read_heads
 from any2point.sources.encoder import Layout
 from any2point.sources.source import Family, Source, choose_depth
 
-_PROBE = "encoder.layer.0.attention.self.query.weight"
-_CLS = 101
+PROBE = "encoder.layer.0.attention.self.query.weight"
+_BLOCKS = "encoder.layer.{}."
 LAYOUT = Layout(norm="post", activation="gelu", input_norm=True, eps=1e-12)
 
 
+def is_roberta(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint with BERT's names is of RoBERTa's kin, whose positions are counted otherwise."""
+    prefix = find_prefix(state, PROBE)
+    if prefix is None or "model_type" in config:
+        return prefix is not None and config["model_type"] in ("roberta", "xlm-roberta", "camembert")
+    types = state.get(f"{prefix}embeddings.token_type_embeddings.weight")
+    return "roberta." in prefix or (types is not None and len(types) == 1)
+
+
 def _matches(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> bool:
-    return find_prefix(state, _PROBE) is not None
+    return find_prefix(state, PROBE) is not None and not is_roberta(state, config)
 
 
-def _convert(
-    state: Mapping[str, Tensor],
-    config: Mapping[str, Any],
-    *,
-    depth: int | None = None,
-    heads: int | None = None,
-    origin: Mapping[str, Any],
-) -> Source:
-    prefix = find_prefix(state, _PROBE)
-    if prefix is None:
-        raise ValueError(f"`path`: expected a BERT encoder, but no tensor is named ...{_PROBE}")
-    heads = config.get("num_attention_heads") if heads is None else heads
-    if not isinstance(heads, int):
-        raise ValueError("`heads`: a BERT checkpoint without config.json does not tell; give heads=")
-    activation = config.get("hidden_act", "gelu")
-    if activation != "gelu":
-        raise ValueError(f"`path`: expected the activation gelu in config.json, got {activation!r}")
-    reader = Reader(state, prefix)
-    depth = choose_depth(count_blocks(reader.state, "encoder.layer.{}.attention.self.query.weight"), depth)
-
-    table = reader.take("embeddings.position_embeddings.weight")
-    if "embeddings.token_type_embeddings.weight" in reader:
-        table = table + reader.take("embeddings.token_type_embeddings.weight")[0]
-    words = reader.take("embeddings.word_embeddings.weight")
+def read_blocks(reader: Reader, depth: int) -> dict[str, Tensor]:
+    """Embedding LayerNorm and the first blocks under their canonical names."""
     tensors = reader.pair("embeddings.LayerNorm", "input_norm")
     for i in range(depth):
         old, new = f"encoder.layer.{i}", f"blocks.{i}"
@@ -64,21 +51,72 @@ def _convert(
         tensors |= reader.pair(f"{old}.intermediate.dense", f"{new}.mlp.fc1")
         tensors |= reader.pair(f"{old}.output.dense", f"{new}.mlp.fc2")
         tensors |= reader.pair(f"{old}.output.LayerNorm", f"{new}.norm2")
-    has_cls = words.shape[0] > _CLS
-    eps = float(config.get("layer_norm_eps", LAYOUT.eps))
+    reader.check_blocks(_BLOCKS, depth)
+    return tensors
+
+
+def read_bert(
+    state: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    *,
+    name: str,
+    first: int,
+    cls_word: int,
+    eps: float,
+    depth: int | None,
+    heads: int | None,
+    origin: Mapping[str, Any],
+) -> Source:
+    """A source from BERT's layout; `first` is the row of position 0, `cls_word` the class token's word."""
+    prefix = find_prefix(state, PROBE)
+    if prefix is None:
+        raise ValueError(f"`path`: expected a {name} encoder, but no tensor is named ...{PROBE}")
+    reader = Reader(state, prefix)
+    depth = choose_depth(count_blocks(reader.state, _BLOCKS + "attention.self.query.weight"), depth)
+    table = reader.take("embeddings.position_embeddings.weight")[first:]
+    if "embeddings.token_type_embeddings.weight" in reader:
+        table = table + reader.take("embeddings.token_type_embeddings.weight")[0]
+    words = reader.take("embeddings.word_embeddings.weight")
+    has_cls = words.shape[0] > cls_word
     return Source(
-        name="bert",
+        name=name,
         modality="language",
         width=table.shape[-1],
         depth=depth,
-        heads=heads,
-        layout=Layout(norm="post", activation="gelu", input_norm=True, eps=eps),
-        tensors=tensors,
-        position_table=table,
-        cls_token=words[_CLS].clone() if has_cls else None,
+        heads=read_heads(config, heads, default=None),
+        layout=Layout(
+            norm="post",
+            activation=read_activation(config, "gelu"),
+            input_norm=True,
+            eps=float(config.get("layer_norm_eps", eps)),
+        ),
+        tensors=read_blocks(reader, depth),
+        position_table=table.contiguous(),
+        cls_token=words[cls_word].clone() if has_cls else None,
         cls_position=table[0].clone() if has_cls else None,
         origin=origin,
         unused=reader.unused(),
+    )
+
+
+def _convert(
+    state: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    *,
+    depth: int | None = None,
+    heads: int | None = None,
+    origin: Mapping[str, Any],
+) -> Source:
+    return read_bert(
+        state,
+        config,
+        name="bert",
+        first=0,
+        cls_word=101,
+        eps=LAYOUT.eps,
+        depth=depth,
+        heads=heads,
+        origin=origin,
     )
 
 
@@ -86,7 +124,7 @@ FAMILY = Family(
     name="bert",
     title="BERT, MiniLM, sentence-transformers",
     modality="language",
-    checkpoint="Hugging Face BertModel with or without `bert.`: model.safetensors and config.json",
+    checkpoint="Hugging Face BertModel: `encoder.layer.N.attention.self`, and config.json for the heads",
     width=768,
     depth=12,
     positions=(512,),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import zipfile
 from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +11,17 @@ import torch
 from torch import Tensor
 
 from any2point.sources.encoder import Activation
+from any2point.sources.torchscript import is_torchscript, read_torchscript
 
-_NAMES = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin")
+# In a folder, the first of these that is there is read; an index lists the files of a checkpoint in parts.
+_NAMES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "open_clip_model.safetensors",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+    "open_clip_pytorch_model.bin",
+)
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 _WRAPPERS = ("state_dict", "model", "base_model", "module", "teacher")
 
@@ -42,10 +50,11 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any], Path]:
-    """The tensors of a checkpoint, the `config.json` beside them (or {}), and the file they came from.
+    """The tensors of a checkpoint, the configuration beside them (or {}), and the file they came from.
 
     Args:
-        path: a safetensors or torch file, or a folder that holds one.
+        path: a safetensors or torch file, a TorchScript archive, an index of several files, or a folder that
+            holds one of these and, as the hub has it, a `config.json` or `open_clip_config.json`.
 
     Returns:
         `(tensors, config, file)`; prefixes of data-parallel training are removed.
@@ -55,17 +64,45 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
     """
     path = Path(path).expanduser()
     file = _find(path)
-    config_file = file.parent / "config.json"
-    config = read_json(config_file) if config_file.is_file() else {}
+    config = _read_config(file)
+    state = _read_parts(file) if file.name.endswith(".index.json") else _read_file(file)
+    return _tensors(state, file), config, file
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    first, second = file.parent / "config.json", file.parent / "open_clip_config.json"
+    if file.name.startswith("open_clip"):
+        first, second = second, first
+    for config in (first, second):
+        if config.is_file():
+            return read_json(config)
+    return {}
+
+
+def _read_file(file: Path) -> Any:
     with file.open("rb") as stream:
         head = stream.read(9)
     if len(head) < 9:
         raise ValueError(f"`path`: {file} is empty or truncated")
     if head[8:9] == b"{":
-        state: Any = read_safetensors(file)
-    else:
-        state = _read_torch(file)
-    return _tensors(state, file), config, file
+        return read_safetensors(file)
+    return read_torchscript(file) if is_torchscript(file) else _read_torch(file)
+
+
+def _read_parts(index: Path) -> dict[str, Tensor]:
+    parts = read_json(index).get("weight_map")
+    if not isinstance(parts, dict) or not all(isinstance(part, str) for part in parts.values()) or not parts:
+        raise ValueError(f"`path`: expected a weight_map of tensors to files in {index}")
+    state: dict[str, Tensor] = {}
+    for part in sorted(set(parts.values())):
+        file = index.parent / part
+        if Path(part).name != part or not file.is_file():
+            raise ValueError(f"`path`: {index} lists the file {part}, which is not beside it")
+        state |= _tensors(_read_file(file), file)
+    missing = sorted(set(parts) - set(state))
+    if missing:
+        raise ValueError(f"`path`: {index} lists {missing[0]!r}, which {parts[missing[0]]} does not hold")
+    return state
 
 
 def _find(path: Path) -> Path:
@@ -84,13 +121,6 @@ def _find(path: Path) -> Path:
 
 
 def _read_torch(file: Path) -> Any:
-    if zipfile.is_zipfile(file):
-        with zipfile.ZipFile(file) as archive:
-            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
-                raise ValueError(
-                    f"`path`: {file} is a TorchScript archive, which would have to be executed; "
-                    "save its state_dict() as safetensors first"
-                )
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
@@ -142,19 +172,25 @@ _ACTIVATIONS: dict[str, Activation] = {
 }
 
 
-def read_activation(
-    config: Mapping[str, Any], default: Activation, names: Sequence[str] = ("hidden_act",)
-) -> Activation:
-    """Our name of the activation that a Hugging Face `config.json` tells under one of `names`."""
-    for name in names:
-        if name in config:
-            if config[name] not in _ACTIVATIONS:
-                known = ", ".join(_ACTIVATIONS)
-                raise ValueError(
-                    f"`path`: expected one of {known} as {name} in config.json, got {config[name]!r}"
-                )
-            return _ACTIVATIONS[config[name]]
-    return default
+def read_activation(config: Mapping[str, Any], default: Activation, name: str = "hidden_act") -> Activation:
+    """Our name of the activation that a Hugging Face `config.json` tells under `name`."""
+    if name not in config:
+        return default
+    if config[name] not in _ACTIVATIONS:
+        known, got = ", ".join(_ACTIVATIONS), repr(config[name])
+        raise ValueError(f"`path`: expected {name} in config.json to be one of {known}, got {got}")
+    return _ACTIVATIONS[config[name]]
+
+
+def read_heads(
+    config: Mapping[str, Any], heads: int | None, default: int | None, name: str = "num_attention_heads"
+) -> int:
+    """The number of heads: as given, else what the configuration tells, else the family's convention."""
+    heads = config.get(name, default) if heads is None else heads
+    if isinstance(heads, bool) or not isinstance(heads, int) or heads < 1:
+        got = "none" if heads is None else repr(heads)
+        raise ValueError(f"`heads`: expected a number in heads= or as {name} in config.json, got {got}")
+    return heads
 
 
 class Reader:
@@ -191,6 +227,18 @@ class Reader:
             for source, weight in zip(sources, weights)
         ]
         return {f"{target}.weight": torch.cat(weights), f"{target}.bias": torch.cat(biases)}
+
+    def check_blocks(self, pattern: str, depth: int, ignore: Container[str] = ()) -> None:
+        """ValueError if the first blocks hold floating point tensors that were not taken.
+
+        A block with a tensor that the family does not know computes something else. `pattern` is as for
+        `count_blocks`, and `ignore` holds names within a block that are known to play no part.
+        """
+        for name in self.unused():
+            for prefix in map(pattern.format, range(depth)):
+                rest = name.removeprefix(prefix)
+                if rest != name and rest not in ignore and self.state[name].is_floating_point():
+                    raise ValueError(f"`path`: blocks of this family have no tensor such as {name!r}")
 
     def unused(self) -> tuple[str, ...]:
         """Names of the tensors that were not taken."""

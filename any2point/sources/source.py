@@ -182,8 +182,8 @@ class Source:
         """Read a pretrained transformer from a local file or folder.
 
         Args:
-            path: `.safetensors`, or a torch file with a plain state dict, or a folder with one (and, as the
-                hub has it, a `config.json`).
+            path: `.safetensors`, a torch file with a plain state dict, a TorchScript archive, or a folder
+                with one (and, as the hub has it, a `config.json`).
             family: one of `FAMILIES`; if None, recognised by the names of the tensors, with the help of
                 `config.json` where relatives share them. Of a checkpoint with several towers (CLIP) the first
                 family of `FAMILIES` is taken.
@@ -206,8 +206,10 @@ class Source:
             if not matching:
                 seen = ", ".join(sorted(state)[:4])
                 known = ", ".join(FAMILIES)
+                kind = f" of model_type {config['model_type']!r}" if "model_type" in config else ""
                 raise ValueError(
-                    f"`path`: {file} holds no known family ({known}); {len(state)} tensors, such as {seen}"
+                    f"`path`: {file} holds no known family ({known}); it has {len(state)} tensors{kind}, "
+                    f"such as {seen}"
                 )
             family = matching[0]
         entry = get_family(family)
