@@ -73,7 +73,7 @@ def _convert(
         depth=depth,
         heads=choose_heads(config, heads, width // 64),
         layout=layout_of(
-            tensors, activation=read_activation(config, "gelu", ("activation_function",)), eps=LAYOUT.eps
+            tensors, activation=read_activation(config, "gelu", "activation_function"), eps=LAYOUT.eps
         ),
         tensors=tensors,
         position_table=reader.take(names.table) if names.table in reader else sinusoid(length, width),
