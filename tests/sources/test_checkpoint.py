@@ -84,7 +84,7 @@ def test_which_file_of_a_folder(tmp_path: Path) -> None:
         read_checkpoint(tmp_path)
     for file in tmp_path.iterdir():
         file.unlink()
-    with pytest.raises(ValueError, match="expected one checkpoint file in .*, got none"):
+    with pytest.raises(ValueError, match=r"expected one checkpoint file in .*, got none"):
         read_checkpoint(tmp_path)
 
 
@@ -131,7 +131,7 @@ def test_unknown_checkpoints_are_described(tmp_path: Path) -> None:
     text = str(error.value)
     assert "3 tensors of model_type 'mamba', such as a.weight, b.bias, b.weight" in text
     assert all(name in text for name in FAMILIES)
-    with pytest.raises(ValueError, match="`family`: expected one of clip-text, .*, got 'mamba'"):
+    with pytest.raises(ValueError, match=r"`family`: expected one of clip-text, .*, got 'mamba'"):
         Source.from_checkpoint(tmp_path, "mamba")
 
 
