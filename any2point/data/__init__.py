@@ -13,14 +13,19 @@ from any2point.data.points import read_points, sample_surface
 
 if TYPE_CHECKING:
     from any2point.data import transforms
-    from any2point.data.dataset import PointDataset, folder_dataset, load_dataset
+    from any2point.data.dataset import PointDataset, load_dataset
+    from any2point.data.folder import folder_dataset
+    from any2point.data.modelnet40 import modelnet40_dataset
     from any2point.data.sample import sample_set
+    from any2point.data.scanobjectnn import scanobjectnn_dataset
 
 _LAZY = {
     "PointDataset": "dataset",
-    "folder_dataset": "dataset",
+    "folder_dataset": "folder",
     "load_dataset": "dataset",
+    "modelnet40_dataset": "modelnet40",
     "sample_set": "sample",
+    "scanobjectnn_dataset": "scanobjectnn",
 }
 
 __all__ = [
@@ -29,10 +34,12 @@ __all__ = [
     "PointDataset",
     "folder_dataset",
     "load_dataset",
+    "modelnet40_dataset",
     "read_mesh_or_cloud",
     "read_points",
     "sample_set",
     "sample_surface",
+    "scanobjectnn_dataset",
     "transforms",
 ]
 

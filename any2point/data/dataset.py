@@ -1,18 +1,19 @@
-"""Labelled point clouds in memory, and the folder layout that makes one of your own files."""
+"""Labelled point clouds in memory, and one function that opens any data set by its name."""
 
 from __future__ import annotations
 
-import re
+import importlib
+import inspect
+import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from any2point.data.formats import READERS
-from any2point.data.points import read_points
+Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -27,12 +28,19 @@ class PointDataset(torch.utils.data.Dataset):
         labels: [n] int64.
         class_names: one name per class; labels are below their number.
         names: a name per cloud for messages, or None.
+        features: [n, N, F] float32, what else is known of every point, or None.
+        feature_names: a name per column of `features`. Columns "nx", "ny", "nz" are normals and turn with
+            their cloud; all others stay as they are.
+        files: the files that the set was read from, for `checksum`.
     """
 
     points: Tensor
     labels: Tensor
     class_names: tuple[str, ...]
     names: tuple[str, ...] | None = None
+    features: Tensor | None = None
+    feature_names: tuple[str, ...] = ()
+    files: tuple[Path, ...] = ()
 
     def __post_init__(self) -> None:
         points = torch.as_tensor(self.points)
@@ -52,30 +60,79 @@ class PointDataset(torch.utils.data.Dataset):
             raise ValueError(
                 f"`labels`: expected 0 to {classes - 1}, got {int(labels.min())} to {int(labels.max())}"
             )
+        if self.names is not None and len(self.names) != len(points):
+            raise ValueError(f"`names`: expected {len(points)}, got {len(self.names)}")
+        features = None if self.features is None else self._checked_features(points, self.features)
         object.__setattr__(self, "points", points.float().contiguous())
         object.__setattr__(self, "labels", labels.long())
         object.__setattr__(self, "class_names", tuple(self.class_names))
+        object.__setattr__(self, "features", features)
+        object.__setattr__(self, "feature_names", tuple(self.feature_names))
+        if len(self.feature_names) != (0 if features is None else features.shape[-1]):
+            what = "none without `features`" if features is None else f"{features.shape[-1]}"
+            raise ValueError(f"`feature_names`: expected {what}, got {self.feature_names}")
+
+    def _checked_features(self, points: Tensor, features: Tensor) -> Tensor:
+        features = torch.as_tensor(features)
+        wrong = features.ndim != 3 or features.shape[:2] != points.shape[:2] or features.shape[-1] == 0
+        if wrong or not features.dtype.is_floating_point:
+            raise ValueError(
+                f"`features`: expected floats of shape [{len(points)}, {points.shape[1]}, F], "
+                f"got {features.dtype} {list(features.shape)}"
+            )
+        if not torch.isfinite(features).all():
+            raise ValueError("`features`: expected finite numbers, got NaN or infinity")
+        return features.float().contiguous()
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.points[index], self.labels[index]
+        """One cloud [N, 3 + F] and its label."""
+        return self.inputs(slice(index, index + 1 or None))[0], self.labels[index]
 
     @property
     def num_points(self) -> int:
         """Points per cloud."""
         return self.points.shape[1]
 
+    def inputs(self, rows: Tensor | slice = slice(None)) -> Tensor:
+        """Points and features of some clouds side by side, [b, N, 3 + F], as the transforms take them."""
+        if self.features is None:
+            return self.points[rows]
+        return torch.cat([self.points[rows], self.features[rows]], dim=-1)
+
+    def with_inputs(self, inputs: Tensor) -> PointDataset:
+        """The same clouds after a transform of `inputs()`: [n, M, 3 + F], any number of points M."""
+        features = None if self.features is None else inputs[..., 3:]
+        return replace(self, points=inputs[..., :3], features=features)
+
+    def with_height(self, up: int = 1) -> PointDataset:
+        """The same set with one more feature, "height": how far a point is above the lowest of its cloud.
+
+        Args:
+            up: 0, 1 or 2, the upright axis.
+        """
+        level = self.points[..., up : up + 1]
+        height = level - level.amin(dim=1, keepdim=True)
+        features = height if self.features is None else torch.cat([self.features, height], dim=-1)
+        return replace(self, features=features, feature_names=(*self.feature_names, "height"))
+
     def subset(self, index: Tensor | Sequence[int]) -> PointDataset:
         """The clouds of these rows, in this order."""
         rows = torch.as_tensor(index, dtype=torch.int64)
-        names = None if self.names is None else tuple(self.names[i] for i in rows.tolist())
-        return PointDataset(self.points[rows], self.labels[rows], self.class_names, names)
+        return replace(
+            self,
+            points=self.points[rows],
+            labels=self.labels[rows],
+            names=None if self.names is None else tuple(self.names[i] for i in rows.tolist()),
+            features=None if self.features is None else self.features[rows],
+        )
 
     def to(self, device: torch.device | str) -> PointDataset:
         """The same set with its tensors on `device`."""
-        return PointDataset(self.points.to(device), self.labels.to(device), self.class_names, self.names)
+        features = None if self.features is None else self.features.to(device)
+        return replace(self, points=self.points.to(device), labels=self.labels.to(device), features=features)
 
     def split(self, fraction: float, seed: int = 0) -> tuple[PointDataset, PointDataset]:
         """Cut the set in two, class by class.
@@ -133,97 +190,63 @@ def resample(points: np.ndarray, num_points: int, generator: np.random.Generator
     return points[order[:num_points]]
 
 
-def folder_dataset(
-    root: str | Path,
-    split: str | None = None,
+def load_dataset(
+    name: str | Path,
+    split: str | None,
+    root: str | Path | None = None,
     *,
-    num_points: int = 2048,
-    test_fraction: float = 0.3,
-    seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    features: Sequence[str] = (),
+    up: int = 1,
+    progress: Progress | None = None,
+    **options: object,
 ) -> PointDataset:
-    """Read a folder of clouds or meshes.
-
-    The layout is `root/class/file`, or `root/train/class/file` and `root/test/class/file`.
-    Files of other kinds (pictures, materials, notes) and hidden files are passed over; a file whose name says
-    that it is a cloud and whose content does not is an error.
+    """Open a data set by its name.
 
     Args:
-        root: the folder.
-        split: "train", "test", or None for everything. Without train and test folders, `test_fraction` of
-            every class, chosen by `seed`, is the test set.
-        num_points: every cloud is brought to this size.
-        test_fraction: see `split`.
-        seed: of the split and of every draw.
-        progress: called with (files read, files in all).
+        name: "sh3d15" (`sample_set`), "scanobjectnn" (`scanobjectnn_dataset`), "modelnet40"
+            (`modelnet40_dataset`), or a folder of clouds or meshes (`folder_dataset`).
+        split: "train", "test", or None for both.
+        root: where the files of a published set are; by default the environment's ANY2POINT_DATA.
+        features: what to read beside the coordinates: "normals" (ModelNet40, folders), "colors" (folders),
+            "mask" (ScanObjectNN) and, for every set, "height" above the lowest point.
+        up: 0, 1 or 2, the upright axis, for "height".
+        progress: called with (done, of how many) where reading takes long.
+        options: further arguments of the function named above.
 
     Returns:
-        `PointDataset`, classes in alphabetical order.
+        `PointDataset`.
 
     Raises:
-        FileNotFoundError: no such folder.
-        ValueError: naming the file or folder, what was expected and what was found.
+        FileNotFoundError: files that are not there, with the tree that is expected.
+        ValueError: naming the option, file or folder, what was expected and what was found.
     """
-    root = Path(root)
-    if split not in (None, "train", "test"):
-        raise ValueError(f'`split`: expected "train", "test" or None, got {split!r}')
-    if not root.exists():
-        raise FileNotFoundError(f"{root}: no such folder")
-    if not root.is_dir():
-        raise ValueError(f"{root}: expected a folder of class folders, got a file")
-    halves = [root / "train", root / "test"]
-    fixed = all(half.is_dir() for half in halves)
-    tops = halves if fixed else [root]
-    classes = sorted(
-        {folder.name for top in tops for folder in _visible(top) if folder.is_dir()}, key=_natural
-    )
-    if len(classes) < 2:
-        raise ValueError(f"{root}: expected a folder for each of 2 or more classes, got {len(classes)}")
-    found = [
-        (file, label, top is halves[1])
-        for top in tops
-        for label, name in enumerate(classes)
-        if (top / name).is_dir()
-        for file in sorted((top / name).rglob("*"), key=lambda file: _natural(str(file)))
-        if file.is_file() and file.suffix.lower() in READERS and not file.name.startswith(".")
-    ]
-    labels = np.array([label for _, label, _ in found], np.int64)
-    for label, name in enumerate(classes):
-        if not (labels == label).any():
-            raise ValueError(f"{root}: expected {' '.join(READERS)} files in class {name!r}, got none")
-    if split is not None:
-        in_test = (
-            np.array([test for *_, test in found]) if fixed else stratified_mask(labels, test_fraction, seed)
-        )
-        found = [item for item, test in zip(found, in_test) if test == (split == "test")]
-    if not found:
-        raise ValueError(f"{root}: expected clouds in the {split} set, got none")
-    clouds = []
-    for number, (file, _, _) in enumerate(found):
-        points = read_points(file, num_points, seed)
-        clouds.append(resample(points, num_points, np.random.default_rng([seed, number])))
-        if progress is not None:
-            progress(number + 1, len(found))
-    return PointDataset(
-        torch.from_numpy(np.stack(clouds)),
-        torch.tensor([label for _, label, _ in found]),
-        tuple(classes),
-        tuple(str(file.relative_to(root)) for file, _, _ in found),
-    )
+    module, function_name = _NAMED.get(str(name), ("folder", "folder_dataset"))
+    function = getattr(importlib.import_module(f"any2point.data.{module}"), function_name)
+    known = inspect.signature(function).parameters
+    given: dict[str, object] = {"features": tuple(kind for kind in features if kind != "height")}
+    given |= {"root": root, "progress": progress}
+    if module in ("scanobjectnn", "modelnet40"):
+        given["root"] = root or os.environ.get("ANY2POINT_DATA")
+        if given["root"] is None:
+            raise ValueError(
+                f"`root`: expected the folder of {name} (or the environment's ANY2POINT_DATA), got none"
+            )
+    elif root is not None:
+        raise ValueError(f"`root`: expected none beside {name}, got {root}")
+    elif module == "folder":
+        given["root"] = name
+    elif given["features"]:
+        raise ValueError(f"`features`: expected height or none of {name}, got {', '.join(features)}")
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        takes = ", ".join(option for option in known if option not in {*given, "split"})
+        raise ValueError(f"{name}: expected options out of {takes}; got {', '.join(unknown)}")
+    data = function(split=split, **{key: value for key, value in given.items() if key in known}, **options)
+    return data.with_height(up) if "height" in features else data
 
 
-def load_dataset(name: str | Path, split: str, **options: object) -> PointDataset:
-    """The sample set by its name ("sh3d15"), or a folder; see `sample_set` and `folder_dataset`."""
-    if str(name) == "sh3d15":
-        from any2point.data.sample import sample_set
-
-        return sample_set(split)
-    return folder_dataset(name, split, **options)  # type: ignore[arg-type]
-
-
-def _visible(folder: Path) -> list[Path]:
-    return [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
-
-
-def _natural(text: str) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdigit() else (-1, part.lower()) for part in re.split(r"(\d+)", text)]
+_NAMED = {
+    "sh3d15": ("sample", "sample_set"),
+    "scanobjectnn": ("scanobjectnn", "scanobjectnn_dataset"),
+    "modelnet40": ("modelnet40", "modelnet40_dataset"),
+}

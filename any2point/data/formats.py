@@ -9,11 +9,12 @@ from __future__ import annotations
 import io
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from any2point.data.features import COLORS, NORMALS
 from any2point.data.ply import read_ply
 
 
@@ -23,14 +24,18 @@ class Mesh(NamedTuple):
     Attributes:
         vertices: [N, 3] float64.
         faces: [F, 3] int64 rows of `vertices`, or None for a cloud.
+        columns: [N, A] float64, what else the file says of a vertex, or None.
+        names: a name per column, "" where the file gives none.
     """
 
     vertices: np.ndarray
     faces: np.ndarray | None
+    columns: np.ndarray | None = None
+    names: tuple[str, ...] = ()
 
 
 def read_text(data: bytes) -> Mesh:
-    """Rows of numbers (.xyz, .txt, .csv, .pts): x y z first, further columns ignored.
+    """Rows of numbers (.xyz, .txt, .csv, .pts): x y z first, then further columns.
 
     Columns are separated by blanks, commas or semicolons; `#` and `//` start comments. One heading line is
     allowed; if it names x, y and z, those columns are taken.
@@ -41,6 +46,7 @@ def read_text(data: bytes) -> Mesh:
     if not rows:
         raise ValueError("expected rows of x y z, got no row")
     columns: tuple[int, ...] = (0, 1, 2)
+    names: list[str] = []
     first = _cells(lines[rows[0]])
     if not _all_numbers(first):
         names = [cell.strip("\"'").lower() for cell in first]
@@ -63,13 +69,13 @@ def read_text(data: bytes) -> Mesh:
         values = np.array(body.split(), dtype=np.float64)
         if len(values) != width * len(rows):
             raise ValueError
-        return Mesh(values.reshape(len(rows), width)[:, columns], None)
+        return _cloud(values.reshape(len(rows), width), columns, names)
     except ValueError:
         raise ValueError(_bad_row(lines, rows, width)) from None
 
 
 def read_npy(data: bytes) -> Mesh:
-    """A NumPy array [N, 3 or more]: the first three columns are x y z."""
+    """A NumPy array [N, 3 or more]: x y z first, then further columns."""
     if data[:4] == b"PK\x03\x04":
         raise ValueError("expected one array, got an archive of several (.npz)")
     file = io.BytesIO(data)
@@ -93,11 +99,21 @@ def read_npy(data: bytes) -> Mesh:
         raise ValueError(f"expected an array of numbers, got dtype {array.dtype}")
     if array.ndim != 2 or array.shape[1] < 3:
         raise ValueError(f"expected an array of shape [N, 3], got {list(array.shape)}")
-    return Mesh(array[:, :3].astype(np.float64), None)
+    return _cloud(array.astype(np.float64))
+
+
+def _cloud(table: np.ndarray, axes: Sequence[int] = (0, 1, 2), names: Sequence[str] = ()) -> Mesh:
+    """A table [N, A], the columns of x y z and, if the file has them, the names of all columns."""
+    others = [i for i in range(table.shape[1]) if i not in axes]
+    named = tuple(names[i] if i < len(names) else "" for i in others)
+    return Mesh(table[:, list(axes)], None, table[:, others] if others else None, named)
 
 
 def read_obj(data: bytes) -> Mesh:
-    """A Wavefront mesh: `v` and `f` lines; polygons become fans, negative indices count from the end."""
+    """A Wavefront mesh: `v` and `f` lines; polygons become fans, negative indices count from the end.
+
+    A vertex may carry its colour: `v x y z red green blue`.
+    """
     vertices: list[list[float]] = []
     corners: list[int] = []
     lengths: list[int] = []
@@ -106,7 +122,7 @@ def read_obj(data: bytes) -> Mesh:
         kind, _, rest = line.strip().partition(" ")
         try:
             if kind == "v":
-                vertices.append([float(value) for value in rest.split()[:3]])
+                vertices.append([float(value) for value in rest.split()[:6]])
                 if len(vertices[-1]) < 3:
                     raise ValueError
             elif kind == "f":
@@ -119,10 +135,10 @@ def read_obj(data: bytes) -> Mesh:
             raise ValueError(f"expected {what}, got {line.strip()[:40]!r} in line {number}") from None
     if not vertices:
         raise ValueError("expected `v x y z` lines, got none")
-    return Mesh(
-        np.array(vertices),
-        triangulate(np.array(corners, np.int64), np.array(lengths, np.int64), len(vertices)),
-    )
+    faces = triangulate(np.array(corners, np.int64), np.array(lengths, np.int64), len(vertices))
+    colored = all(len(vertex) == 6 for vertex in vertices)
+    table = np.array(vertices if colored else [vertex[:3] for vertex in vertices])
+    return Mesh(table[:, :3], faces, table[:, 3:], COLORS) if colored else Mesh(table, faces)
 
 
 def read_off(data: bytes) -> Mesh:
@@ -147,11 +163,14 @@ def read_off(data: bytes) -> Mesh:
             f"expected {num_vertices} vertices, got {max(0, len(tokens) - 3) // width} (file cut short?)"
         )
     try:
-        vertices = np.array(tokens[3:end], dtype=np.float64).reshape(num_vertices, width)[:, :3]
+        table = np.array(tokens[3:end], dtype=np.float64).reshape(num_vertices, width)
     except ValueError as error:
         raise ValueError(f"expected vertices as numbers: {_short(error)}") from None
+    # The order of the format: coordinates, normal, colour, texture.
+    names = (NORMALS if head[3] else ()) + ((*COLORS, "alpha") if head[2] else ())
     # Faces may carry colours after their corners, so they are read line by line where lines are there.
-    return Mesh(vertices, _off_faces(tokens[end:], text, num_vertices, num_faces))
+    faces = _off_faces(tokens[end:], text, num_vertices, num_faces)
+    return Mesh(table[:, :3], faces, table[:, 3 : 3 + len(names)] if names else None, names)
 
 
 def _off_faces(tokens: list[str], text: str, num_vertices: int, num_faces: int) -> np.ndarray | None:
@@ -210,8 +229,10 @@ def triangulate(corners: np.ndarray, lengths: np.ndarray, num_vertices: int) -> 
 
 
 def _ply(data: bytes) -> Mesh:
-    vertices, corners, lengths = read_ply(data)
-    return Mesh(vertices, triangulate(corners, lengths, len(vertices)))
+    columns, corners, lengths = read_ply(data)
+    vertices = np.stack([columns.pop(axis) for axis in "xyz"], axis=1)
+    further = np.stack(list(columns.values()), axis=1) if columns else None
+    return Mesh(vertices, triangulate(corners, lengths, len(vertices)), further, tuple(columns))
 
 
 READERS: dict[str, Callable[[bytes], Mesh]] = {

@@ -29,15 +29,16 @@ class _Element(NamedTuple):
     properties: list[_Property]
 
 
-def read_ply(data: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def read_ply(data: bytes) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
     """Read a PLY file's vertices and faces.
 
     Args:
         data: the whole file.
 
     Returns:
-        vertices [N, 3] float64, the corners of all polygons one after the other [sum of lengths] int64, and
-        the polygons' lengths [P] int64 (both empty for a cloud).
+        the vertices' properties by name, x, y and z among them, each [N] float64; the corners of all polygons
+        one after the other [sum of lengths] int64; and the polygons' lengths [P] int64 (both empty for a
+        cloud).
 
     Raises:
         ValueError: what was expected and what was found.
@@ -47,7 +48,7 @@ def read_ply(data: bytes) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     walk = _walk_ascii(body, elements) if order == "" else _walk_binary(body, elements, order)
     by_name = dict(zip((element.name for element in elements), walk))
     columns, _ = by_name["vertex"]
-    vertices = np.stack([columns[axis].astype(np.float64) for axis in "xyz"], axis=1)
+    vertices = {name: column.astype(np.float64) for name, column in columns.items()}
     _, lists = by_name.get("face", ({}, {}))
     corners, lengths = next((lists[name] for name in _FACES if name in lists), (np.empty(0), np.empty(0)))
     return vertices, corners.astype(np.int64), lengths.astype(np.int64)
