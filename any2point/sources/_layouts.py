@@ -237,7 +237,7 @@ def split_table(
             after its configuration was written is square.
 
     Returns:
-        `[H, W, C]` and `[rows of leading, C]`.
+        `[H, W, C]`, or `[L, C]` for a single row or column, and `[rows of leading, C]`.
 
     Raises:
         ValueError: the patches are neither that grid nor a square.
@@ -257,7 +257,8 @@ def split_table(
         other = "" if grid is None else f" (nor is it the grid {grid[0]} x {grid[1]} of config.json)"
         raise ValueError(f"`path`: expected {wanted} rows of positions, got {rows}{other}")
     count, shape = next(iter(shapes.items()))
-    return table[count:].unflatten(0, shape).contiguous(), table[:count].clone()
+    patches = table[count:].contiguous()
+    return patches if 1 in shape else patches.unflatten(0, shape), table[:count].clone()
 
 
 def image_grid(config: Mapping[str, Any], stem: Tensor | None) -> Grid | None:

@@ -23,7 +23,7 @@ _NAMES = (
     "open_clip_pytorch_model.bin",
 )
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
-_WRAPPERS = ("state_dict", "model", "base_model", "module", "teacher")
+_WRAPPERS = ("state_dict", "model", "model_state_dict", "base_model", "module", "teacher")
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -22,7 +22,8 @@ from any2point.sources.vit import LAYOUT, NAMES
 
 def _is_fixed(table: Tensor) -> bool:
     """Whether a table `[H, W, C]` is MAE's, to the rounding of half precision."""
-    return table.shape[-1] % 4 == 0 and torch.allclose(table, sinusoid_grid(*table.shape), atol=2e-3)
+    grid = table.dim() == 3 and table.shape[-1] % 4 == 0
+    return grid and torch.allclose(table, sinusoid_grid(*table.shape), atol=2e-3)
 
 
 def _matches(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> bool:
