@@ -83,7 +83,8 @@ def build_projection(config: Any2PointConfig, source: Source) -> VirtualProjecti
 
 def build_encoder(config: Any2PointConfig, source: Source, num_cells: int) -> AdaptedEncoder:
     """The source's blocks with what is trained inside them."""
-    layout = dataclasses.replace(source.layout, eps=config.norm_eps)  # type: ignore[arg-type]
+    bias_kv = source.layout.bias_kv and bool(config.bias_kv)
+    layout = dataclasses.replace(source.layout, eps=config.norm_eps, bias_kv=bias_kv)  # type: ignore[arg-type]
     source = dataclasses.replace(source, layout=layout)
     frozen = source.encoder(torch.bfloat16 if config.source_dtype == "bfloat16" else None)
     if config.tuning == "full":

@@ -20,6 +20,7 @@ _OFFICIAL: dict[str, Any] = {
     "wrap": True,
     "count_empty": True,
     "drop_path_rows": True,
+    "bias_kv": False,
 }
 _DEFAULT: dict[str, Any] = {
     "center": True,
@@ -29,6 +30,7 @@ _DEFAULT: dict[str, Any] = {
     "wrap": False,
     "count_empty": False,
     "drop_path_rows": False,
+    "bias_kv": True,
 }
 
 
@@ -119,6 +121,7 @@ class Any2PointConfig:
         position_adds: how often position encodings are added: "once", "every" block, or "both".
         count_empty: official: empty cells enter batch normalisation as rows of zeros.
         drop_path_rows: official: paths in the guided aggregation are dropped per token instead of per cloud.
+        bias_kv: use the keys and values that a source's attention adds (ImageBind). Official: dropped.
     """
 
     num_classes: int = 15
@@ -179,6 +182,7 @@ class Any2PointConfig:
     position_adds: str | None = None
     count_empty: bool | None = None
     drop_path_rows: bool | None = None
+    bias_kv: bool | None = None
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

@@ -74,6 +74,12 @@ def assert_same(source: Source, x: Tensor, states: list[Tensor], final: Tensor |
         torch.testing.assert_close(normed, final, rtol=1e-5, atol=1e-5)
 
 
+def assert_same_eps(source: Source, block: nn.Module) -> None:
+    """Hidden states are too coarse for it."""
+    norms = {layer.eps for layer in block.modules() if isinstance(layer, nn.LayerNorm)}
+    assert norms == {source.layout.eps}
+
+
 def assert_same_vit(
     source: Source,
     run: Callable[[], object],
@@ -83,6 +89,8 @@ def assert_same_vit(
     norm: nn.Module | None,
 ) -> None:
     """From the patches that `stem` makes on, a ViT and its source are the same."""
+    blocks = list(blocks)
+    assert_same_eps(source, blocks[0])
     others = (stem,) if norm is None else (stem, norm)
     states = trace(run, blocks, *others)
     final = None if norm is None else states.pop()

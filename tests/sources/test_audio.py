@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from own_models import assert_same, assert_same_vit, perturb, renamed, sequence, trace
+from own_models import assert_same, assert_same_eps, assert_same_vit, perturb, renamed, sequence, trace
 from timm_models import load_timm
 from torch import Tensor, nn
 
@@ -85,6 +85,7 @@ def test_imagebind(tmp_path: Path, columns: int) -> None:
     assert source.layout.bias_kv
     assert torch.equal(source.position_table, model.pos_embed[0, 1:].view(12, columns, C))
     assert torch.equal(source.cls_position, model.pos_embed[0, 0])
+    assert_same_eps(source, model.blocks[0])
     tokens = torch.randn(2, 12 * columns, C)
     states = trace(lambda: model(tokens), model.blocks, model.norm)
     final = states.pop()
@@ -228,6 +229,7 @@ def whisper() -> nn.Module:
 
 
 def check_whisper(source: Source, encoder: nn.Module) -> None:
+    assert_same_eps(source, encoder.layers[0])
     mel = torch.randn(2, 80, 40)
     with torch.no_grad():
         tokens = F.gelu(encoder.conv2(F.gelu(encoder.conv1(mel)))).transpose(1, 2)
@@ -302,6 +304,7 @@ def test_wav2vec2_and_hubert(tmp_path: Path, family: str, stable: bool) -> None:
     assert (source.position_kind, source.has_cls) == ("stand-in", False)
     assert source.layout.norm == ("pre" if stable else "post")
     assert torch.equal(source.position_table, sinusoid(1500, C))
+    assert_same_eps(source, model.encoder.layers[0])
     wave = torch.randn(2, 200)
     summed: list[Tensor] = []  # features + their convolution: what the norm of the base form takes
     hook = model.encoder.layer_norm.register_forward_pre_hook(lambda _, inputs: summed.append(inputs[0]))

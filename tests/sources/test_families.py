@@ -1,0 +1,84 @@
+"""The table of families as a whole: every row makes a model that learns and can be saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from any2point import Any2Point, Any2PointConfig
+from any2point.sources import FAMILIES, Source
+
+pytest.importorskip("safetensors.torch")
+SMALL: dict[str, Any] = {"num_points": 48, "num_tokens": 8, "neighbors": 6, "views": 2, "num_classes": 3}
+
+
+def tiny(family: str) -> Source:
+    positions = {1: (9,), 2: (3, 4)}[len(FAMILIES[family].positions)]
+    return Source.random(family, width=32, depth=2, heads=4, positions=positions)
+
+
+def clouds() -> Tensor:
+    return torch.randn(3, 48, 3)
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_every_family_makes_a_model(tmp_path: Path, family: str) -> None:
+    source = tiny(family)
+    model = Any2Point(Any2PointConfig(**SMALL), source)
+    points = clouds()
+    logits = model.train()(points)
+    assert logits.shape == (3, 3)
+    F.cross_entropy(logits, torch.arange(3)).backward()
+    trained = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    assert all(grad is not None and grad.isfinite().all() for grad in trained.values())
+    assert sum(bool(grad.abs().sum() > 0) for grad in trained.values()) > len(trained) / 2
+    frozen = [p for name, p in model.named_parameters() if name.startswith("encoder.source.")]
+    assert frozen
+    assert not any(p.requires_grad for p in frozen)
+
+    want = model.eval()(points)
+    assert want.isfinite().all()
+    for folder, included in (("alone", False), ("whole", True)):
+        model.save_pretrained(tmp_path / folder, include_source=included)
+        loaded = Any2Point.from_pretrained(tmp_path / folder)
+        assert torch.equal(loaded(points), want)
+        assert loaded.source_info.describe() == source.describe()
+
+
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_every_row_describes_its_sources(family: str) -> None:
+    entry = FAMILIES[family]
+    source = tiny(family)
+    assert entry.name == source.name == family
+    assert entry.modality == source.modality
+    assert entry.layout == source.layout
+    assert entry.position_kind == source.position_kind
+    assert entry.has_cls == source.has_cls == (source.cls_position is not None)
+    assert entry.registers == (0 if source.registers is None else len(source.registers))
+    assert entry.title
+    assert entry.checkpoint
+    assert (entry.position_kind == "learned") == (entry.table is None)
+    assert "stand" in entry.title or entry.position_kind != "stand-in"
+    assert entry.width % 64 == 0
+
+
+def test_keys_and_values_that_imagebind_adds_are_used_unless_official() -> None:
+    source = tiny("imagebind")
+    points = clouds()
+    logits = {}
+    for parity in (None, "official"):
+        config = Any2PointConfig(**(SMALL | {"parity": parity, "views": 6}))
+        torch.manual_seed(0)
+        model = Any2Point(config, source).eval()
+        used = model.encoder.source.blocks[0].attn.bias_k is not None
+        assert used == (parity is None)
+        logits[parity] = model(points)
+    torch.manual_seed(0)
+    config = Any2PointConfig(**(SMALL | {"bias_kv": False, "views": 6}))
+    without = Any2Point(config, source).eval()
+    assert (without(points) - logits[None]).abs().max() > 1e-6
