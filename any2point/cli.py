@@ -1,4 +1,4 @@
-"""The command `any2point`: demo, train, eval, predict, convert, bench, info.
+"""The command `any2point`: demo, train, eval, predict, convert, sources, bench, info.
 
 Mistakes of the user end in one line on stderr and exit code 2; ANY2POINT_DEBUG=1 shows where they arose.
 Ctrl-C ends with 130. torch and the rest are imported by the command that needs them, so that --help and info

@@ -182,6 +182,21 @@ def convert(
     convert_official(checkpoint, output, variant, pretrained)
 
 
+@_typer.command()
+def sources(
+    path: Annotated[
+        Path | None, typer.Argument(help="A checkpoint to look at: a file or a folder.", show_default=False)
+    ] = None,
+    family: Annotated[str | None, typer.Option(help="Read it as this family.")] = None,
+    heads: Annotated[int | None, typer.Option(help="Attention heads, where it does not tell.", min=1)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
+    """The transformers that can be fine-tuned, or what a given checkpoint is."""
+    from any2point.sources.table import print_sources
+
+    print_sources(path, family=family, heads=heads, as_json=as_json)
+
+
 @_typer.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def bench(context: typer.Context) -> None:
     """Run the benchmark suites of a checkout; further arguments go to pytest."""

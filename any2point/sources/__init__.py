@@ -25,7 +25,7 @@ from any2point.sources.encoder import FrozenEncoder, Layout
 from any2point.sources.source import Family, Source
 
 # A checkpoint is of the first family that matches: the special before the general that shares their names.
-_LANGUAGE = (clip_text, roberta, bert, distilbert, gpt2)
+_LANGUAGE = (clip_text, bert, roberta, distilbert, gpt2)
 _AUDIO = (imagebind, ssast, ast, whisper, hubert, wav2vec2)
 _VISION = (dinov2, clip_vision, deit, mae, dino, vit)
 FAMILIES: dict[str, Family] = {

@@ -198,21 +198,8 @@ class Source:
             >>> source.name, source.width, source.depth
             ('bert', 384, 6)
         """
-        from any2point.sources import FAMILIES
-
         state, config, file = read_checkpoint(path)
-        if family is None:
-            matching = [name for name, entry in FAMILIES.items() if entry.matches(state, config)]
-            if not matching:
-                seen = ", ".join(sorted(state)[:4])
-                known = ", ".join(FAMILIES)
-                kind = f" of model_type {config['model_type']!r}" if "model_type" in config else ""
-                raise ValueError(
-                    f"`path`: {file} holds no known family ({known}); it has {len(state)} tensors{kind}, "
-                    f"such as {seen}"
-                )
-            family = matching[0]
-        entry = get_family(family)
+        entry = get_family(matching_families(state, config, file)[0] if family is None else family)
         origin = {"path": str(Path(path).expanduser().resolve())}
         if depth is not None:
             origin["depth"] = depth  # type: ignore[assignment]
@@ -336,6 +323,21 @@ def get_family(name: str) -> Family:
     if name not in FAMILIES:
         raise ValueError(f"`family`: expected one of {', '.join(FAMILIES)}, got {name!r}")
     return FAMILIES[name]
+
+
+def matching_families(state: Mapping[str, Tensor], config: Mapping[str, Any], file: Path) -> list[str]:
+    """The families that a checkpoint holds, by precedence, or a ValueError that says what was seen."""
+    from any2point.sources import FAMILIES
+
+    matching = [name for name, entry in FAMILIES.items() if entry.matches(state, config)]
+    if not matching:
+        seen, known = ", ".join(sorted(state)[:4]), ", ".join(FAMILIES)
+        kind = f" of model_type {config['model_type']!r}" if "model_type" in config else ""
+        raise ValueError(
+            f"`path`: {file} holds no known family ({known}); "
+            f"it has {len(state)} tensors{kind}, such as {seen}"
+        )
+    return matching
 
 
 def choose_depth(available: int, depth: int | None) -> int:
