@@ -210,7 +210,7 @@ class Any2Point(PointModel):
     def from_official(
         cls,
         state_dict: Mapping[str, Any],
-        variant: str = "clip-text/scanobjectnn",
+        variant: str | None = None,
         *,
         position_table: Any,
         **options: Any,
@@ -219,14 +219,36 @@ class Any2Point(PointModel):
 
         Args:
             state_dict: parameters and buffers under their official names, or a checkpoint that holds them.
-            variant: one of `any2point.models.official.VARIANTS`.
+            variant: one of `any2point.models.official.VARIANTS`; by default what the names say.
             position_table: the position table, which the official code reads from the pretraining checkpoint:
-                `positional_embedding [77, C]`, `pos_embed [1, 1370, C]` or ImageBind's `[1, 229, C]`.
+                `positional_embedding [77, C]`, `pos_embed [1, 1370, C]` or ImageBind's `[1, 229, C]`, or the
+                table of a `Source`.
             options: configuration fields that differ from the variant's.
+
+        Raises:
+            ValueError: the names are not those of one variant, or a tensor is missing or of another shape.
         """
         from any2point.models.official import load_official
 
         return load_official(cls, state_dict, variant, position_table, options)
+
+    def to_official(self, variant: str | None = None) -> dict[str, Any]:
+        """A checkpoint of the official code, for `torch.save`; the inverse of `from_official`.
+
+        Args:
+            variant: one of `any2point.models.official.VARIANTS`; by default the one whose options these are.
+
+        Returns:
+            What the official loaders take: a dictionary with `model` (ScanObjectNN) or, with "module." before
+            every name, `base_model` (ModelNet40). The optimiser's state is empty. The counters of batches,
+            which play no part, are all that of the head.
+
+        Raises:
+            ValueError: naming the options in which the model differs from every variant.
+        """
+        from any2point.models.official import save_official
+
+        return save_official(self, variant)
 
     @property
     def frozen_names(self) -> set[str]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from any2point import Any2PointConfig, Source
-from any2point.models.official import VARIANTS, translate
+from any2point.models.official import VARIANTS
 
 
 @pytest.mark.parametrize(
@@ -86,20 +86,3 @@ def test_round_trip(variant: str) -> None:
         Any2PointConfig.from_dict(values | {"width": 3})
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.views = 3  # type: ignore[misc]
-
-
-def test_official_names() -> None:
-    assert translate("encoder.cls_pos") == ("cls_position", None)
-    assert translate("encoder.attn1.3.qkv.weight") == ("encoder.attention.qkv_weight", 3)
-    assert translate("norm3.5.bias") == ("encoder.attention.norm_bias", 5)
-    assert translate("encoder.resblocks.11.out_transform_1d.2.0.running_var") == (
-        "encoder.adapters.11.view_norm.running_var",
-        2,
-    )
-    assert translate("module.patch_embed.EncP.LGA_list.0.linear2.1.net2.0.weight") == (
-        "tokenizer.stages.0.1.up.weight",
-        None,
-    )
-    assert translate("prediction.head.2.1.weight") == ("head.5.weight", None)
-    assert translate("encoder.blocks.0.norm1.weight") is None
-    assert translate("encoder.resblocks.0.out_transform_3d.0.num_batches_tracked") is None
