@@ -86,9 +86,13 @@ def _source(tensors: Mapping[str, Tensor], family: str, depth: int, position_tab
     """The frozen transformer of an official model."""
     table = torch.as_tensor(position_table).float()
     entry = get_family(family)
-    if len(entry.positions) == 2 and (table.dim() < 3 or table.shape[0] == 1):  # not yet a grid
+    if len(entry.positions) == 2:
         height, across = entry.positions
-        table = split_table(table, grid=(height, across))[0]
+        if table.dim() < 3 or table.shape[0] == 1:  # not yet a grid
+            table = split_table(table, grid=(height, across))[0]
+        if table.shape[:-1] != (height, across):
+            want, got = 1 + height * across, list(torch.as_tensor(position_table).shape)
+            raise ValueError(f"`position_table`: expected {want} rows ({height} x {across}), got {got}")
     # The official code drops the keys and values that ImageBind's attention adds.
     layout = dataclasses.replace(entry.layout, bias_kv=False)
     width = tensors["blocks.0.attn.qkv.weight"].shape[1]

@@ -144,16 +144,13 @@ def select(values: dict[str, Value], key: str) -> tuple[str, Any]:
 
 def evaluate(model: Any2Point, points: Tensor) -> dict[str, Value]:
     """Everything on the way from the points to the logits."""
-    seen: dict[str, Any] = {"blocks": [], "cls": []}
+    seen: dict[str, Any] = {}
     encoder = model.encoder
     guided = encoder.adapters[0]
     first = encoder.source.blocks[0]
 
     def keep(name: str, choose: Callable[[Any, Any], Any]) -> Callable[[Any, Any, Any], None]:
         return lambda _module, args, out: seen.update({name: choose(args, out)})
-
-    def append(name: str, choose: Callable[[Any], Any]) -> Callable[[Any, Any, Any], None]:
-        return lambda _module, _args, out: seen[name].append(choose(out))
 
     def given(args: Any, _out: Any) -> Any:
         return args
@@ -167,7 +164,6 @@ def evaluate(model: Any2Point, points: Tensor) -> dict[str, Value]:
             (model.tokenizer.embed_norm, "embedded", out),
             (model.tokenizer, "tokens", out),
             (model.projection, "projected", out),
-            (first, "block0_in", given),
             (first.attn, "attention", out),
             (first.mlp, "mlp", out),
             (guided, "guided", given),
@@ -176,19 +172,24 @@ def evaluate(model: Any2Point, points: Tensor) -> dict[str, Value]:
             (model.head, "feature", given),
         )
     ]
-    hooks += [
-        block.register_forward_hook(append("cls", lambda y: y[:, :1])) for block in encoder.source.blocks
-    ]
-    hooks += [adapter.register_forward_hook(append("blocks", lambda y: y)) for adapter in encoder.adapters]
     stages: list[tuple[Any, Tensor]] = []
-    aggregate = tokenizer_module.local_aggregate
+    blocks: list[Tensor] = []
+    aggregate, block = tokenizer_module.local_aggregate, encoder.block
 
-    def recorded(*args: Any, **options: Any) -> Tensor:
-        result = aggregate(*args, **options)
-        stages.append((args, result))
-        return result
+    def aggregated(*args: Any, **options: Any) -> Tensor:
+        stages.append((args, aggregate(*args, **options)))
+        return stages[-1][1]
 
-    with torch.no_grad(), mock.patch.object(tokenizer_module, "local_aggregate", recorded):
+    def through_block(index: int, x: Tensor, position: Tensor, *args: Any) -> Tensor:
+        seen.setdefault("block0_in", x if encoder.position_adds == "once" else x + position)
+        blocks.append(block(index, x, position, *args))
+        return blocks[-1]
+
+    with (
+        torch.no_grad(),
+        mock.patch.object(tokenizer_module, "local_aggregate", aggregated),
+        mock.patch.object(encoder, "block", through_block),
+    ):
         logits = model(points)
     for hook in hooks:
         hook.remove()
@@ -197,7 +198,6 @@ def evaluate(model: Any2Point, points: Tensor) -> dict[str, Value]:
     voxels = int(cluster.max()) + 1
     cells = model.projection.num_cells
     batch = torch.arange(len(points))
-    blocks = torch.stack([torch.cat(pair, dim=1) for pair in zip(seen["cls"], seen["blocks"])])
     same = cell[..., :, None] == cell[..., None, :]
     count = cluster.flatten().bincount(minlength=voxels)
     values = {
@@ -213,10 +213,10 @@ def evaluate(model: Any2Point, points: Tensor) -> dict[str, Value]:
         "idx_ptr": Value("index", torch.cat([count.new_zeros(1), count.cumsum(0)])),
         "flat_grid_index": Value("index", (cell + cells * batch[:, None, None]).transpose(0, 1).flatten(1)),
         "mask_allowed_count": Value("index", same.sum(-1).transpose(0, 1)),
-        "block0_in": Value("block", seen["block0_in"][0]),
+        "block0_in": Value("block", seen["block0_in"]),
         "block0_out": Value("block", blocks[0]),
         "block_last_out": Value("block", blocks[-1]),
-        "blocks_out": Value("block", blocks),
+        "blocks_out": Value("block", torch.stack(blocks)),
         "b0_attn": Value("block", seen["attention"]),
         "b0_mlp": Value("block", seen["mlp"]),
         "b0_adapter": Value("block", seen["adapter"] / model.config.scale_factor),

@@ -133,7 +133,9 @@ def test_refused() -> None:
             Any2Point.from_official(state | {name: value}, variant, position_table=positions)
     with pytest.raises(ValueError, match="`position_table`: expected"):
         Any2Point.from_official(state, variant, position_table=torch.zeros(1, 1370, 47))
-    with pytest.raises(ValueError, match="`position_table`: expected 229 rows"):
+    with pytest.raises(
+        ValueError, match=r"`position_table`: expected 229 rows \(12 x 19\), got \[1, 1370, 48\]"
+    ):
         Any2Point.from_official(small_state("imagebind/modelnet40"), position_table=torch.zeros(1, 1370, 48))
     with pytest.raises(ValueError, match="`variant`: expected one of clip-text/scanobjectnn"):
         Any2Point.from_official(state, "clip", position_table=positions)
