@@ -24,6 +24,9 @@ _typer = typer.Typer(
 
 Run = Annotated[Path, typer.Argument(help="Folder of a run or of a saved model.", show_default=False)]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
+Devices = Annotated[
+    int, typer.Option(help="GPUs to share the work among, 0 for all; torchrun works too.", min=0)
+]
 Precision = Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")]
 SourceOption = Annotated[
     str | None, typer.Option(help="Checkpoint of the frozen transformer, where it is no longer where it was.")
@@ -97,7 +100,8 @@ def demo(
 @_typer.command()
 def train(
     data: Annotated[
-        str | None, typer.Option(help="sh3d15, or a folder: class/file or train|test/class/file.")
+        str | None,
+        typer.Option(help="sh3d15, a folder (class/file or train|test/class/file), or the recipe's files."),
     ] = None,
     source: Annotated[
         str | None,
@@ -112,7 +116,19 @@ def train(
     batch_size: Annotated[int | None, typer.Option(help="Clouds per step.")] = None,
     lr: Annotated[float | None, typer.Option(help="Highest learning rate.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
+    select: Annotated[
+        str | None,
+        typer.Option(
+            help="Weights to keep: last epoch, best on validation, or (as officially) best on test."
+        ),
+    ] = None,
+    parity: Annotated[
+        str | None, typer.Option(help="official: every quirk of the official code, in model and training.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = None,
+    devices: Annotated[
+        int | None, typer.Option(help="GPUs to share each batch among, 0 for all; torchrun works too.")
+    ] = None,
     precision: Annotated[str | None, typer.Option(help="auto, fp32, bf16 or fp16.")] = None,
     option: Annotated[
         list[str] | None,
@@ -122,10 +138,10 @@ def train(
     """Fine-tune on your own clouds. Flags override the recipe; the resolved recipe is saved with the run."""
     from any2point.train.run import train_run
 
-    flags: dict[str, Any] = {"data": data, "source": source}
-    numbers = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed}
-    flags |= {f"train.{name}": value for name, value in numbers.items()}
-    flags |= {"train.device": device, "train.precision": precision}
+    flags: dict[str, Any] = {"data": data, "source": source, "parity": parity}
+    options = {"epochs": epochs, "batch_size": batch_size, "lr": lr, "seed": seed, "select": select}
+    options |= {"device": device, "devices": devices, "precision": precision}
+    flags |= {f"train.{name}": value for name, value in options.items()}
     overrides = {name: value for name, value in flags.items() if value is not None}
     train_run(recipe, overrides | _settings(option or []), output, resume)
 
@@ -134,18 +150,23 @@ def train(
 def evaluate(
     run: Run,
     data: Annotated[
-        str | None, typer.Option(help="sh3d15 or a folder; default: what the run was trained on.")
+        str | None, typer.Option(help="Data set or its folder; default: what the run was trained on.")
     ] = None,
     split: Annotated[str, typer.Option(help="test or train.")] = "test",
     source: SourceOption = None,
+    vote: Annotated[
+        int, typer.Option(help="Passes to add up: a plain one, others on other points and scales.", min=1)
+    ] = 1,
     output: Annotated[Path | None, typer.Option(help="Folder for results.json and confusion.png.")] = None,
     device: Device = "auto",
+    devices: Devices = 1,
     precision: Precision = "auto",
 ) -> None:
     """Accuracy of a trained model, overall and class by class."""
     from any2point.train.run import evaluate_run
 
-    evaluate_run(run, data, split, source, output, device, precision)
+    compute = {"device": device, "devices": devices, "precision": precision}
+    evaluate_run(run, data, split, source, output, vote, compute)
 
 
 @_typer.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +18,8 @@ class TrainConfig:
 
     Attributes:
         epochs: passes over the training set.
-        batch_size: clouds per step; the random rest of an epoch that does not fill a batch is left out.
+        batch_size: clouds per step, over all processes together, of which it is a multiple; the random rest
+            of an epoch that does not fill a batch is left out.
         lr: highest learning rate (AdamW).
         min_lr: where the cosine ends, and where the warm-up starts.
         warmup_epochs: epochs of linear warm-up.
@@ -32,12 +34,18 @@ class TrainConfig:
         eval_every: epochs between evaluations; the last epoch is always followed by one.
         eval_batch_size: clouds per batch there.
         save_every: epochs between saved states to resume from.
+        save_every_steps: steps between such states within an epoch; 0 for none, so that a run that is broken
+            off repeats its last epoch.
         seed: of everything random.
         deterministic: refuse operations whose result depends on timing, where PyTorch knows of them.
         precision: "fp32", "bf16", "fp16", or "auto": bf16 where the hardware multiplies it, fp32 elsewhere.
         device: "cpu", "cuda", "cuda:1", ..., or "auto": the first GPU if there is one.
+        devices: GPUs (on a CPU: processes) of this machine that share every batch; 0 for all GPUs. Under
+            torchrun its number of processes counts. Batch normalisation takes the statistics of each process'
+            own clouds, and keeps the running ones of the first.
         cuda_graph: on CUDA, record the step once and replay it: the launches of its many small kernels cost
             several times what the kernels do. Takes a model that never waits for the device.
+        tensorboard: write the curves as TensorBoard events too, into the run folder.
         normalize: "sphere" (centre and scale to radius 1), "center" or "none"; for training and evaluation.
         pool: farthest points to draw a training cloud's random points from; 0 draws from all of them.
         scale: per-axis factors are drawn from between these two.
@@ -61,11 +69,14 @@ class TrainConfig:
     eval_every: int = 1
     eval_batch_size: int = 64
     save_every: int = 1
+    save_every_steps: int = 0
     seed: int = 0
     deterministic: bool = True
     precision: str = "auto"
     device: str = "auto"
+    devices: int = 1
     cuda_graph: bool = True
+    tensorboard: bool = True
     normalize: str = "sphere"
     pool: int = 1200
     scale: tuple[float, float] = (2 / 3, 3 / 2)
@@ -77,7 +88,11 @@ class TrainConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "scale", tuple(self.scale))
         for name in ("epochs", "batch_size", "eval_every", "eval_batch_size", "save_every"):
-            self._expect(name, lambda v: isinstance(v, int) and v >= 1, "a whole number of 1 or more")
+            self._expect(name, lambda v: _is_whole(v) and v >= 1, "a whole number of 1 or more")
+        for name in ("devices", "save_every_steps"):
+            self._expect(name, lambda v: _is_whole(v) and v >= 0, "a whole number of 0 or more")
+        for name in ("deterministic", "cuda_graph", "tensorboard"):
+            self._expect(name, lambda v: isinstance(v, bool), "true or false")
         for name in (
             "min_lr",
             "warmup_epochs",
@@ -106,6 +121,11 @@ class TrainConfig:
         value = getattr(self, name)
         if not holds(value):
             raise ValueError(f"`{name}`: expected {what}, got {value!r}")
+
+    def seed_of(self, *purpose: object) -> int:
+        """A seed for one purpose alone, which follows from `seed`."""
+        digest = hashlib.sha256(" ".join(map(str, (self.seed, *purpose))).encode()).digest()
+        return int.from_bytes(digest[:8], "little") >> 1
 
     def learning_rate(self, progress: float) -> float:
         """The rate after `progress` epochs (a fraction within an epoch counts if `schedule` is "step").
@@ -137,6 +157,16 @@ class TrainConfig:
             chain.append(transforms.Jitter(self.jitter, 5 * self.jitter))
         return transforms.Compose(tuple(chain))
 
+    def vote_transform(self, num_points: int, available: int) -> transforms.Transform:
+        """What a pass of a vote sees: as for training, but neither turned, shifted nor jittered.
+
+        Args:
+            num_points: per cloud, of the result.
+            available: per cloud, of the data set; the pool holds no more.
+        """
+        still = dataclasses.replace(self, pool=min(self.pool, available), yaw=0.0, shift=0.0, jitter=0.0)
+        return still.train_transform(num_points)
+
     def _normalize(self) -> tuple[transforms.Transform, ...]:
         if self.normalize == "none":
             return ()
@@ -154,6 +184,10 @@ class TrainConfig:
         if unknown:
             raise ValueError(f"`train`: expected options out of {', '.join(known)}; got {', '.join(unknown)}")
         return cls(**values)
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _is_number(value: object) -> bool:

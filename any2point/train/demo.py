@@ -26,7 +26,7 @@ from any2point.train.pretrained import find_pretrained
 from any2point.train.progress import default_reporter
 from any2point.train.recipe import Recipe, build_model, load_recipe, open_source
 from any2point.train.run import write_pictures
-from any2point.train.runtime import Runtime
+from any2point.train.runtime import Runtime, pick_device, pick_precision
 
 if TYPE_CHECKING:
     from any2point.sources import Source
@@ -206,16 +206,16 @@ def _fit_machine(recipe: Recipe, contenders: list[Contender], train: PointDatase
 
 
 def _introduce(train: PointDataset, test: PointDataset, pretrained: Source | None, recipe: Recipe) -> None:
-    runtime = Runtime(recipe.train)
+    device = pick_device(recipe.train.device)
     where = f"CPU, {torch.get_num_threads()} thread(s)"
-    if runtime.device.type == "cuda":
-        where = torch.cuda.get_device_name(runtime.device)
+    if device.type == "cuda":
+        where = torch.cuda.get_device_name(device)
     if pretrained is not None:
         count = sum(tensor.numel() for tensor in pretrained.tensors.values()) / 1e6
         what = f"{pretrained.depth} {pretrained.modality} blocks of width {pretrained.width}"
         print(f"frozen encoder:     {what}, {count:.1f} M parameters")
     print(f"shapes:             SH3D-15, {len(train)} to train on, {len(test)} held out, 15 classes")
-    print(f"machine:            {where}, {runtime.precision}")
+    print(f"machine:            {where}, {pick_precision(recipe.train.precision, device)}")
 
 
 def _new_folder(output: Path | None) -> Path:

@@ -1,13 +1,12 @@
 """`fit`: train a point-cloud classifier, so that a run can be stopped anywhere and continued bit for bit.
 
-All randomness of an epoch follows from (seed, epoch), so the state to resume from is the weights, the
-optimiser and
-the number of the epoch: nothing about random generators can be lost.
+All randomness of a step follows from the seed and the step's number, so the state to resume from is the
+weights, the optimiser and that number: nothing about random generators can be lost. The data of a step do not
+depend on the number of processes either; dropout and the statistics of batch normalisation do.
 """
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,12 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from any2point.data.dataset import PointDataset
+from any2point.data.transforms import Rows
 from any2point.train import files
 from any2point.train.captured import Step, capture
 from any2point.train.config import TrainConfig
+from any2point.train.events import EventLog
 from any2point.train.metrics import EvalResult, evaluate_prepared, input_size, prepare
-from any2point.train.progress import Reporter, default_reporter
+from any2point.train.progress import Reporter, SilentReporter, default_reporter
 from any2point.train.runtime import Runtime
+from any2point.train.state import read_state, trained_state
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,9 @@ def fit(
 ) -> RunResult:
     """Train a model.
 
+    With several processes (torchrun, or `config.devices`) each has to call this, with the same arguments; all
+    get the same result.
+
     Args:
         model: points [B, N, 3] -> logits [B, classes]. Only parameters with `requires_grad` are trained; its
             `parameter_groups(weight_decay)` are used if it has them. Left in evaluation mode on the run's
@@ -67,7 +72,8 @@ def fit(
         test: test set, or None. Unless `config.select` is "test" nothing is chosen by it.
         config: how to train.
         run_dir: folder for the run: recipe.yaml, metrics.jsonl, state.pt (to resume from), results.json, and
-            the model in hub layout (config.json, model.safetensors). None writes nothing.
+            the model in hub layout (config.json, model.safetensors). None writes nothing. The first of
+            several processes writes; all of them have to see the folder.
         resume: continue from the folder's state.pt; without one, start from the beginning.
         reporter: shows progress; by default a bar on a terminal and plain lines elsewhere.
         recipe: what to write to recipe.yaml beside the training options.
@@ -79,7 +85,9 @@ def fit(
         ValueError: a folder that already holds a run (and `resume` is False) or whose run was configured
             otherwise, sets of different classes, too few clouds, or a loss that is no longer finite.
     """
-    return _Run(model, train, test, config, run_dir, resume, reporter, recipe).run()
+    runtime = Runtime(config)
+    with runtime.ranks.together():
+        return _Run(model, train, test, config, runtime, run_dir, resume, reporter, recipe).run()
 
 
 class _Run:
@@ -91,6 +99,7 @@ class _Run:
         train: PointDataset,
         test: PointDataset | None,
         config: TrainConfig,
+        runtime: Runtime,
         run_dir: str | Path | None,
         resume: bool,
         reporter: Reporter | None,
@@ -98,107 +107,128 @@ class _Run:
     ) -> None:
         if test is not None and test.class_names != train.class_names:
             raise ValueError(f"`test`: expected classes {train.class_names}, got {test.class_names}")
-        self.config, self.runtime = config, Runtime(config)
+        self.config, self.runtime, self.ranks = config, runtime, runtime.ranks
+        device = runtime.device
         size = input_size(model, train)
         self.validation: PointDataset | None = None
         if config.select == "validation":
             train, held_out = train.split(config.validation_fraction, config.seed)
-            self.validation = prepare(held_out, config, size)
+            self.validation = prepare(held_out, config, size, device)
         if config.select == "test" and test is None:
             raise ValueError('`select`: expected "last" or "validation" without a test set, got "test"')
-        self.batch = min(config.batch_size, len(train))
-        if self.batch < 2:
-            raise ValueError(f"`train`: expected at least 2 clouds per batch, got {self.batch}")
+        self.batch = _batch_size(config, len(train), self.ranks.world)
+        self.steps = len(train) // self.batch
         self.train, self.transform = train, config.train_transform(size)
-        self.test = None if test is None else prepare(test, config, size)
-        self.model = model.to(self.runtime.device)
+        self.test = None if test is None else prepare(test, config, size, device)
+        self.model = model.to(device)
+        self.ranks.copy_first([*model.parameters(), *model.buffers()])
         self.params = [p for p in model.parameters() if p.requires_grad]
-        self.optimizer = torch.optim.AdamW(_parameter_groups(model, config.weight_decay), lr=config.lr)
-        self.reporter = reporter or default_reporter()
+        if not self.params:
+            raise ValueError("`model`: expected parameters to train, got none that requires a gradient")
+        self.optimizer = runtime.optimizer(_parameter_groups(model, config.weight_decay), config.lr)
+        self.reporter = (reporter or default_reporter()) if self.ranks.first else SilentReporter()
         self.folder = None if run_dir is None else Path(run_dir)
         self.captured: Step | None = None
-        self.epoch = 0
+        self.epoch = self.step = 0  # what is done: epochs, and steps of the next one
+        self.loss = torch.zeros((), device=device)  # sum over these steps, and the same of correct answers
+        self.right = torch.zeros((), dtype=torch.int64, device=device)
+        self.seconds = 0.0
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Any] = {"epoch": 0, "accuracy": -1.0, "weights": None}
         self.recipe = {**(recipe or {}), "train": config.to_dict()}
+        self.events: EventLog | None = None
         if self.folder is not None:
             self._open_folder(self.folder, resume)
 
     def run(self) -> RunResult:
         config = self.config
-        steps = len(self.train) // self.batch
         with self.runtime.session():
-            self.reporter.start(config.epochs, steps, self.epoch)
+            self.reporter.start(config.epochs, self.steps, self.epoch, self.batch)
             try:
                 while self.epoch < config.epochs:
-                    start = time.perf_counter()
-                    record = self._epoch(steps)
-                    record["seconds"] = time.perf_counter() - start
-                    record["clouds_per_second"] = steps * self.batch / record["seconds"]
+                    record = self._epoch()
                     self._evaluate_epoch(record)
                     self.history.append(record)
                     self.reporter.epoch(record)
-                    self._save_state()
+                    self._end_epoch(record)
             finally:
                 self.reporter.stop()
             seconds = sum(record["seconds"] for record in self.history)
-            return self._finish(len(self.history) * steps * self.batch / seconds)
+            return self._finish(len(self.history) * self.steps * self.batch / seconds)
 
-    def _epoch(self, steps: int) -> dict[str, Any]:
-        config, device = self.config, self.runtime.device
+    def _epoch(self) -> dict[str, Any]:
+        """Train to the end of an epoch, from its beginning or from where the run was broken off."""
+        config = self.config
+        start = time.perf_counter() - self.seconds
         self._capture()
-        generator = torch.Generator().manual_seed(_seed(config.seed, self.epoch, "data"))
-        torch.manual_seed(_seed(config.seed, self.epoch, "model"))
+        generator = torch.Generator().manual_seed(config.seed_of(self.epoch, "data"))
         order = torch.randperm(len(self.train), generator=generator)
         self.model.train()
-        total = torch.zeros((), device=device)
-        right = torch.zeros((), dtype=torch.int64, device=device)
         rate = 0.0
-        for step in range(steps):
-            rows = order[step * self.batch : (step + 1) * self.batch]
-            points = self.transform(self.train.points[rows].to(device), generator)
-            labels = self.train.labels[rows].to(device)
-            rate = config.learning_rate(self.epoch + step / steps)
+        while self.step < self.steps:
+            # All randomness of a step follows from its number.
+            generator.manual_seed(config.seed_of(self.epoch, self.step, "data"))
+            torch.manual_seed(config.seed_of(self.epoch, self.step, "model", self.ranks.rank))
+            labels, *inputs = self._load(order[self.step * self.batch :][: self.batch], generator)
+            rate = config.learning_rate(self.epoch + self.step / self.steps)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
-            loss, logits = self._gradients(points, labels)
+            step_loss, logits = self._gradients(labels, *inputs)
             self.runtime.update(self.optimizer, self.params, config.clip_norm)
-            total += loss
-            right += (logits.argmax(dim=1) == labels).sum()
-            self.reporter.step(step + 1)
-        self.epoch += 1
-        loss_mean = float(total) / steps
-        if not loss_mean < float("inf"):
+            self.loss += step_loss
+            self.right += (logits.argmax(dim=1) == labels).sum()
+            self.step += 1
+            self.reporter.step(self.step)
+            every = config.save_every_steps
+            if every and self.step % every == 0 and self.step < self.steps:
+                self.seconds = time.perf_counter() - start
+                self._save_state()
+        # Statistics of batch normalisation are each rank's own; the first one's are evaluated and saved.
+        self.ranks.copy_first(self.model.buffers())
+        totals = self.ranks.gather([float(self.loss), int(self.right)])
+        loss = sum(total for total, _ in totals) / (self.steps * self.ranks.world)
+        right = sum(total for _, total in totals)
+        clouds, seconds = self.steps * self.batch, time.perf_counter() - start
+        record = {"epoch": self.epoch + 1, "lr": rate, "loss": loss, "train_accuracy": right / clouds}
+        record |= {"seconds": seconds, "clouds_per_second": clouds / seconds}
+        self.epoch, self.step, self.seconds = self.epoch + 1, 0, 0.0
+        self.loss.zero_()
+        self.right.zero_()
+        if not loss < float("inf"):
             raise ValueError(
                 f"`lr`: the loss is no longer finite after epoch {self.epoch}; try less than {config.lr}"
             )
-        accuracy = int(right) / (steps * self.batch)
-        return {"epoch": self.epoch, "lr": rate, "loss": loss_mean, "train_accuracy": accuracy}
+        return record
 
-    def _gradients(self, points: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _load(self, rows: Tensor, generator: torch.Generator) -> list[Tensor]:
+        """This rank's part of a batch, transformed: labels and the model's inputs."""
+        part, device = self.ranks.part(len(rows)), self.runtime.device
+        points = self.train.points[rows[part]].to(device)
+        labels = self.train.labels[rows[part]].to(device)
+        return [labels, self.transform(points, Rows(generator, len(rows), part))]
+
+    def _gradients(self, labels: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Forward and backward of a batch; loss [] and logits [B, classes]."""
         if self.captured is not None:
-            return self.captured(points, labels)
+            return self.captured(labels, *inputs)
         self.optimizer.zero_grad(set_to_none=True)
-        return self._eager(points, labels)
+        return self._eager(labels, *inputs)
 
-    def _eager(self, points: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _eager(self, labels: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         with self.runtime.autocast():
-            logits = self.model(points)
+            logits = self.model(*inputs)
         smoothing = self.config.label_smoothing
         loss = nn.functional.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
         self.runtime.backward(loss)
         return loss.detach(), logits.detach()
 
     def _capture(self) -> None:
-        """Before the first step, so that the random numbers it draws are drawn before the epoch's seed."""
+        """Before the first step, so that the random numbers it draws are drawn before the step's seed."""
         if self.captured is not None or not self.config.cuda_graph or self.runtime.device.type != "cuda":
             return
         self.model.train()
-        rows = torch.arange(self.batch)
-        points = self.transform(self.train.points[rows].to(self.runtime.device), torch.Generator())
-        labels = self.train.labels[rows].to(self.runtime.device)
-        self.captured = capture(self._eager, self.model, points, labels)
+        batch = self._load(torch.arange(self.batch), torch.Generator())
+        self.captured = capture(self._eager, self.model, batch)
 
     def _evaluate_epoch(self, record: dict[str, Any]) -> None:
         config = self.config
@@ -210,91 +240,114 @@ class _Run:
             accuracy = evaluate_prepared(self.model, chooser, config, self.runtime).accuracy
             record[f"{config.select}_accuracy"] = accuracy
             if accuracy > self.best["accuracy"]:
-                self.best = {"epoch": self.epoch, "accuracy": accuracy, "weights": _clone(self._weights())}
+                weights = {name: value.clone() for name, value in trained_state(self.model).items()}
+                self.best = {"epoch": self.epoch, "accuracy": accuracy, "weights": weights}
         elif self.test is not None and not last:
             record["test_accuracy"] = evaluate_prepared(self.model, self.test, config, self.runtime).accuracy
 
+    def _end_epoch(self, record: dict[str, Any]) -> None:
+        if self.folder is not None and self.ranks.first:
+            files.append_line(self.folder / files.METRICS, record)
+        if self.events is not None:
+            self.events.epoch(record)
+        if self.epoch % self.config.save_every == 0 or self.epoch == self.config.epochs:
+            self._save_state()
+
     def _finish(self, clouds_per_second: float) -> RunResult:
-        epoch = self.epoch
+        config, epoch = self.config, self.epoch
         if self.best["weights"] is not None:
             self.model.load_state_dict(self.best["weights"], strict=False)
             epoch = self.best["epoch"]
         self.model.eval()
         result = None
         if self.test is not None:
-            result = evaluate_prepared(self.model, self.test, self.config, self.runtime)
-            if self.config.select == "last" and self.history:
+            result = evaluate_prepared(self.model, self.test, config, self.runtime)
+            if config.select == "last" and self.history:
                 self.history[-1]["test_accuracy"] = result.accuracy
-        if self.folder is not None:
+        if self.events is not None:
+            self.events.epoch(self.history[-1])
+            self.events.close()
+        if self.folder is not None and self.ranks.first:
             files.write_lines(self.folder / files.METRICS, self.history)
             model: Any = self.model
             if hasattr(model, "save_pretrained"):
                 model.class_names = list(self.train.class_names)
                 model.save_pretrained(self.folder)
-            summary = {"epoch": epoch, "select": self.config.select, "precision": self.runtime.precision}
-            summary |= {"device": str(self.runtime.device), "clouds_per_second": clouds_per_second}
+            summary = {"epoch": epoch, "select": config.select, "precision": self.runtime.precision}
+            if config.select != "last":
+                summary[f"{config.select}_accuracy"] = self.best["accuracy"]
+            summary |= {"device": str(self.runtime.device), "processes": self.ranks.world}
+            summary |= {"clouds_per_second": clouds_per_second}
             summary |= {"test": None if result is None else result.to_dict()}
             files.write_json(self.folder / files.RESULTS, summary)
         return RunResult(result, self.history, epoch, clouds_per_second, self.folder)
 
     def _open_folder(self, folder: Path, resume: bool) -> None:
-        state = folder / files.STATE
-        if state.exists() and not resume:
+        path = folder / files.STATE
+        if path.exists() and not resume:
             raise ValueError(
                 f"{folder}: expected a new folder, got one with a run in it; resume it or name another"
             )
+        if path.exists():
+            self._load_state(path)
+        at = self.ranks.gather([self.epoch, self.step])  # nobody writes before all have read
+        if any(other != at[0] for other in at):
+            raise ValueError(f"{path}: expected a folder that all processes share, got different states")
+        if not self.ranks.first:
+            return
+        if self.config.tensorboard:
+            self.events = EventLog(folder, self.epoch)
         folder.mkdir(parents=True, exist_ok=True)
         files.remove_leftovers(folder)
-        if state.exists():
-            self._load_state(state)
         files.write_yaml(folder / files.RECIPE, self.recipe)
         files.write_lines(folder / files.METRICS, self.history)
-
-    def _weights(self) -> dict[str, Tensor]:
-        """Everything that training changes: trained parameters and buffers."""
-        frozen = {name for name, p in self.model.named_parameters() if not p.requires_grad}
-        return {name: value for name, value in self.model.state_dict().items() if name not in frozen}
 
     def _save_state(self) -> None:
         if self.folder is None:
             return
-        files.append_line(self.folder / files.METRICS, self.history[-1])
-        if self.epoch % self.config.save_every and self.epoch != self.config.epochs:
+        totals = self.ranks.gather([float(self.loss), int(self.right)])
+        if not self.ranks.first:
             return
+        scaler = self.runtime.scaler
         state = {
             "config": self.config.to_dict(),
+            "world": self.ranks.world,
             "epoch": self.epoch,
+            "step": self.step,
+            "totals": totals,
+            "seconds": self.seconds,
             "history": self.history,
-            "weights": self._weights(),
+            "weights": trained_state(self.model),
             "optimizer": self.optimizer.state_dict(),
-            "scaler": self.runtime.scaler.state_dict(),
+            "scaler": None if scaler is None else scaler.state_dict(),
             "best": self.best,
         }
         files.write_state(self.folder / files.STATE, state)
 
     def _load_state(self, path: Path) -> None:
-        try:
-            state = torch.load(path, map_location=self.runtime.device, weights_only=True)
-            saved = state["config"]
-        except Exception as error:  # torch.load fails in many ways on a file that is not its own
-            raise ValueError(
-                f"{path}: expected the state of a run, got {str(error).splitlines()[0][:80]}"
-            ) from None
-        given = self.config.to_dict()
-        other = [name for name in given if name != "device" and given[name] != saved.get(name)]
-        if other:
-            was = ", ".join(f"{name} {saved.get(name)!r}" for name in other)
-            now = ", ".join(f"{name} {given[name]!r}" for name in other)
-            raise ValueError(f"{path}: expected the options that the run was started with ({was}), got {now}")
-        missing = set(self._weights()) ^ set(state["weights"])
-        if missing:
-            raise ValueError(
-                f"{path}: expected the state of this model, got another's ({sorted(missing)[0]})"
-            )
+        names, device = trained_state(self.model), self.runtime.device
+        state = read_state(path, self.config, names, device, self.ranks.world)
         self.model.load_state_dict(state["weights"], strict=False)
         self.optimizer.load_state_dict(state["optimizer"])
-        self.runtime.scaler.load_state_dict(state["scaler"])
-        self.epoch, self.history, self.best = state["epoch"], state["history"], state["best"]
+        if self.runtime.scaler is not None:
+            self.runtime.scaler.load_state_dict(state["scaler"])
+        loss, right = state["totals"][self.ranks.rank]
+        self.loss.fill_(loss)
+        self.right.fill_(int(right))
+        self.epoch, self.step, self.seconds = state["epoch"], state["step"], state["seconds"]
+        self.history, self.best = state["history"], state["best"]
+
+
+def _batch_size(config: TrainConfig, clouds: int, world: int) -> int:
+    """Clouds per step of all ranks together."""
+    if config.batch_size % world:
+        got = config.batch_size
+        raise ValueError(f"`batch_size`: expected a multiple of the {world} processes, got {got}")
+    batch = min(config.batch_size, clouds // world * world)
+    if batch < 2 * world:
+        each = f" and process, {world} in all" if world > 1 else ""
+        raise ValueError(f"`train`: expected at least 2 clouds per batch{each}; got {batch}")
+    return batch
 
 
 def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -306,12 +359,3 @@ def _parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, A
         {"params": [p for p in params if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},
     ]
-
-
-def _clone(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in weights.items()}
-
-
-def _seed(seed: int, epoch: int, what: str) -> int:
-    digest = hashlib.sha256(f"{seed} {epoch} {what}".encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from any2point.data.dataset import PointDataset
+from any2point.data.transforms import Transform
 from any2point.train.config import TrainConfig
 from any2point.train.runtime import Runtime
 
@@ -45,6 +48,15 @@ class EvalResult:
             "confusion": self.confusion.tolist(),
         }
 
+    def by_class(self, class_names: Sequence[str]) -> dict[str, dict[str, Any]]:
+        """Name -> how many of the class's clouds were right, for classes with clouds."""
+        counts, right = self.confusion.sum(dim=1).tolist(), self.confusion.diagonal().tolist()
+        return {
+            name: {"clouds": count, "right": hits, "accuracy": hits / count}
+            for name, count, hits in zip(class_names, counts, right)
+            if count
+        }
+
 
 def confusion_matrix(labels: Tensor, predictions: Tensor, num_classes: int) -> Tensor:
     """Count pairs: [n], [n] int64 -> [num_classes, num_classes] int64, rows are the true classes."""
@@ -69,14 +81,22 @@ def summarize(labels: Tensor, logits: Tensor, seconds: float) -> EvalResult:
     )
 
 
-def evaluate(model: nn.Module, data: PointDataset, config: TrainConfig | None = None) -> EvalResult:
+def evaluate(
+    model: nn.Module, data: PointDataset, config: TrainConfig | None = None, *, vote: int = 1
+) -> EvalResult:
     """Classify a data set.
+
+    With several processes each has to call this, with the same arguments; all get the same result.
 
     Args:
         model: points [B, N, 3] -> logits [B, classes]; its `config.num_points`, if it has one, says how many
             points of each cloud it is given (farthest point sampling). It is put in evaluation mode and back.
         data: what to classify.
-        config: normalisation, batch size, device and precision; the defaults of `TrainConfig` otherwise.
+        config: normalisation, batch size, device, processes, precision and seed; the defaults of
+            `TrainConfig` otherwise.
+        vote: passes whose logits are added up. The first is the plain one; every other one sees each cloud as
+            in training, but neither turned, shifted nor jittered: a random choice out of the pool of farthest
+            points, in random order (so that the tokens start elsewhere), scaled at random.
 
     Returns:
         `EvalResult`.
@@ -85,9 +105,19 @@ def evaluate(model: nn.Module, data: PointDataset, config: TrainConfig | None = 
         ValueError: an empty data set, or clouds with fewer points than the model takes.
     """
     config = config or TrainConfig()
+    if vote < 1:
+        raise ValueError(f"`vote`: expected 1 or more passes, got {vote}")
     runtime = Runtime(config)
-    prepared = prepare(data, config, input_size(model, data))
-    return evaluate_prepared(model, prepared, config, runtime)
+    size = input_size(model, data)
+    start = time.perf_counter()
+    with runtime.ranks.together():
+        total = logits_of(model, prepare(data, config, size, runtime.device), config, runtime)
+        transform = config.vote_transform(size, data.num_points)
+        for number in range(1, vote):
+            generator = torch.Generator().manual_seed(config.seed_of("vote", number))
+            seen = apply(transform, data, runtime.device, generator)
+            total += logits_of(model, seen, config, runtime)
+    return summarize(data.labels, total, time.perf_counter() - start)
 
 
 def input_size(model: nn.Module, data: PointDataset) -> int:
@@ -98,27 +128,48 @@ def input_size(model: nn.Module, data: PointDataset) -> int:
     return size
 
 
-def prepare(data: PointDataset, config: TrainConfig, num_points: int) -> PointDataset:
+def prepare(data: PointDataset, config: TrainConfig, num_points: int, device: torch.device) -> PointDataset:
     """Apply the evaluation transform to the whole set, once."""
     if len(data) == 0:
         raise ValueError("`data`: expected at least 1 cloud, got 0")
-    transform = config.eval_transform(num_points)
-    points = torch.cat([transform(part, None) for part in data.points.split(256)])
-    return PointDataset(points, data.labels, data.class_names, data.names)
+    return apply(config.eval_transform(num_points), data, device, None)
 
 
-@torch.inference_mode()
+def apply(
+    transform: Transform, data: PointDataset, device: torch.device, generator: torch.Generator | None
+) -> PointDataset:
+    """Transform a data set, on `device`; the result is where the data set was."""
+    parts = [transform(part.to(device), generator).to(part.device) for part in data.points.split(256)]
+    return dataclasses.replace(data, points=torch.cat(parts))
+
+
 def evaluate_prepared(
     model: nn.Module, data: PointDataset, config: TrainConfig, runtime: Runtime
 ) -> EvalResult:
     """`evaluate` on a set that went through `prepare`."""
-    model = model.to(runtime.device)
+    start = time.perf_counter()
+    logits = logits_of(model, data, config, runtime)
+    return summarize(data.labels, logits, time.perf_counter() - start)
+
+
+@torch.inference_mode()
+def logits_of(model: nn.Module, data: PointDataset, config: TrainConfig, runtime: Runtime) -> Tensor:
+    """Logits [n, classes] float32 of a set that went through a transform, the same in every process.
+
+    The batches are dealt out to the processes; they are the same batches for any number of processes.
+    """
+    model, ranks = model.to(runtime.device), runtime.ranks
     training = model.training
     model.eval()
-    start = time.perf_counter()
+    starts = range(0, len(data), config.eval_batch_size)
+    mine = [slice(at, at + config.eval_batch_size) for at in starts[ranks.rank :: ranks.world]]
     parts = []
-    for points in data.points.split(config.eval_batch_size):
+    for rows in mine:
         with runtime.autocast():
-            parts.append(model(points.to(runtime.device)).float().cpu())
+            parts.append(model(data.points[rows].to(runtime.device)).float())
     model.train(training)
-    return summarize(data.labels, torch.cat(parts), time.perf_counter() - start)
+    classes = max(count for (count,) in ranks.gather([parts[0].shape[1] if parts else 0]))
+    logits = torch.zeros(len(data), int(classes), device=runtime.device)
+    for rows, part in zip(mine, parts):
+        logits[rows] = part
+    return ranks.sum(logits).cpu()

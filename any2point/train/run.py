@@ -17,10 +17,12 @@ from any2point.train.engine import fit
 from any2point.train.metrics import EvalResult, evaluate
 from any2point.train.progress import on_terminal
 from any2point.train.recipe import Recipe, build_model, load_recipe, open_source
-from any2point.train.runtime import Runtime
+from any2point.train.runtime import Runtime, autocast, pick_device, pick_precision
 
 if TYPE_CHECKING:
     from any2point.models import Any2Point
+
+_PUBLISHED = ("modelnet40", "scanobjectnn")  # data sets whose files lie in a folder that --data names
 
 
 def train_run(recipe: str | None, overrides: Mapping[str, Any], output: Path, resume: bool) -> None:
@@ -34,28 +36,40 @@ def train_run(recipe: str | None, overrides: Mapping[str, Any], output: Path, re
         raise ValueError(
             f"{output}: expected a new folder, got one with a run; use --resume or another --output"
         )
-    plan = (load_recipe(recipe) if recipe else Recipe()).override(overrides)
-    Runtime(plan.train)  # a device that is not there should not be found out after reading the data
-    source = open_source(plan.source, plan.source_options, plan.train.seed)
-    train, test = open_data(plan, "train"), open_data(plan, "test")
-    model = build_model(plan, source, train.class_names)
-    print(
-        f"{plan.data}: {len(train)} clouds to train on, {len(test)} to test, {len(train.class_names)} classes"
-    )
-    print(model.summary())
-    result = fit(model, train, test, plan.train, output, resume=resume, recipe=plan.to_dict())
-    assert result.test is not None
-    write_pictures(model, test, result.test, {"training": result.history}, output)
-    print(f"\n{report(result.test, train.class_names)}\n\nrun folder: {output}")
+    options = dict(overrides)
+    data = options.pop("data", None)
+    plan = (load_recipe(recipe) if recipe else Recipe()).override(options)
+    plan = plan if data is None else point_at(plan, data)
+    runtime = Runtime(plan.train)  # the other processes start here, before anything is read
+    with runtime.ranks.together():
+        first = runtime.ranks.first
+        source = open_source(plan.source, plan.source_options, plan.train.seed)
+        train, test = (open_data(plan, split, show=first) for split in ("train", "test"))
+        model = build_model(plan, source, train.class_names)
+        if first:
+            sizes = f"{len(train)} clouds to train on, {len(test)} to test, {len(train.class_names)} classes"
+            print(f"{plan.data}: {sizes}\n{model.summary()}")
+        result = fit(model, train, test, plan.train, output, resume=resume, recipe=plan.to_dict())
+        if first and result.test is not None:
+            write_pictures(model, test, result.test, {"training": result.history}, output)
+            print(f"\n{report(result.test, train.class_names)}\n\nrun folder: {output}")
 
 
-def open_data(plan: Recipe, split: str) -> PointDataset:
-    """A recipe's training or test set."""
+def point_at(plan: Recipe, data: str) -> Recipe:
+    """A recipe with `--data`: another data set, or the folder where the one it names lies."""
+    if plan.data in _PUBLISHED and data not in (*_PUBLISHED, "sh3d15"):
+        return plan.override({"data_options.root": data})
+    return plan.override({"data": data})
+
+
+def open_data(plan: Recipe, split: str, show: bool = True) -> PointDataset:
+    """A recipe's training or test set; `show` counts the files on a terminal."""
     assert plan.data is not None
     if plan.data == "sh3d15":
         return load_dataset(plan.data, split)
     options: dict[str, Any] = {"num_points": plan.points, "test_fraction": plan.test_fraction}
-    return load_dataset(plan.data, split, seed=plan.train.seed, progress=_count(split), **options)
+    progress = _count(split) if show else None
+    return load_dataset(plan.data, split, seed=plan.train.seed, progress=progress, **options)
 
 
 def load_run(run: Path, source: str | None = None) -> tuple[Any2Point, Recipe | None]:
@@ -83,30 +97,37 @@ def evaluate_run(
     split: str,
     source: str | None,
     output: Path | None,
-    device: str,
-    precision: str,
+    vote: int,
+    compute: Mapping[str, Any],
 ) -> None:
-    """`any2point eval`."""
+    """`any2point eval`; `compute` are the options of `TrainConfig` that say where."""
     model, recipe = load_run(run, source)
-    options = (recipe or Recipe()).train.to_dict() | {"device": device, "precision": precision}
-    config = TrainConfig.from_dict(options)
-    plan = (recipe or Recipe(data=None)).override({"data": data} if data else {})
+    config = TrainConfig.from_dict((recipe or Recipe()).train.to_dict() | dict(compute))
+    plan = recipe or Recipe(data=None)
+    plan = plan if data is None else point_at(plan, data)
     if plan.data is None:
         raise ValueError(
             "--data: expected sh3d15 or a folder, because this model does not say what to test it on"
         )
-    clouds = open_data(plan, split)
-    names = clouds.class_names
-    if model.class_names is not None and tuple(model.class_names) != names:
-        raise ValueError(f"{plan.data}: expected the classes {model.class_names}, got {list(names)}")
-    result = evaluate(model, clouds, config)
-    if output is not None:
-        from any2point.viz import confusion_picture
+    runtime = Runtime(config)
+    with runtime.ranks.together():
+        first = runtime.ranks.first
+        clouds = open_data(plan, split, show=first)
+        names = clouds.class_names
+        if model.class_names is not None and tuple(model.class_names) != names:
+            raise ValueError(f"{plan.data}: expected the classes {model.class_names}, got {list(names)}")
+        result = evaluate(model, clouds, config, vote=vote)
+        if not first:
+            return
+        if output is not None:
+            from any2point.viz import confusion_picture
 
-        output.mkdir(parents=True, exist_ok=True)
-        confusion_picture(result.confusion, names, output / "confusion.png")
-        files.write_json(output / files.RESULTS, {split: result.to_dict()})
-    print(report(result, names))
+            output.mkdir(parents=True, exist_ok=True)
+            title = f"{split} set, {len(clouds)} clouds, accuracy {100 * result.accuracy:.1f} %"
+            confusion_picture(result.confusion, names, output / "confusion.png", title)
+            written = result.to_dict() | {"vote": vote, "classes": result.by_class(names)}
+            files.write_json(output / files.RESULTS, {split: written})
+        print(report(result, names))
 
 
 def predict_files(
@@ -123,13 +144,14 @@ def predict_files(
             raise ValueError(
                 f"{path}: expected at least {size} points, which the model takes, got {len(points)}"
             )
-    runtime = Runtime(config)
-    model = model.to(runtime.device).eval()
+    where = pick_device(config.device)
+    precision = pick_precision(config.precision, where)
+    model = model.to(where).eval()
     names = model.class_names or [str(i) for i in range(model.config.num_classes)]
     for path, points in zip(clouds, read):
         prepared = config.eval_transform(size)(torch.from_numpy(points)[None], None)
-        with torch.inference_mode(), runtime.autocast():
-            chance = model(prepared.to(runtime.device)).float().softmax(dim=1)[0].cpu()
+        with torch.inference_mode(), autocast(precision, where):
+            chance = model(prepared.to(where)).float().softmax(dim=1)[0].cpu()
         best = chance.argsort(descending=True)[:top].tolist()
         scores = {names[i]: round(float(chance[i]), 4) for i in best}
         if as_json:
@@ -169,15 +191,11 @@ _TABLES = ("positional_embedding", "pos_embed")
 def report(result: EvalResult, class_names: Sequence[str]) -> str:
     """An evaluation as a table of classes and two totals."""
     width = max(map(len, class_names))
-    lines = [f"{'class':{width}}   right  of"]
-    counts = result.confusion.sum(dim=1)
-    for label, name in enumerate(class_names):
-        if counts[label]:
-            lines.append(f"{name:{width}}  {int(result.confusion[label, label]):6} {int(counts[label]):3}")
-    lines.append(
-        f"\naccuracy {100 * result.accuracy:.1f} %, mean over classes {100 * result.class_accuracy:.1f} %"
-    )
-    return "\n".join(lines)
+    lines = [f"{'class':{width}}   right     of"]
+    for name, row in result.by_class(class_names).items():
+        lines.append(f"{name:{width}}  {row['right']:6} {row['clouds']:6}  {100 * row['accuracy']:5.1f} %")
+    totals = f"accuracy {100 * result.accuracy:.1f} %, mean over classes {100 * result.class_accuracy:.1f} %"
+    return "\n".join([*lines, f"\n{totals}"])
 
 
 def write_pictures(

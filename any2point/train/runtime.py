@@ -1,13 +1,15 @@
-"""Where and how precisely a run computes: the seam behind which a distributed engine can go.
+"""Where and how precisely a run computes, on Lightning Fabric: devices, processes, autocast, the update.
 
-The engine asks this class for a device, an autocast context and an optimiser step, and nothing else of the
-kind.
-It is plain PyTorch: on one device Lightning Fabric would add about two seconds of imports and no function.
+Fabric launches the processes (`devices`, or those that torchrun made), picks each one's device, joins them
+and scales losses in fp16. The model is not wrapped: `ranks` says why. Fabric takes a second to import, so
+this is done when a `Runtime` is made, which only training and evaluation do.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -18,41 +20,70 @@ import torch.utils.deterministic
 from torch import Tensor
 
 from any2point.train.config import TrainConfig
+from any2point.train.ranks import Ranks
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_FABRIC = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 
 
 class Runtime:
-    """Device and precision of a run.
+    """Device, precision and processes of a run.
+
+    With more than one process, each makes its own; with `devices` the first process starts the others, which
+    run the same program from its beginning.
 
     Args:
-        config: its `device`, `precision` and `deterministic` are used.
+        config: its `device`, `devices`, `precision` and `deterministic` are used.
+
+    Attributes:
+        device: of this process.
+        precision: "fp32", "bf16" or "fp16".
+        ranks: this process among those of the run.
+        scaler: of losses in fp16, None otherwise.
 
     Raises:
         ValueError: a device that is not there, or fp16 on a CPU.
+        ImportError: without Lightning Fabric.
     """
 
     def __init__(self, config: TrainConfig) -> None:
-        self.device = pick_device(config.device)
-        self.precision = pick_precision(config.precision, self.device)
+        device = pick_device(config.device)
+        self.precision = pick_precision(config.precision, device)
         self.deterministic = config.deterministic
-        if self.precision == "fp16" and self.device.type != "cuda":
-            raise ValueError("`precision`: expected fp32 or bf16 on a CPU, got fp16")
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
+        local, nodes = pick_processes(config.devices, device)
+        kind: dict[str, Any] = {"accelerator": device.type, "precision": _FABRIC[self.precision]}
+        if local * nodes > 1:
+            kind |= {"devices": local, "num_nodes": nodes, "strategy": "ddp"}
+        else:
+            kind |= {"devices": [device.index or 0] if device.type == "cuda" else 1}
+        self.fabric = _import_fabric().Fabric(**kind)
+        self.fabric.launch()
+        self.device: torch.device = self.fabric.device
+        self.ranks = Ranks(self.device, self.fabric.global_rank, self.fabric.world_size)
+        self.scaler: torch.amp.GradScaler | None = getattr(self.fabric.strategy.precision, "scaler", None)
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """The context to run the model and its loss in."""
-        return autocast(self.precision, self.device)
+        return _with_plain_attention(self.fabric.autocast(), self.precision, self.device)
 
     def backward(self, loss: Tensor) -> None:
         """Gradients of the loss, scaled as the precision wants it."""
-        self.scaler.scale(loss).backward()
+        self.fabric.backward(loss)
+
+    def optimizer(self, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
+        """AdamW in one kernel per group."""
+        return torch.optim.AdamW(groups, lr=lr, fused=True)
 
     def update(self, optimizer: torch.optim.Optimizer, params: Sequence[Tensor], clip: float) -> None:
-        """Clip and apply the gradients."""
-        if clip:
+        """Average the gradients over the ranks, clip and apply them."""
+        self.ranks.average_gradients(params)
+        if self.scaler is not None:
             self.scaler.unscale_(optimizer)
+        if clip:
             torch.nn.utils.clip_grad_norm_(params, clip)
+        if self.scaler is None:
+            optimizer.step()
+            return
         self.scaler.step(optimizer)
         self.scaler.update()
 
@@ -99,6 +130,8 @@ def pick_device(name: str) -> torch.device:
 
 def pick_precision(name: str, device: torch.device) -> str:
     """A precision by name; "auto" is bf16 on hardware with bf16 multipliers, fp32 elsewhere."""
+    if name == "fp16" and device.type != "cuda":
+        raise ValueError("`precision`: expected fp32 or bf16 on a CPU, got fp16")
     if name != "auto":
         return name
     if device.type == "cuda":
@@ -106,16 +139,61 @@ def pick_precision(name: str, device: torch.device) -> str:
     return "bf16" if _cpu_multiplies_bf16() else "fp32"
 
 
+def pick_processes(devices: int, device: torch.device) -> tuple[int, int]:
+    """How many processes a run has on this machine, and on how many machines.
+
+    Args:
+        devices: as in `TrainConfig`.
+        device: the device of the run.
+    """
+    gpus = torch.cuda.device_count() if device.type == "cuda" else 0
+    if _under_torchrun():
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if devices not in (0, 1, local):
+            raise ValueError(f"`devices`: expected the {local} processes of torchrun, got {devices}")
+    else:
+        local = devices or max(1, gpus)
+    if local > 1 and device.index is not None:
+        raise ValueError(f"`device`: expected cpu or cuda with {local} `devices`, got {device}")
+    if device.type == "cuda" and local > gpus:
+        raise ValueError(f"`devices`: expected at most the {gpus} GPUs that there are, got {local}")
+    nodes = int(os.environ["WORLD_SIZE"]) // local if _under_torchrun() else 1
+    return local, nodes
+
+
 def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager:
-    """`torch.autocast`, or nothing for fp32."""
-    if precision == "fp32":
-        return contextlib.nullcontext()
-    context = contextlib.ExitStack()
-    context.enter_context(torch.autocast(device.type, dtype=_DTYPES[precision]))
-    if device.type == "cpu":
-        # PyTorch's fused attention on CPUs is up to five times slower backwards in bf16 than plain products.
-        context.enter_context(torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH))
-    return context
+    """What `Runtime.autocast` gives, where nothing else of Fabric is needed."""
+    context = torch.autocast(device.type, dtype=_DTYPES.get(precision), enabled=precision != "fp32")
+    return _with_plain_attention(context, precision, device)
+
+
+def _with_plain_attention(
+    context: contextlib.AbstractContextManager, precision: str, device: torch.device
+) -> contextlib.AbstractContextManager:
+    """PyTorch's fused attention on CPUs is up to five times slower backwards in bf16 than plain products."""
+    if precision == "fp32" or device.type != "cpu":
+        return context
+    both = contextlib.ExitStack()
+    both.enter_context(context)
+    both.enter_context(torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH))
+    return both
+
+
+def _under_torchrun() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_torchelastic_launched()
+
+
+def _import_fabric() -> Any:
+    for name in ("lightning_fabric", "lightning.fabric"):
+        try:
+            fabric = importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if error.name is None or not error.name.startswith("lightning"):
+                raise
+            continue
+        logging.getLogger(name).setLevel(logging.WARNING)  # it would announce precision and processes
+        return fabric
+    raise ImportError("training needs Lightning Fabric: pip install 'any2point[train]'")
 
 
 def _cpu_multiplies_bf16() -> bool:

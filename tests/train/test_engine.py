@@ -1,11 +1,9 @@
-"""The engine: it learns, its runs can be killed anywhere and continued bit for bit, its files are whole."""
+"""The engine: it learns, its runs repeat bit for bit, its files are whole, mistakes are named."""
 
 from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,7 +16,7 @@ from any2point.data import PointDataset
 from any2point.train import Recipe, TrainConfig, evaluate, fit, load_recipe
 from any2point.train.files import METRICS, RECIPE, RESULTS, STATE
 from any2point.train.metrics import confusion_matrix, summarize
-from any2point.train.progress import SilentReporter, describe
+from any2point.train.progress import SilentReporter
 from any2point.train.recipe import RECIPES
 
 
@@ -42,18 +40,19 @@ def weights(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def test_it_learns(tmp_path: Path) -> None:
-    model, result = run(tmp_path, epochs=20)
-    assert result.history[-1]["loss"] < 0.6 * result.history[0]["loss"]
+    model, result = run(tmp_path, epochs=40)
+    losses = [record["loss"] for record in result.history]
+    assert sum(losses[-10:]) / 10 < 0.65 * losses[0]
     assert result.test.accuracy > 0.6
     assert result.test.confusion.sum() == 9
     assert not model.training
     lines = [json.loads(line) for line in (tmp_path / METRICS).read_text().splitlines()]
     assert lines == result.history
-    assert [line["epoch"] for line in lines] == list(range(1, 21))
+    assert [line["epoch"] for line in lines] == list(range(1, 41))
     assert {"lr", "loss", "train_accuracy", "seconds", "clouds_per_second"} <= lines[0].keys()
     stored = json.loads((tmp_path / RESULTS).read_text())
     assert stored["test"]["accuracy"] == result.test.accuracy
-    assert load_recipe(tmp_path / RECIPE).train == tiny.config(epochs=20)
+    assert load_recipe(tmp_path / RECIPE).train == tiny.config(epochs=40)
     assert not list(tmp_path.glob(".*"))
     again = Any2Point.from_pretrained(tmp_path)
     assert again.class_names == list(tiny.CLASSES)
@@ -79,28 +78,6 @@ def test_global_random_state_is_left_alone() -> None:
     fit(model, tiny.dataset(), None, tiny.config(epochs=1), reporter=SilentReporter())
     assert torch.equal(torch.rand(1), expected)
     assert not torch.are_deterministic_algorithms_enabled()
-
-
-@pytest.mark.parametrize(("select", "epoch", "step"), [("last", 2, 2), ("validation", 4, 1)])
-def test_a_killed_run_continues_bit_for_bit(tmp_path: Path, select: str, epoch: int, step: int) -> None:
-    whole, expected = run(tmp_path / "whole", select=select)
-    command = [sys.executable, tiny.__file__, str(tmp_path / "cut"), select, str(epoch), str(step)]
-    root = Path(tiny.__file__).parents[2]
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    killed = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert killed.returncode == 9, killed.stderr
-    assert len((tmp_path / "cut" / METRICS).read_text().splitlines()) == epoch
-    assert not (tmp_path / "cut" / "model.safetensors").exists()
-    (tmp_path / "cut" / f".{STATE}.left").write_bytes(b"half a state")
-    resumed, result = run(tmp_path / "cut", select=select, resume=True)
-    assert all(torch.equal(value, weights(resumed)[name]) for name, value in weights(whole).items())
-    timing = ("seconds", "clouds_per_second")
-    strip = lambda history: [{k: v for k, v in r.items() if k not in timing} for r in history]  # noqa: E731
-    assert strip(result.history) == strip(expected.history)
-    assert result.epoch == expected.epoch
-    same = ["model.safetensors", "config.json", RECIPE]
-    assert all((tmp_path / "cut" / n).read_bytes() == (tmp_path / "whole" / n).read_bytes() for n in same)
-    assert not (tmp_path / "cut" / f".{STATE}.left").exists()
 
 
 def test_resuming_a_finished_run_changes_nothing(tmp_path: Path) -> None:
@@ -172,15 +149,8 @@ def test_bad_calls() -> None:
 
 
 def test_any_module_can_be_trained() -> None:
-    class Mean(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = nn.Linear(6, 3)
-
-        def forward(self, points: torch.Tensor) -> torch.Tensor:
-            return self.layer(torch.cat([points.std(dim=1), points.abs().amax(dim=1)], dim=1))
-
-    result = fit(Mean(), tiny.dataset(), tiny.dataset(9, 1), tiny.config(pool=0), reporter=SilentReporter())
+    config = tiny.config(pool=0)
+    result = fit(tiny.Moments(), tiny.dataset(), tiny.dataset(9, 1), config, reporter=SilentReporter())
     assert result.history[-1]["loss"] < result.history[0]["loss"]
 
 
@@ -273,8 +243,3 @@ def test_recipes(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message) as caught:
             load_recipe(tmp_path / "bad.yaml")
         assert str(tmp_path) in str(caught.value)
-
-
-def test_describe() -> None:
-    record = {"loss": 1.0, "train_accuracy": 0.5, "test_accuracy": 0.25, "clouds_per_second": 10.4}
-    assert describe(record) == "loss 1.000  train 50.0 %  test 25.0 %  10 clouds/s"
