@@ -1,8 +1,8 @@
 """How the vision and audio families name and lay out what they share: blocks, tables, class-like tokens.
 
 Every family is a `Names` per naming (where the tensors of a block and of the stem stand) and the few rules of
-its own; what is common is read here. A tensor inside a block that nothing here knows (normalised queries,
-relative positions, adapters) is an error: without it the network would be another one.
+its own; what is common is read here. Tensors inside a block that nothing here knows (normalised queries,
+relative positions, adapters) are an error: without them the network would be another one.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from any2point.sources.checkpoint import Reader, count_blocks, read_activation
+from any2point.sources.checkpoint import Reader, count_blocks, read_activation, read_heads
 from any2point.sources.encoder import Activation, Layout
 from any2point.sources.source import Source, choose_depth
 
 Grid = tuple[int, int]
-# Heads of the huge, giant and gigantic ViTs, which are wider than the usual 64 channels.
-_HUGE = {1280: 16, 1408: 16, 1664: 16}
+# Heads of the largest ViTs (so400m, huge, giant, gigantic), which are wider than the usual 64 channels.
+_HUGE = {1152: 16, 1280: 16, 1408: 16, 1664: 16}
 
 
 @dataclass(frozen=True)
@@ -191,10 +191,7 @@ def read_blocks(reader: Reader, names: Names, depth: int | None) -> tuple[dict[s
         tensors |= reader.pair(f"{old}.{last_layer}", f"{new}.mlp.fc2")
         for scale, target in zip(scales, ("ls1", "ls2")):
             tensors[f"{new}.{target}"] = reader.take(f"{old}.{scale}")
-    inside = tuple(f"{names.block.format(i)}." for i in range(depth))
-    unknown = [key for key in reader.unused() if key.startswith(inside)]
-    if unknown:
-        raise ValueError(f"`path`: the blocks hold tensors of another architecture, such as {unknown[0]!r}")
+    reader.check_blocks(f"{names.block}.", depth)
     return tensors, depth
 
 
@@ -215,14 +212,6 @@ def layout_of(
         input_norm="input_norm.weight" in tensors,
         eps=eps,
     )
-
-
-def choose_heads(config: Mapping[str, Any], heads: int | None, default: int) -> int:
-    """Heads as given, else as config.json tells, else the family's own."""
-    if heads is not None:
-        return heads
-    told = config.get("num_attention_heads", config.get("encoder_attention_heads"))
-    return max(1, default) if told is None else int(told)
 
 
 def split_table(
@@ -333,7 +322,7 @@ def read_vit(
         modality=modality,
         width=width,
         depth=depth,
-        heads=choose_heads(config, heads, _HUGE.get(width, width // 64)),
+        heads=read_heads(config, heads, default=_HUGE.get(width, max(1, width // 64))),
         layout=layout_of(
             tensors,
             activation=read_activation(config, activation),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -122,7 +123,9 @@ def _find(path: Path) -> Path:
 
 def _read_torch(file: Path) -> Any:
     try:
-        return torch.load(file, map_location="cpu", weights_only=True)
+        # Training checkpoints (DINO, MAE) hold their command line: a namespace, which is data.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(f"`path`: cannot read {file} as a checkpoint ({_line(error)})") from None
 

@@ -1,9 +1,10 @@
 """Image tower of CLIP: OpenAI (`visual.`), open_clip (the same names) and Hugging Face (`vision_model.`).
 
-A ViT with a LayerNorm before the first block (`ln_pre`, the source's input norm) and QuickGELU, unless
-config.json tells another activation (open_clip's own models use GELU). The output projection and the text
-tower play no part. A checkpoint with both towers is read as "clip-text" unless `family="clip-vision"` is
-given; one with the image tower alone is recognised.
+A ViT with a LayerNorm before the first block (`ln_pre`, the source's input norm). OpenAI's models have
+QuickGELU, most of open_clip's GELU, and the tensors do not tell: the activation is what config.json
+(`hidden_act`) or open_clip_config.json (`quick_gelu`) says, or else OpenAI's. The output projection and the
+text tower play no part. A checkpoint with both towers is read as "clip-text" unless `family="clip-vision"`
+is given; one with the image tower alone is recognised.
 """
 
 from __future__ import annotations
@@ -53,6 +54,21 @@ def _matches(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> bool:
     return find_names(state, (_OPENAI, _HF)) is not None
 
 
+def _settings(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The image tower's part of a configuration, in the words of Hugging Face."""
+    model = config.get("model_cfg")
+    if not isinstance(model, Mapping):
+        return config.get("vision_config", config)
+    vision = model["vision_cfg"]  # open_clip
+    tanh = vision.get("act_kwargs", {}).get("approximate") == "tanh"
+    plain = "gelu_pytorch_tanh" if tanh else "gelu"
+    settings = {key: vision[key] for key in ("image_size", "patch_size") if key in vision}
+    settings["num_attention_heads"] = vision["width"] // vision.get("head_width", 64)
+    settings["hidden_act"] = "quick_gelu" if model.get("quick_gelu") else plain
+    settings["layer_norm_eps"] = vision.get("norm_kwargs", {}).get("eps", LAYOUT.eps)
+    return settings
+
+
 def _convert(
     state: Mapping[str, Tensor],
     config: Mapping[str, Any],
@@ -62,13 +78,12 @@ def _convert(
     origin: Mapping[str, Any],
 ) -> Source:
     names, reader = open_reader(state, (_OPENAI, _HF), "CLIP's image tower")
-    config = config.get("vision_config", config)
     return read_vit(
         "clip-vision",
         "vision",
         names,
         reader,
-        config,
+        _settings(config),
         depth=depth,
         heads=heads,
         origin=origin,

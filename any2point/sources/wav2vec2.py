@@ -20,16 +20,8 @@ from typing import Any
 
 from torch import Tensor
 
-from any2point.sources._layouts import (
-    Names,
-    choose_heads,
-    find_names,
-    layout_of,
-    open_reader,
-    read_blocks,
-    sinusoid,
-)
-from any2point.sources.checkpoint import read_activation
+from any2point.sources._layouts import Names, find_names, layout_of, open_reader, read_blocks, sinusoid
+from any2point.sources.checkpoint import read_activation, read_heads
 from any2point.sources.encoder import Layout
 from any2point.sources.source import Family, Source
 
@@ -46,6 +38,8 @@ NAMES = Names(
 )
 LAYOUT = Layout(norm="post", activation="gelu", input_norm=True, eps=1e-5)
 LENGTH = 1500
+# Heads by width; others, of models that are published with a config.json, are not of one rule.
+_HEADS = {768: 12, 1024: 16}
 
 
 def _matches(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> bool:
@@ -74,14 +68,12 @@ def read_speech(
     stable = _is_stable(state, config)
     tensors |= reader.pair(names.norm, "norm" if stable else "input_norm")
     width = tensors["blocks.0.norm1.weight"].shape[0]
-    if heads is None and "num_attention_heads" not in config and width not in (768, 1024):
-        raise ValueError(f"`heads`: config.json, which would tell, is missing (width {width}); give heads=")
     return Source(
         name=family,
         modality="audio",
         width=width,
         depth=depth,
-        heads=choose_heads(config, heads, width // 64),
+        heads=read_heads(config, heads, default=_HEADS.get(width)),
         layout=layout_of(
             tensors,
             norm="pre" if stable else "post",

@@ -11,16 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from any2point.sources._layouts import (
-    Names,
-    choose_heads,
-    find_names,
-    layout_of,
-    open_reader,
-    read_blocks,
-    sinusoid,
-)
-from any2point.sources.checkpoint import read_activation
+from any2point.sources._layouts import Names, find_names, layout_of, open_reader, read_blocks, sinusoid
+from any2point.sources.checkpoint import read_activation, read_heads
 from any2point.sources.encoder import Layout
 from any2point.sources.source import Family, Source
 
@@ -71,7 +63,7 @@ def _convert(
         modality="audio",
         width=width,
         depth=depth,
-        heads=choose_heads(config, heads, width // 64),
+        heads=read_heads(config, heads, default=max(1, width // 64), name="encoder_attention_heads"),
         layout=layout_of(
             tensors, activation=read_activation(config, "gelu", "activation_function"), eps=LAYOUT.eps
         ),
