@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from any2point.data import transforms
 
@@ -47,8 +47,20 @@ class TrainConfig:
             several times what the kernels do. Takes a model that never waits for the device.
         tensorboard: write the curves as TensorBoard events too, into the run folder.
         normalize: "sphere" (centre and scale to radius 1), "center" or "none"; for training and evaluation.
-        pool: farthest points to draw a training cloud's random points from; 0 draws from all of them.
+        pool: farthest points to draw a training cloud's random points from (all of a smaller cloud's); 0
+            draws from all of them.
+        pool_start: the pool begins with the "first" point of a cloud, or with a "random" one in every epoch.
+        subset: the random points are drawn "per_cloud", or are the same rows of every pool of a batch,
+            "shared".
+        fps: "lowest" (every point counts, ties go to the lowest index) or "pointnet2" (points near the
+            origin are left out, ties as its kernel has them), for the farthest points of training and
+            evaluation.
+        augment: change the "drawn" points, after normalising and drawing, or the "whole" cloud before
+            drawing: it is then scaled and mirrored, normalised, turned, shifted and jittered.
+        eval_points: choose the farthest points of evaluation from the "normalized" cloud, or from the "raw"
+            one, and then normalise by the chosen ones alone.
         scale: per-axis factors are drawn from between these two.
+        mirror: chance of mirroring a cloud along each horizontal axis.
         shift: clouds are moved along each axis by up to this.
         yaw: clouds are turned about `up` by up to this many degrees either way.
         up: 0, 1 or 2, the upright axis.
@@ -79,7 +91,13 @@ class TrainConfig:
     tensorboard: bool = True
     normalize: str = "sphere"
     pool: int = 1200
+    pool_start: str = "first"
+    subset: str = "per_cloud"
+    fps: Literal["lowest", "pointnet2"] = "lowest"
+    augment: str = "drawn"
+    eval_points: str = "normalized"
     scale: tuple[float, float] = (2 / 3, 3 / 2)
+    mirror: float = 0.0
     shift: float = 0.2
     yaw: float = 0.0
     up: int = 1
@@ -107,12 +125,18 @@ class TrainConfig:
         self._expect("lr", lambda v: _is_number(v) and v > 0, "a number above 0")
         self._expect("label_smoothing", lambda v: _is_number(v) and 0 <= v < 1, "a number from 0 to below 1")
         self._expect("validation_fraction", lambda v: _is_number(v) and 0 < v < 1, "a number between 0 and 1")
+        self._expect("mirror", lambda v: _is_number(v) and 0 <= v <= 1, "a number from 0 to 1")
         self._expect("scale", _is_range, "two numbers above 0, the smaller first")
         for name, choices in {
             "schedule": ("epoch", "step"),
             "select": ("last", "validation", "test"),
             "precision": ("auto", "fp32", "bf16", "fp16"),
             "normalize": ("sphere", "center", "none"),
+            "pool_start": ("first", "random"),
+            "subset": ("per_cloud", "shared"),
+            "fps": ("lowest", "pointnet2"),
+            "augment": ("drawn", "whole"),
+            "eval_points": ("normalized", "raw"),
             "up": (0, 1, 2),
         }.items():
             self._expect(name, lambda v, choices=choices: v in choices, f"one of {choices}")
@@ -137,25 +161,56 @@ class TrainConfig:
             return self.min_lr + (self.lr - self.min_lr) * at / self.warmup_epochs
         return self.min_lr + (self.lr - self.min_lr) * (1 + math.cos(math.pi * at / self.epochs)) / 2
 
-    def eval_transform(self, num_points: int) -> transforms.Transform:
-        """Normalise, then the farthest `num_points` points: nothing random."""
-        return transforms.Compose((*self._normalize(), transforms.FarthestPointSubset(num_points)))
+    def eval_transform(self, num_points: int) -> transforms.Compose:
+        """Normalise, then the farthest `num_points` points, or the other way round: nothing random."""
+        farthest = transforms.FarthestPointSubset(num_points, tie=self.fps)
+        if self.eval_points == "raw":
+            return transforms.Compose((farthest, *self._normalize()))
+        return transforms.Compose((*self._normalize(), farthest))
 
-    def train_transform(self, num_points: int) -> transforms.Transform:
-        """Normalise, draw `num_points` points, then scale, turn, shift and jitter as configured."""
-        chain: list[transforms.Transform] = [*self._normalize()]
+    def train_transform(self, num_points: int, feature_names: Sequence[str] = ()) -> transforms.Compose:
+        """Normalise, draw `num_points` points, scale, mirror, turn, shift and jitter, as configured.
+
+        Args:
+            num_points: per cloud, of the result.
+            feature_names: those of the data set, so that normals turn with their cloud.
+
+        Returns:
+            The transform; its `split()` parts what is the same in every epoch from what is random.
+        """
+        normals = 3 + list(feature_names).index("nx") if "nx" in feature_names else None
+        drawn: list[transforms.Transform] = [transforms.RandomSubset(num_points, self.subset == "shared")]
         if self.pool > num_points:
-            chain.append(transforms.FarthestPointSubset(int(self.pool)))
-        chain.append(transforms.RandomSubset(num_points))
+            pool = transforms.FarthestPointSubset(int(self.pool), self.pool_start, self.fps, at_most=True)
+            drawn.insert(0, pool)
+        stretch: list[transforms.Transform] = []
         if self.scale != (1, 1):
-            chain.append(transforms.RandomScale(*self.scale))
+            stretch.append(transforms.RandomScale(*self.scale, normals=normals))
+        if self.mirror:
+            horizontal = tuple(axis for axis in range(3) if axis != self.up)
+            stretch.append(transforms.RandomMirror(self.mirror, horizontal, normals))
+        move: list[transforms.Transform] = []
         if self.yaw:
-            chain.append(transforms.RandomYaw(math.radians(self.yaw), self.up))
+            move.append(transforms.RandomYaw(math.radians(self.yaw), self.up, normals))
         if self.shift:
-            chain.append(transforms.RandomShift(self.shift))
+            move.append(transforms.RandomShift(self.shift))
         if self.jitter:
-            chain.append(transforms.Jitter(self.jitter, 5 * self.jitter))
-        return transforms.Compose(tuple(chain))
+            move.append(transforms.Jitter(self.jitter, 5 * self.jitter))
+        if self.augment == "whole":
+            return transforms.Compose((*stretch, *self._normalize(), *move, *drawn))
+        return transforms.Compose((*self._normalize(), *drawn, *stretch, *move))
+
+    @classmethod
+    def official(cls, dataset: str, **changes: Any) -> TrainConfig:
+        """The rules of the paper's code for "scanobjectnn" or "modelnet40".
+
+        Args:
+            dataset: one of the two, which it prepares and augments differently.
+            changes: options to set otherwise.
+        """
+        if dataset not in _OFFICIAL:
+            raise ValueError(f"`dataset`: expected one of {', '.join(_OFFICIAL)}, got {dataset!r}")
+        return cls(**{**_OFFICIAL[dataset], **changes})
 
     def vote_transform(self, num_points: int, available: int) -> transforms.Transform:
         """What a pass of a vote sees: as for training, but neither turned, shifted nor jittered.
@@ -184,6 +239,34 @@ class TrainConfig:
         if unknown:
             raise ValueError(f"`train`: expected options out of {', '.join(known)}; got {', '.join(unknown)}")
         return cls(**values)
+
+
+# The official code chooses the best epoch on the test set. Its farthest point kernels differ: the one for
+# ScanObjectNN counts every point, the one for ModelNet40 leaves out those near the origin.
+_OFFICIAL: dict[str, dict[str, Any]] = {
+    "scanobjectnn": {
+        "select": "test",
+        "precision": "fp32",
+        "normalize": "center",
+        "pool_start": "random",
+        "subset": "shared",
+        "augment": "whole",
+        "eval_points": "raw",
+        "scale": (0.9, 1.1),
+        "shift": 0.0,
+        "yaw": 180.0,
+    },
+    "modelnet40": {
+        "select": "test",
+        "precision": "fp32",
+        "normalize": "sphere",
+        "pool_start": "random",
+        "subset": "shared",
+        "fps": "pointnet2",
+        "scale": (2 / 3, 3 / 2),
+        "shift": 0.2,
+    },
+}
 
 
 def _is_whole(value: object) -> bool:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from any2point.data import PointDataset, folder_dataset, load_dataset, sample_set, transforms
+from any2point.data import PointDataset, folder_dataset, load_dataset, sample_set
 from any2point.data.dataset import resample, stratified_mask
 from any2point.data.sample import SAMPLE_FILE, grouped_mask
 
@@ -165,68 +165,3 @@ def test_resample() -> None:
     assert len(np.unique(few, axis=0)) == 4
     many = resample(points, 25, np.random.default_rng(0))
     assert len(np.unique(many, axis=0)) == 10
-
-
-TRANSFORMS = [
-    transforms.Center(),
-    transforms.UnitSphere(),
-    transforms.RandomScale(),
-    transforms.RandomScale(per_axis=False),
-    transforms.RandomShift(),
-    transforms.RandomYaw(),
-    transforms.Jitter(),
-    transforms.RandomSubset(40),
-    transforms.Compose((transforms.RandomYaw(), transforms.RandomScale(), transforms.RandomSubset(64))),
-]
-
-
-@pytest.mark.parametrize("transform", TRANSFORMS, ids=lambda t: type(t).__name__)
-def test_transforms_are_seeded_and_pure(transform: transforms.Transform) -> None:
-    points = torch.randn(5, 64, 3)
-    before = points.clone()
-    once = transform(points, torch.Generator().manual_seed(1))
-    assert torch.equal(points, before)
-    assert torch.equal(once, transform(points, torch.Generator().manual_seed(1)))
-    if type(transform).__name__ not in ("Center", "UnitSphere"):
-        assert not torch.equal(once, transform(points, torch.Generator().manual_seed(2)))
-        same = transform(points[:1].expand(5, -1, -1), torch.Generator().manual_seed(1))
-        assert not torch.equal(same[0], same[1])  # every cloud gets its own draw
-
-
-def test_transform_invariants() -> None:
-    points = torch.randn(5, 64, 3) + 3
-    generator = torch.Generator().manual_seed(0)
-    assert transforms.Center()(points).mean(dim=1).abs().max() < 1e-5
-    sphere = transforms.UnitSphere()(points)
-    torch.testing.assert_close(sphere.norm(dim=-1).amax(dim=1), torch.ones(5))
-    assert torch.equal(transforms.UnitSphere()(torch.ones(1, 4, 3)), torch.zeros(1, 4, 3))
-    turned = transforms.RandomYaw()(points, generator)
-    torch.testing.assert_close(turned[..., 1], points[..., 1])
-    torch.testing.assert_close(turned.norm(dim=-1), points.norm(dim=-1))
-    torch.testing.assert_close(
-        (turned[:, 1:] - turned[:, :-1]).norm(dim=-1), (points[:, 1:] - points[:, :-1]).norm(dim=-1)
-    )
-    ratio = transforms.RandomScale(0.5, 2.0)(points, generator) / points
-    torch.testing.assert_close(ratio, ratio[:, :1].expand_as(ratio))
-    assert ratio.min() >= 0.5
-    assert ratio.max() <= 2
-    moved = transforms.RandomShift(0.2)(points, generator) - points
-    assert moved.abs().max() <= 0.2 + 1e-6
-    assert (transforms.Jitter(0.1, 0.05)(points, generator) - points).abs().max() <= 0.05 + 1e-6
-    subset = transforms.RandomSubset(40)(points, generator)
-    assert (torch.cdist(subset, points).min(dim=-1).values < 1e-2).all()
-    assert len(torch.unique(subset[0], dim=0)) == 40
-    with pytest.raises(ValueError, match="at least 65 per cloud, got 64"):
-        transforms.RandomSubset(65)(points, generator)
-
-
-def test_farthest_point_subset() -> None:
-    pytest.importorskip("any2point.ops")
-    points = torch.randn(2, 64, 3)
-    subset = transforms.FarthestPointSubset(8)(points)
-    assert subset.shape == (2, 8, 3)
-    assert torch.equal(subset[:, 0], points[:, 0])
-    assert (
-        torch.cdist(subset, subset).add(10 * torch.eye(8)).min()
-        > torch.cdist(points, points).add(10 * torch.eye(64)).min()
-    )

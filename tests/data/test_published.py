@@ -25,7 +25,7 @@ from any2point.data import PointDataset, load_dataset, modelnet40, scanobjectnn
 from any2point.data.checksums import checksum, verify
 from any2point.data.pickles import load_arrays
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*expected the .* published")
+pytestmark = pytest.mark.filterwarnings("ignore:.*expected the .*published")
 PB = "training_objectdataset_augmentedrot_scale75.h5"
 
 
