@@ -13,7 +13,8 @@ from torch import Tensor
 from any2point._version import __version__
 from any2point.models.config import Any2PointConfig
 from any2point.sources import Source
-from any2point.sources.checkpoint import read_json, read_safetensors
+from any2point.sources.checkpoint import read_safetensors
+from any2point.sources.configuration import read_json
 
 if TYPE_CHECKING:
     from any2point.models.any2point import Any2Point

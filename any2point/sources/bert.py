@@ -29,8 +29,10 @@ LAYOUT = Layout(norm="post", activation="gelu", input_norm=True, eps=1e-12)
 def is_roberta(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> bool:
     """Whether a checkpoint with BERT's names is of RoBERTa's kin, whose positions are counted otherwise."""
     prefix = find_prefix(state, PROBE)
-    if prefix is None or "model_type" in config:
-        return prefix is not None and config["model_type"] in ("roberta", "xlm-roberta", "camembert")
+    if prefix is None or config.get("model_type") == "bert":
+        return False
+    if config.get("model_type") in ("roberta", "xlm-roberta", "camembert"):
+        return True
     types = state.get(f"{prefix}embeddings.token_type_embeddings.weight")
     return "roberta." in prefix or (types is not None and len(types) == 1)
 

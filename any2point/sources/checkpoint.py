@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from any2point.sources.configuration import read_config, read_json
 from any2point.sources.encoder import Activation
 from any2point.sources.torchscript import is_torchscript, read_torchscript
 
@@ -25,17 +25,6 @@ _NAMES = (
 )
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".bin")
 _WRAPPERS = ("state_dict", "model", "model_state_dict", "base_model", "module", "teacher")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file, or a clear ValueError."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"`path`: cannot read {path}: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"`path`: expected a JSON object in {path}, got {type(value).__name__}")
-    return value
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -65,19 +54,9 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
     """
     path = Path(path).expanduser()
     file = _find(path)
-    config = _read_config(file)
+    config = read_config(file)
     state = _read_parts(file) if file.name.endswith(".index.json") else _read_file(file)
     return _tensors(state, file), config, file
-
-
-def _read_config(file: Path) -> dict[str, Any]:
-    first, second = file.parent / "config.json", file.parent / "open_clip_config.json"
-    if file.name.startswith("open_clip"):
-        first, second = second, first
-    for config in (first, second):
-        if config.is_file():
-            return read_json(config)
-    return {}
 
 
 def _read_file(file: Path) -> Any:

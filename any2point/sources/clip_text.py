@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from any2point.sources.checkpoint import Reader, count_blocks, find_prefix, read_activation, read_heads
-from any2point.sources.encoder import Activation, Layout
+from any2point.sources.encoder import Layout
 from any2point.sources.source import Family, Source, choose_depth
 
 _PROBE = "transformer.resblocks.0.attn.in_proj_weight"
@@ -67,21 +67,6 @@ def _hf_blocks(reader: Reader, depth: int) -> dict[str, Tensor]:
     return tensors | reader.pair("final_layer_norm", "norm")
 
 
-def _settings(config: Mapping[str, Any]) -> tuple[Layout, Mapping[str, Any]]:
-    """The layout, and the part of the configuration that tells the heads (as `num_attention_heads`)."""
-    model = config.get("model_cfg")
-    if isinstance(model, Mapping):  # open_clip
-        text = model.get("text_cfg", {})
-        tanh = text.get("act_kwargs", {}).get("approximate") == "tanh"
-        plain: Activation = "gelu_tanh" if tanh else "gelu"
-        eps = text.get("norm_kwargs", {}).get("eps", LAYOUT.eps)
-        heads = {"num_attention_heads": text["heads"]} if "heads" in text else {}
-        return Layout(activation="quick_gelu" if model.get("quick_gelu") else plain, eps=eps), heads
-    text = config.get("text_config") or config
-    activation = read_activation(text, LAYOUT.activation)
-    return Layout(activation=activation, eps=text.get("layer_norm_eps", LAYOUT.eps)), text
-
-
 def _convert(
     state: Mapping[str, Tensor],
     config: Mapping[str, Any],
@@ -103,7 +88,7 @@ def _convert(
         reader.check_blocks(_HF_BLOCKS, depth)
     else:
         raise ValueError(f"`path`: expected CLIP's text tower, but no tensor is named ...{_PROBE}")
-    layout, text = _settings(config)
+    text = config.get("text_config", config)
     width = table.shape[-1]
     return Source(
         name="clip-text",
@@ -111,7 +96,10 @@ def _convert(
         width=width,
         depth=depth,
         heads=read_heads(text, heads, default=max(1, width // 64)),
-        layout=layout,
+        layout=Layout(
+            activation=read_activation(text, LAYOUT.activation),
+            eps=float(text.get("layer_norm_eps", LAYOUT.eps)),
+        ),
         tensors=tensors,
         position_table=table,
         origin=origin,

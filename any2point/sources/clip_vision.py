@@ -54,21 +54,6 @@ def _matches(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> bool:
     return find_names(state, (_OPENAI, _HF)) is not None
 
 
-def _settings(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The image tower's part of a configuration, in the words of Hugging Face."""
-    model = config.get("model_cfg")
-    if not isinstance(model, Mapping):
-        return config.get("vision_config", config)
-    vision = model["vision_cfg"]  # open_clip
-    tanh = vision.get("act_kwargs", {}).get("approximate") == "tanh"
-    plain = "gelu_pytorch_tanh" if tanh else "gelu"
-    settings = {key: vision[key] for key in ("image_size", "patch_size") if key in vision}
-    settings["num_attention_heads"] = vision["width"] // vision.get("head_width", 64)
-    settings["hidden_act"] = "quick_gelu" if model.get("quick_gelu") else plain
-    settings["layer_norm_eps"] = vision.get("norm_kwargs", {}).get("eps", LAYOUT.eps)
-    return settings
-
-
 def _convert(
     state: Mapping[str, Tensor],
     config: Mapping[str, Any],
@@ -83,7 +68,7 @@ def _convert(
         "vision",
         names,
         reader,
-        _settings(config),
+        config.get("vision_config", config),
         depth=depth,
         heads=heads,
         origin=origin,

@@ -91,11 +91,64 @@ def test_which_file_of_a_folder(tmp_path: Path) -> None:
 def test_which_configuration(tmp_path: Path) -> None:
     (tmp_path / "open_clip_config.json").write_text('{"model_cfg": {}}')
     torch.save(STATE, tmp_path / "open_clip_pytorch_model.bin")
-    assert read_checkpoint(tmp_path)[1] == {"model_cfg": {}}
+    assert read_checkpoint(tmp_path)[1]["text_config"]["hidden_act"] == "gelu"
     (tmp_path / "config.json").write_text("{}")
-    assert read_checkpoint(tmp_path)[1] == {"model_cfg": {}}
+    assert read_checkpoint(tmp_path)[1]["text_config"]["hidden_act"] == "gelu"
     torch.save(STATE, tmp_path / "pytorch_model.bin")
     assert read_checkpoint(tmp_path)[1] == {}
+
+
+def test_open_clip_in_terms_of_hugging_face(tmp_path: Path) -> None:
+    model = {
+        "quick_gelu": False,
+        "text_cfg": {"heads": 3, "act_kwargs": {"approximate": "tanh"}, "norm_kwargs": {"eps": 1e-6}},
+        "vision_cfg": {"width": 1280, "head_width": 80, "image_size": 28, "patch_size": 14, "layers": 32},
+    }
+    torch.save(STATE, tmp_path / "open_clip_pytorch_model.bin")
+
+    def read() -> dict:
+        (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": model}))
+        return read_checkpoint(tmp_path)[1]
+
+    text = {"hidden_act": "gelu_new", "layer_norm_eps": 1e-6, "num_attention_heads": 3}
+    vision = {"hidden_act": "gelu", "layer_norm_eps": 1e-5, "num_attention_heads": 16}
+    vision |= {"image_size": 28, "patch_size": 14}
+    assert read() == {"text_config": text, "vision_config": vision}
+    model["quick_gelu"] = True
+    assert read()["text_config"]["hidden_act"] == read()["vision_config"]["hidden_act"] == "quick_gelu"
+    model["vision_cfg"] = {"layers": [3, 4, 6, 3], "width": 64}  # a ResNet
+    assert read()["text_config"]["num_attention_heads"] == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            '{"layer_norm_eps": "small"}',
+            r"expected a number as layer_norm_eps in .*json, got 'small'",
+        ),
+        ('{"num_attention_heads": true}', "expected a whole number as num_attention_heads in"),
+        ('{"text_config": [1]}', "expected an object as text_config in"),
+        ('{"text_config": {"layer_norm_eps": []}}', "expected a number as layer_norm_eps in"),
+        ('{"model_cfg": 3}', "expected an object as model_cfg in"),
+        ('{"image_size": "224"}', "expected a number or a list as image_size in"),
+        ("[1]", "expected a JSON object in"),
+        ("{", "cannot read"),
+        ('{"a": ' + "[" * 100_000, "cannot read"),
+    ],
+)
+def test_broken_configurations(tmp_path: Path, text: str, message: str) -> None:
+    torch.save(STATE, tmp_path / "m.pt")
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=message) as error:
+        read_checkpoint(tmp_path)
+    assert "config.json" in str(error.value)
+
+
+def test_fields_that_are_null_are_left_out(tmp_path: Path) -> None:
+    torch.save(STATE, tmp_path / "m.pt")
+    (tmp_path / "config.json").write_text('{"pad_token_id": null, "text_config": {"eps": null, "x": 1}}')
+    assert read_checkpoint(tmp_path)[1] == {"text_config": {"x": 1}}
 
 
 @pytest.mark.parametrize("wrapper", [None, "state_dict", "model", "base_model"])

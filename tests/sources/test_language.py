@@ -140,6 +140,10 @@ def test_roberta_is_told_from_bert_without_a_config(tmp_path: Path) -> None:
     plain = build("RobertaModel", "RobertaConfig", **_BERT, type_vocab_size=1, pad_token_id=1)
     torch.save(plain.state_dict(), tmp_path / "plain.bin")  # one token type
     assert Source.from_checkpoint(tmp_path / "plain.bin", heads=4).name == "roberta"
+    tower = {f"text.transformer.{name}": value for name, value in plain.state_dict().items()}
+    torch.save(tower, tmp_path / "open_clip_pytorch_model.bin")  # as text tower of another model
+    (tmp_path / "open_clip_config.json").write_text('{"model_cfg": {"text_cfg": {}}}')
+    assert Source.from_checkpoint(tmp_path / "open_clip_pytorch_model.bin", heads=4).name == "roberta"
     with pytest.raises(ValueError, match="`heads`: expected a number in heads= or as num_attention_heads"):
         Source.from_checkpoint(tmp_path / "plain.bin")
 
