@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from any2point import ops
+from any2point import ops, reference
 from benchmarks import common, peers
+from benchmarks.bench_local_aggregate import STAGES, units
 
 OURS = "any2point"
 
@@ -85,3 +86,27 @@ def test_knn(
         common.check_neighbors(index, np.asarray(distance, dtype=np.float64) ** 2, expected)
         functions[name] = lambda search=search: search(query, points, k)
     compare(functions, required, rounds, f"1,{queries},{rows},{k}", request)
+
+
+def test_local_aggregate(request: pytest.FixtureRequest) -> None:
+    """The three stages of the tokenizer in evaluation, 8 clouds of 1024 points."""
+    batch = 8
+    stages = []
+    for rows, centers, k, width, hidden, count in STAGES:
+        points = torch.from_numpy(common.cloud("ball", batch, rows))
+        neighbor = ops.knn(points[:, :centers], points, k, sorted=False).index
+        features = torch.randn(batch, rows, width, generator=torch.Generator().manual_seed(0))
+        center = torch.arange(centers).expand(batch, -1).contiguous()
+        stages.append((points, features, center, neighbor, units(2 * width, hidden, count, "cpu")))
+
+    def encode(function: Callable[..., torch.Tensor]) -> list[torch.Tensor]:
+        with torch.no_grad():
+            return [function(*stage) for stage in stages]
+
+    for got, want in zip(encode(ops.local_aggregate), encode(reference.local_aggregate)):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    functions = {
+        OURS: lambda: encode(ops.local_aggregate),
+        "torch": lambda: encode(reference.local_aggregate),
+    }
+    compare(functions, 5.0, 3, "8 clouds, three stages of the tokenizer, k=81", request)

@@ -37,6 +37,12 @@ STABLE_TORCH_LIBRARY(any2point, m) {
       "start) -> (Tensor pooled, Tensor saved)");
   m.def("_segment_pool_backward(Tensor grad, Tensor segment, Tensor saved, str reduce) -> Tensor");
 
+  // Evaluation on the CPU. units: in_weight [H, C], in_bias [H], out_weight [C, H], out_bias [C] of each
+  // unit, with the batch normalisations folded in; divisor [B], or none for the largest offset of each group.
+  m.def(
+      "_local_aggregate(Tensor points, Tensor features, Tensor center, Tensor neighbor, Tensor? divisor, "
+      "Tensor wavelength, Tensor[] units, float beta, bool guard) -> Tensor");
+
   // The SIMD level in use ("scalar", "avx2", "avx512"); a non-empty argument sets it, for tests.
   m.def("_simd(str level) -> str");
 }

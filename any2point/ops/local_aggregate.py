@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from any2point.ops._checks import (
@@ -14,9 +15,14 @@ from any2point.ops._checks import (
     check_tensor,
     shape_text,
 )
-from any2point.ops.group import group
+from any2point.ops.group import checked, group
 from any2point.reference.batch_norm import BatchNorm
-from any2point.reference.local_aggregate import ResidualUnit
+from any2point.reference.local_aggregate import (
+    ResidualUnit,
+    group_offsets,
+    offset_deviation,
+    wavelengths,
+)
 from any2point.reference.local_aggregate import local_aggregate as _composition
 
 __all__ = ["BatchNorm", "ResidualUnit", "local_aggregate"]
@@ -68,7 +74,8 @@ def local_aggregate(
 
     Differentiable in: features, points and every weight.
     Deterministic: yes.
-    Complexity: O(B S K (C H + C)) time, O(B S K C) memory.
+    Complexity: O(B S K (C H + C)) time, O(B S K C) memory. Evaluation on the CPU, in float32 or less and
+    without a gradient to keep, is one kernel: O(B S C) memory.
 
     Source: Point-NN / Point-PN (Zhang et al., CVPR 2023), LGA module; Any2Point (Tang et al., ECCV 2024).
 
@@ -103,6 +110,8 @@ def local_aggregate(
         if unit.in_weight.shape[-1] != width or unit.out_weight.shape[0] != width:
             got = f"{shape_text(unit.in_weight)} and {shape_text(unit.out_weight)}"
             raise ValueError(f"units: expected weights [H, {width}] and [{width}, H], got {got}")
+    if not training and _is_fused(points, features, units):
+        return _evaluate(points, features, center, neighbor, units, normalize, guard, eps, alpha, beta)
     # cuBLAS rounds otherwise for strided weights and biases; statistics are updated in place and stay.
     units = [
         unit._replace(
@@ -128,3 +137,73 @@ def local_aggregate(
         beta=beta,
         group=group,
     )
+
+
+def _is_fused(points: Tensor, features: Tensor, units: Sequence[ResidualUnit]) -> bool:
+    """Whether the CPU's kernel for evaluation can take over."""
+    if features.device.type != "cpu" or torch.float64 in (points.dtype, features.dtype):
+        return False
+    layers = [(u.in_weight, u.in_bias, *u.in_norm, u.out_weight, u.out_bias, *u.out_norm) for u in units]
+    tensors = [points, features, *(tensor for layer in layers for tensor in layer if tensor is not None)]
+    if any(tensor.dtype == torch.float64 for tensor in tensors):
+        return False
+    return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+
+
+def _evaluate(
+    points: Tensor,
+    features: Tensor,
+    center: Tensor,
+    neighbor: Tensor,
+    units: Sequence[ResidualUnit],
+    normalize: str,
+    guard: bool,
+    eps: float,
+    alpha: float,
+    beta: float,
+) -> Tensor:
+    divisor = None
+    if normalize == "mn40":
+        offset = group_offsets(points, center, neighbor, group)
+        divisor = offset_deviation(offset, guard=guard).expand(len(points)).contiguous()
+    folded = []
+    for unit in units:
+        folded += _fold(unit.in_weight, unit.in_bias, unit.in_norm, eps)
+        folded += _fold(unit.out_weight, unit.out_bias, unit.out_norm, eps)
+    out = checked(
+        torch.ops.any2point._local_aggregate.default,
+        points.contiguous(),
+        features.float().contiguous(),
+        center,
+        neighbor,
+        divisor,
+        wavelengths(2 * features.shape[-1], alpha, like=points),
+        folded,
+        beta,
+        guard,
+    )
+    return out.to(features.dtype)
+
+
+def _fold(weight: Tensor, bias: Tensor | None, norm: BatchNorm, eps: float) -> list[Tensor]:
+    """Weight and bias of a linear layer with the batch normalisation after it."""
+    scale = norm.weight.float() * torch.rsqrt(norm.running_var.float() + eps)
+    shift = norm.bias.float() - norm.running_mean.float() * scale
+    if bias is not None:
+        shift = shift + bias.float() * scale
+    return [(weight.float() * scale[:, None]).contiguous(), shift]
+
+
+@torch.library.register_fake("any2point::_local_aggregate")
+def _fake(
+    points: Tensor,
+    features: Tensor,
+    center: Tensor,
+    neighbor: Tensor,
+    divisor: Tensor | None,
+    wavelength: Tensor,
+    units: list[Tensor],
+    beta: float,
+    guard: bool,
+) -> Tensor:
+    return features.new_empty(*center.shape, 2 * features.shape[-1])

@@ -40,8 +40,28 @@ def normalize_offsets(offset: Tensor, mode: str, *, guard: bool = True) -> Tenso
             tiny = torch.finfo(offset.dtype).tiny
             largest = torch.where(largest > tiny, largest, torch.ones_like(largest))
         return offset / largest
-    deviation = offset.flatten(1).std(1)[:, None, None, None] if guard else offset.std()
-    return offset / (deviation + 1e-5)
+    return offset / offset_deviation(offset, guard=guard)[:, None, None, None]
+
+
+def offset_deviation(offset: Tensor, *, guard: bool = True) -> Tensor:
+    """What "mn40" divides offsets `[B, S, K, 3]` by: `[B]`; without `guard` `[1]`, for the whole batch."""
+    deviation = offset.flatten(1).std(1) if guard else offset.std()[None]
+    return deviation + 1e-5
+
+
+def group_offsets(
+    points: Tensor, center: Tensor, neighbor: Tensor, group: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """Offsets `[B, S, K, 3]` of the neighbours from their centre; a missing neighbour is the centre."""
+    neighbor = torch.where(neighbor < 0, center[:, :, None], neighbor)
+    return group(points, neighbor) - group(points, center)[:, :, None]
+
+
+def wavelengths(width: int, alpha: float, *, like: Tensor) -> Tensor:
+    """`alpha^(i / f)` for i < f = width // 6, in the dtype and on the device of `like`."""
+    frequencies = width // 6
+    exponent = torch.arange(frequencies, device=like.device, dtype=like.dtype) / frequencies
+    return torch.pow(alpha, exponent)
 
 
 def encode_offsets(offset: Tensor, width: int, *, alpha: float = 1000.0, beta: float = 100.0) -> Tensor:
@@ -49,11 +69,9 @@ def encode_offsets(offset: Tensor, width: int, *, alpha: float = 1000.0, beta: f
 
     Channels are (axis, sine then cosine, i); those beyond 6 f stay zero.
     """
-    frequencies = width // 6
-    exponent = torch.arange(frequencies, device=offset.device, dtype=offset.dtype) / frequencies
-    angle = (beta * offset)[..., None] / torch.pow(alpha, exponent)
+    angle = (beta * offset)[..., None] / wavelengths(width, alpha, like=offset)
     encoding = torch.stack([angle.sin(), angle.cos()], dim=-2).flatten(-3)
-    return F.pad(encoding, (0, width - 6 * frequencies)) if width % 6 else encoding
+    return F.pad(encoding, (0, width % 6)) if width % 6 else encoding
 
 
 def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -79,10 +97,9 @@ def local_aggregate(
     """See `any2point.ops.local_aggregate`; `group` is the gather to use."""
     dtype = features.dtype
     features = features.to(torch.promote_types(dtype, torch.float32))
+    offset = normalize_offsets(group_offsets(points, center, neighbor, group), normalize, guard=guard)
     neighbor = torch.where(neighbor < 0, center[:, :, None], neighbor)
     center_features = group(features, center)
-    offset = group(points, neighbor) - group(points, center)[:, :, None]
-    offset = normalize_offsets(offset, normalize, guard=guard)
     x = torch.cat(
         [group(features, neighbor), center_features[:, :, None].expand(*neighbor.shape, -1)], dim=-1
     )

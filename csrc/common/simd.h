@@ -45,6 +45,7 @@ A2P_INLINE Float splat(float a) { return _mm512_set1_ps(a); }
 A2P_INLINE Float add(Float a, Float b) { return _mm512_add_ps(a, b); }
 A2P_INLINE Float sub(Float a, Float b) { return _mm512_sub_ps(a, b); }
 A2P_INLINE Float mul(Float a, Float b) { return _mm512_mul_ps(a, b); }
+A2P_INLINE Float div(Float a, Float b) { return _mm512_div_ps(a, b); }
 A2P_INLINE Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
 A2P_INLINE Float min(Float a, Float b) { return _mm512_min_ps(a, b); }
 A2P_INLINE Float max(Float a, Float b) { return _mm512_max_ps(a, b); }
@@ -117,6 +118,7 @@ A2P_INLINE Float splat(float a) { return _mm256_set1_ps(a); }
 A2P_INLINE Float add(Float a, Float b) { return _mm256_add_ps(a, b); }
 A2P_INLINE Float sub(Float a, Float b) { return _mm256_sub_ps(a, b); }
 A2P_INLINE Float mul(Float a, Float b) { return _mm256_mul_ps(a, b); }
+A2P_INLINE Float div(Float a, Float b) { return _mm256_div_ps(a, b); }
 A2P_INLINE Float fma(Float a, Float b, Float c) { return _mm256_fmadd_ps(a, b, c); }
 A2P_INLINE Float min(Float a, Float b) { return _mm256_min_ps(a, b); }
 A2P_INLINE Float max(Float a, Float b) { return _mm256_max_ps(a, b); }
@@ -221,6 +223,7 @@ A2P_INLINE Float splat(float a) {
 A2P_LANEWISE(add, a.lane[i] + b.lane[i])
 A2P_LANEWISE(sub, a.lane[i] - b.lane[i])
 A2P_LANEWISE(mul, a.lane[i] * b.lane[i])
+A2P_LANEWISE(div, a.lane[i] / b.lane[i])
 // As the instructions do: the second operand if either is NaN.
 A2P_LANEWISE(min, a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i])
 A2P_LANEWISE(max, a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i])

@@ -84,7 +84,7 @@ class TestLocalAggregate(OpContract):
         yield {"center": torch.zeros(2, 7)}, TypeError, "center: expected int64"
         yield {"neighbor": torch.zeros(2, 6, 5, dtype=torch.int64)}, ValueError, r"neighbor: .*\[2, 7, K\]"
         yield {"neighbor": torch.zeros(2, 7, 0, dtype=torch.int64)}, ValueError, "K > 0"
-        yield {"neighbor": torch.full((2, 7, 5), 21)}, ValueError, "index"
+        yield {"neighbor": torch.full((2, 7, 5), 21)}, ValueError, "expected values in -1..20, got 21"
         yield {"normalize": "unit"}, ValueError, "normalize: expected 'scan' or 'mn40'"
         yield {"units": make(width=5)["units"]}, ValueError, r"units: expected weights \[H, 12\]"
 

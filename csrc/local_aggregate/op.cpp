@@ -1,0 +1,98 @@
+#include <algorithm>
+#include <cstring>
+
+#include "inverse_list/op.h"
+#include "local_aggregate/kernel.h"
+
+namespace any2point {
+namespace {
+
+const float* floats(const char* name, const Tensor& tensor, std::vector<int64_t> shape) {
+  A2P_CHECK(tensor.scalar_type() == ScalarType::Float && !tensor.is_cuda() && tensor.is_contiguous(), name,
+            ": expected a contiguous float32 tensor on the CPU");
+  A2P_CHECK(tensor.dim() == static_cast<int64_t>(shape.size()), name, ": expected ", shape.size(),
+            " dimensions");
+  for (size_t i = 0; i < shape.size(); i++) {
+    A2P_CHECK(tensor.size(i) == shape[i], name, ": expected size ", shape[i], " in dimension ", i, ", got ",
+              tensor.size(i));
+  }
+  return static_cast<const float*>(tensor.const_data_ptr());
+}
+
+const int64_t* rows_below(const char* name, const Tensor& index, int64_t lowest, int64_t rows) {
+  const int64_t* values = index.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < index.numel(); i++) {
+    if (values[i] < lowest || values[i] >= rows) refuse_index(name, values, i, rows);
+  }
+  return values;
+}
+
+Tensor local_aggregate(const Tensor& points, const Tensor& features, const Tensor& center_,
+                       const Tensor& neighbor_, const OptionalTensor& divisor, const Tensor& wavelength,
+                       std::vector<Tensor> tensors, double beta, bool guard) {
+  A2P_CHECK(features.dim() == 3 && center_.dim() == 2 && neighbor_.dim() == 3,
+            "features, center, neighbor: expected [B, N, C / 2], [B, S] and [B, S, K]");
+  const int64_t clouds = features.size(0), rows = features.size(1), width = 2 * features.size(2);
+  const int64_t centers = center_.size(1), neighbors = neighbor_.size(2);
+  A2P_CHECK(neighbors > 0, "neighbor: expected [B, S, K] with K > 0");
+  A2P_CHECK(tensors.size() % 4 == 0, "units: expected four tensors each");
+  const Tensor center = index_tensor("center", center_, {clouds, centers}, features);
+  const Tensor neighbor = index_tensor("neighbor", neighbor_, {clouds, centers, neighbors}, features);
+  Tensor out = torch::stable::new_empty(features, {clouds, centers, width});
+
+  LocalAggregate args{};
+  args.points = floats("points", points, {clouds, rows, 3});
+  args.features = floats("features", features, {clouds, rows, width / 2});
+  args.center = rows_below("center", center, -1, rows);
+  args.neighbor = rows_below("neighbor", neighbor, INT64_MIN, rows);
+  args.divisor = divisor ? floats("divisor", *divisor, {clouds}) : nullptr;
+  args.wavelength = floats("wavelength", wavelength, {width / 6});
+  args.out = static_cast<float*>(out.mutable_data_ptr());
+  args.rows = rows;
+  args.centers = centers;
+  args.neighbors = neighbors;
+  args.width = width;
+  args.beta = static_cast<float>(beta);
+  args.guard = guard;
+
+  std::vector<FoldedUnit> units(tensors.size() / 4);
+  int64_t floats_needed = 0;
+  for (size_t u = 0; u < units.size(); u++) {
+    units[u].hidden = tensors[4 * u].size(0);
+    args.hidden = std::max(args.hidden, units[u].hidden);
+    const int64_t hidden = packed_columns(units[u].hidden), columns = packed_columns(width);
+    floats_needed += hidden * (width + 1) + columns * (units[u].hidden + 1);
+  }
+  std::vector<float> packed(floats_needed);
+  float* next = packed.data();
+  const auto pack = [&](const char* name, const Tensor& weight, const Tensor& bias, int64_t to,
+                        int64_t from) {
+    const float* w = floats(name, weight, {to, from});
+    const float* b = floats(name, bias, {to});
+    const PackedLinear layer{next, next + from * packed_columns(to)};
+    pack_linear(w, b, to, from, next, next + from * packed_columns(to));
+    next += (from + 1) * packed_columns(to);
+    return layer;
+  };
+  for (size_t u = 0; u < units.size(); u++) {
+    const int64_t hidden = units[u].hidden;
+    units[u].in = pack("units", tensors[4 * u], tensors[4 * u + 1], hidden, width);
+    units[u].out = pack("units", tensors[4 * u + 2], tensors[4 * u + 3], width, hidden);
+  }
+  args.units = units.data();
+  args.unit_count = static_cast<int64_t>(units.size());
+
+  const int64_t scratch = local_aggregate_scratch(args);
+  torch::stable::parallel_for(0, clouds * centers, 8, [&](int64_t begin, int64_t end) {
+    std::vector<float> room(scratch);
+    local_aggregate_cpu(args, room.data(), begin, end);
+  });
+  return out;
+}
+
+}  // namespace
+}  // namespace any2point
+
+STABLE_TORCH_LIBRARY_IMPL(any2point, CPU, m) {
+  m.impl("_local_aggregate", TORCH_BOX(&any2point::local_aggregate));
+}
