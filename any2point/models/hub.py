@@ -124,7 +124,8 @@ def _tuned_source(recorded: dict[str, Any], state: dict[str, Tensor], file: Path
     tensors |= {name: state[name].flatten() for name in ("cls_token", "cls_position") if name in state}
     if "registers" in state:
         tensors["registers"] = state["registers"]
-    return Source.from_state_dict(recorded, tensors)
+    layout = recorded["layout"] | {"bias_kv": "blocks.0.attn.bias_k" in tensors}  # the model may drop them
+    return Source.from_state_dict({**recorded, "layout": layout}, tensors)
 
 
 def _find_source(description: dict[str, Any], directory: Path, path: str | Path | None) -> Source:

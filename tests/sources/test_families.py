@@ -69,16 +69,21 @@ def test_every_row_describes_its_sources(family: str) -> None:
 
 def test_keys_and_values_that_imagebind_adds_are_used_unless_official() -> None:
     source = tiny("imagebind")
-    points = clouds()
-    logits = {}
-    for parity in (None, "official"):
-        config = Any2PointConfig(**(SMALL | {"parity": parity, "views": 6}))
+
+    def make(**options: Any) -> Any2Point:
         torch.manual_seed(0)
-        model = Any2Point(config, source).eval()
-        used = model.encoder.source.blocks[0].attn.bias_k is not None
-        assert used == (parity is None)
-        logits[parity] = model(points)
-    torch.manual_seed(0)
-    config = Any2PointConfig(**(SMALL | {"bias_kv": False, "views": 6}))
-    without = Any2Point(config, source).eval()
-    assert (without(points) - logits[None]).abs().max() > 1e-6
+        return Any2Point(Any2PointConfig(**(SMALL | {"views": 6} | options)), source).eval()
+
+    assert make().encoder.source.blocks[0].attn.bias_k is not None
+    assert make(parity="official").encoder.source.blocks[0].attn.bias_k is None
+    points = clouds()
+    assert (make(bias_kv=False)(points) - make()(points)).abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("bias_kv", [True, False])
+def test_a_fully_tuned_imagebind_comes_back(tmp_path: Path, bias_kv: bool) -> None:
+    config = Any2PointConfig(**SMALL, tuning="full", bias_kv=bias_kv)
+    model = Any2Point(config, tiny("imagebind")).eval()
+    model.save_pretrained(tmp_path)
+    points = clouds()
+    assert torch.equal(Any2Point.from_pretrained(tmp_path)(points), model(points))
