@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -290,6 +291,26 @@ def test_truncated_and_damaged_archives(tmp_path: Path) -> None:
     (tmp_path / "damaged.pt").write_bytes(damaged)
     with pytest.raises(ValueError, match=r"damaged\.pt as a TorchScript archive \(Bad CRC-32"):
         Source.from_checkpoint(tmp_path / "damaged.pt")
+
+
+def test_random_damage_is_an_error_or_harmless(tmp_path: Path) -> None:
+    archive(tmp_path / "clip.pt")
+    with zipfile.ZipFile(tmp_path / "clip.pt") as stream:
+        records = {name.split("/", 1)[1]: stream.read(name) for name in stream.namelist() if "/data/" in name}
+        pickled = stream.read("clip/data.pkl")
+    random = np.random.default_rng(0)
+    opcodes = list(b")(]}lsubtRQcqh0.N\x81\x85")
+    messages = []
+    for _ in range(300):
+        damaged = bytearray(pickled)
+        for place in random.integers(len(damaged), size=random.integers(1, 4)):
+            damaged[place] = random.choice(opcodes) if random.integers(2) else random.integers(256)
+        try:
+            read_torchscript(write(tmp_path / "m.pt", bytes(damaged), records))
+        except ValueError as error:
+            messages.append(str(error))
+    assert 200 < len(messages) < 300
+    assert not any("\n" in message for message in messages)
 
 
 def test_foreign_byte_order(tmp_path: Path) -> None:
