@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from any2point.data.checksums import checksum, verify
 from any2point.data.formats import READERS, Mesh, read_mesh_or_cloud
 from any2point.data.points import read_points, sample_surface
 
@@ -32,6 +33,7 @@ __all__ = [
     "READERS",
     "Mesh",
     "PointDataset",
+    "checksum",
     "folder_dataset",
     "load_dataset",
     "modelnet40_dataset",
@@ -41,6 +43,7 @@ __all__ = [
     "sample_surface",
     "scanobjectnn_dataset",
     "transforms",
+    "verify",
 ]
 
 

@@ -235,6 +235,9 @@ def load_dataset(
         raise ValueError(f"`root`: expected none beside {name}, got {root}")
     elif module == "folder":
         given["root"] = name
+        if not Path(name).exists():
+            known_names = ", ".join(_NAMED)
+            raise FileNotFoundError(f"{name}: no such folder, and no data set of this name ({known_names})")
     elif given["features"]:
         raise ValueError(f"`features`: expected height or none of {name}, got {', '.join(features)}")
     unknown = sorted(set(options) - set(known))

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from any2point.data.checksums import verify
 from any2point.data.dataset import PointDataset, Progress, resample, stratified_mask
 from any2point.data.features import feature_names
 from any2point.data.formats import READERS
@@ -42,7 +43,8 @@ def folder_dataset(
         progress: called with (files read, files in all).
 
     Returns:
-        `PointDataset`, classes in alphabetical order.
+        `PointDataset`, classes in alphabetical order. If `SHA256SUMS` lies in the folder, the files are
+        compared with it.
 
     Raises:
         FileNotFoundError: no such folder.
@@ -82,6 +84,7 @@ def folder_dataset(
         found = [item for item, test in zip(found, in_test) if test == (split == "test")]
     if not found:
         raise ValueError(f"{root}: expected clouds in the {split} set, got none")
+    verify(root, files=[file for file, _, _ in found])
     clouds = []
     for number, (file, _, _) in enumerate(found):
         points = read_points(file, num_points, seed, features)

@@ -91,7 +91,7 @@ def modelnet40_dataset(
         progress: called with (files read, files in all), text only.
 
     Returns:
-        `PointDataset`. If `SHA256SUMS` lies beside .dat or .h5 files, they are compared with it.
+        `PointDataset`. If `SHA256SUMS` lies in the folder, the files are compared with it when they are read.
 
     Raises:
         FileNotFoundError: files that are not there, with the tree that is expected.

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from any2point.data.checksums import verify
 from any2point.data.dataset import Progress
 
 _BATCH = 64  # clouds sampled at a time: enough to keep a GPU busy
@@ -85,6 +86,7 @@ def read_resampled(
     for place in places:
         table = _load(place / kept, mark, normals) if table is None else table
     if table is None:
+        verify(folder, files=files)
         whole = np.empty((len(files), num_points, 6), np.float32)
         for row, cloud in enumerate(_sampled(files, num_points)):
             whole[row] = cloud

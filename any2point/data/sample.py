@@ -45,6 +45,7 @@ def sample_set(split: str | None = "train", seed: int = 0) -> PointDataset:
         torch.from_numpy(file["labels"][rows].astype(np.int64)),
         tuple(file["classes"].tolist()),
         tuple(file["names"][rows].tolist()),
+        files=(SAMPLE_FILE,),
     )
 
 

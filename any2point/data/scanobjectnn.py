@@ -70,7 +70,7 @@ def scanobjectnn_dataset(
             used.
 
     Returns:
-        `PointDataset`. If `SHA256SUMS` lies beside the files, they are compared with it.
+        `PointDataset`. If `SHA256SUMS` lies in the folder, the files are compared with it.
 
     Raises:
         FileNotFoundError: files that are not there, with the tree that is expected.

@@ -511,3 +511,19 @@ def test_names_and_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert torch.equal(
         tall.features[..., 0], tall.points[..., 1] - tall.points[..., 1].amin(dim=1, keepdim=True)
     )
+
+
+def test_checksums_of_text_and_folders(tmp_path: Path) -> None:
+    write_modelnet40_text(tmp_path, 1, num_points=20, classes=3)
+    folder = tmp_path / "modelnet40_normal_resampled"
+    name = "bed/bed_0001.txt"
+    (folder / "SHA256SUMS").write_text(f"{'0' * 64} *{name}\n")
+    with pytest.raises(ValueError, match=r"bed_0001.txt: expected SHA-256 0000"):
+        load_dataset("modelnet40", "train", tmp_path, num_points=10)
+    with pytest.raises(ValueError, match=r"bed_0001.txt: expected SHA-256 0000"):
+        load_dataset(folder, None, num_points=10)
+    (folder / "SHA256SUMS").write_text(f"{checksum([folder / name])['bed_0001.txt']} *{name}\n")
+    data = load_dataset("modelnet40", "train", tmp_path, num_points=10)
+    assert name in checksum(data.files)
+    with pytest.raises(FileNotFoundError, match=r"no such folder, and no data set of this name \(sh3d15, "):
+        load_dataset("shapenet", "train")
