@@ -64,7 +64,11 @@ void run_neighbours_cpu(const Neighbours<T>& run) {
 #ifdef ANY2POINT_WITH_CUDA
 template <typename T>
 void run_neighbours_cuda(const char* op, const Neighbours<T>& run, const Tensor& like) {
-  check_cuda(op, neighbours_cuda(run, current_stream(like.get_device_index())));
+  Tensor workspace;
+  const int64_t bytes = neighbours_workspace(run);
+  if (bytes > 0) workspace = torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
+  void* memory = bytes > 0 ? workspace.mutable_data_ptr() : nullptr;
+  check_cuda(op, neighbours_cuda(run, memory, current_stream(like.get_device_index())));
 }
 #endif
 

@@ -1,4 +1,5 @@
-// Neighbour search on CUDA for float32, up to three coordinates and k <= 192; other cases are in general.cu.
+// Neighbour search on CUDA for float32, up to three coordinates and k <= 192, by scans; general.cu has other
+// cases, tree_search.cu large clouds.
 //
 // Clouds of up to 2,048 points: a block of 8 warps stages one cloud in shared memory (12 bytes a point) and a
 // warp answers one query at a time. Each lane holds the distances to N / 32 points in registers (8 to 64 of
@@ -20,9 +21,9 @@
 //   32 x 2,048 of  8,192, k = 32    1,021   2,026
 //    1 x   25k of   100k, k = 32    2,146  13,302     3.7 times the distances
 //    1 x  100k of   100k, k = 16    7,315  14,840     3.2 times the distances: upkeep of the buffers
-// The next step for the last three is to look only at the points near a query, through a sorted grid.
+// So the last three go through a tree instead (tree_search.cu).
 //
-// No host synchronisation, no workspace. CUDA, not Triton: what a warp does next depends on its data.
+// No host synchronisation. CUDA, not Triton: what a warp does next depends on its data.
 #include "knn/warp.cuh"
 
 namespace any2point {
@@ -302,17 +303,37 @@ cudaError_t launch_nearest(const Neighbours<float>& run, cudaStream_t stream) {
   return launch_large<8, 4>(run, above, stream);
 }
 
+// A tree takes about 80 us to build. Scans take that for some 10^8 pairs of query and point, or for
+// 50,000 points, however few the queries are.
+bool wants_tree(const Neighbours<float>& run) {
+  const Rows &rows = run.rows, &queries = run.query_rows;
+  if (run.dim > 3 || run.k == 0 || run.k > kTreeMost || rows.clouds == 0 || queries.total == 0) return false;
+  if (rows.total >= 1 << 30 || queries.total >= 1 << 30) return false;
+  const int64_t points = rows.packed() ? rows.total / rows.clouds : rows.padded;
+  return points > kSmall && (points >= 50000 || double(queries.total) * double(points) >= 1e8);
+}
+
 }  // namespace
 
 template <>
-int neighbours_cuda(const Neighbours<double>& run, void* stream) {
+int64_t neighbours_workspace(const Neighbours<double>&) {
+  return 0;
+}
+template <>
+int64_t neighbours_workspace(const Neighbours<float>& run) {
+  return wants_tree(run) ? tree_workspace(run) : 0;
+}
+
+template <>
+int neighbours_cuda(const Neighbours<double>& run, void*, void* stream) {
   return neighbours_general_cuda(run, stream);
 }
 
 template <>
-int neighbours_cuda(const Neighbours<float>& run, void* stream) {
+int neighbours_cuda(const Neighbours<float>& run, void* workspace, void* stream) {
   const int64_t most = run.rows.packed() ? run.rows.total : run.rows.padded;
   if (run.query_rows.total == 0) return cudaSuccess;
+  if (wants_tree(run)) return neighbours_tree_cuda(run, workspace, stream);
   if (run.dim > 3 || run.k > 192 || run.k == 0 || run.choice == Choice::first || most >= 1 << 30 ||
       run.query_rows.clouds == 0) {
     return neighbours_general_cuda(run, stream);

@@ -41,12 +41,18 @@ using ParallelFor = std::function<void(int64_t n, const Range&)>;
 template <typename T>
 void neighbours_cpu(const Neighbours<T>& run, const ParallelFor& parallel_for);
 
-// On the current CUDA device; returns a cudaError_t.
+// On the current CUDA device, with `neighbours_workspace` bytes there (null if 0); returns a cudaError_t.
 template <typename T>
-int neighbours_cuda(const Neighbours<T>& run, void* stream);
+int neighbours_cuda(const Neighbours<T>& run, void* workspace, void* stream);
+template <typename T>
+int64_t neighbours_workspace(const Neighbours<T>& run);
 // The same by kernels for any k and D: neighbours_cuda calls it where it has no better one.
 template <typename T>
 int neighbours_general_cuda(const Neighbours<T>& run, void* stream);
+// The same through a tree of boxes: at most three coordinates, k <= kTreeMost, fewer than 2^30 rows.
+constexpr int64_t kTreeMost = 280;
+int neighbours_tree_cuda(const Neighbours<float>& run, void* workspace, void* stream);
+int64_t tree_workspace(const Neighbours<float>& run);
 
 // `limit` of a ball: the largest number below radius * radius, as the search includes its limit.
 template <typename T>

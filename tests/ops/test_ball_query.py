@@ -163,3 +163,19 @@ def test_cuda_gives_the_same_bits(name: str, mode: str) -> None:
         for k in (1, 20, 150, 500):
             want = ops.ball_query(query, points, radius, k, mode=mode)
             assert_same(ops.ball_query(query.cuda(), points.cuda(), radius, k, mode=mode), want, f"{n} {k}")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", CLOUDS)
+@pytest.mark.parametrize("mode", MODES)
+def test_cuda_tree(name: str, mode: str) -> None:
+    """Clouds large enough for the tree of boxes."""
+    points = cloud(name, 60_000)[None]
+    query = points[:, 1::150]
+    distance = ops.knn(query, points, 8).distance
+    near = float(distance[distance.isfinite()].double().median().sqrt().clamp(1e-20, 1e38)) * 1.5
+    for radius in (near, 100 * near):
+        for k in (1, 32, 100):
+            want = ops.ball_query(query, points, radius, k, mode=mode)
+            got = ops.ball_query(query.cuda(), points.cuda(), radius, k, mode=mode)
+            assert_same(got, want, f"{radius} {k}")

@@ -230,6 +230,48 @@ def test_cuda_packed_clouds_of_all_sizes() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("name", CLOUDS)
+def test_cuda_tree(name: str) -> None:
+    """Clouds large enough for the tree of boxes: queries that are points, and others."""
+    points = cloud(name, 60_000)[None]
+    query = torch.cat([points[:, ::200], 3 * torch.randn(1, 33, 3), points[:, 5:20]], dim=1)
+    for k in (1, 16, 32, 33, 68, 69, 140, 141, 280, 281):
+        for is_sorted in (True, False):
+            want = ops.knn(query, points, k, sorted=is_sorted)
+            got = ops.knn(query.cuda(), points.cuda(), k, sorted=is_sorted)
+            assert_same(got, want, f"k={k} sorted={is_sorted}")
+    on_device = points.cuda()
+    assert_same(ops.knn(on_device, on_device, 9), ops.knn(points, points, 9))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dim", [1, 2])
+def test_cuda_tree_of_fewer_coordinates(dim: int) -> None:
+    points = torch.randn(2, 51_000, dim)
+    for k in (1, 40):
+        got = ops.knn(points[:, :999].cuda(), points.cuda(), k)
+        assert_same(got, ops.knn(points[:, :999], points, k))
+
+
+@pytest.mark.gpu
+def test_cuda_trees_of_batches() -> None:
+    """Lengths, packed clouds of all sizes, empty ones too; the same rows as queries and as points."""
+    sizes, queries = [0, 7, 90_000, 300, 0, 260_000, 257, 120_000, 0], [3, 50, 400, 0, 1, 333, 64, 65, 0]
+    clouds, asked = [torch.randn(n, 3) for n in sizes], [torch.randn(n, 3) for n in queries]
+    offsets, query_offsets = (torch.tensor([0, *x]).cumsum(0) for x in (sizes, queries))
+    for k in (4, 33):
+        args = dict(query_offsets=query_offsets, offsets=offsets)
+        want = ops.knn(torch.cat(asked), torch.cat(clouds), k, **args)
+        on_device = {name: x.cuda() for name, x in args.items()}
+        assert_same(ops.knn(torch.cat(asked).cuda(), torch.cat(clouds).cuda(), k, **on_device), want)
+    points, lengths = torch.randn(4, 20_000, 3), torch.tensor([20_000, 0, 1, 12_345])
+    on_device, device_lengths = points.cuda(), lengths.cuda()
+    want = ops.knn(points, points, 5, lengths=lengths, query_lengths=lengths)
+    got = ops.knn(on_device, on_device, 5, lengths=device_lengths, query_lengths=device_lengths)
+    assert_same(got, want)
+
+
+@pytest.mark.gpu
 @pytest.mark.slow
 def test_cuda_outputs_beyond_2_to_the_31_elements() -> None:
     k, rows = 1024, (1 << 21) + 3
