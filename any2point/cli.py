@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Sequence
 
 
@@ -35,8 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 raise
             return _fail(f"the command line needs {error.name}: pip install 'any2point[train]'")
         return app(given)
-    except KeyboardInterrupt:
-        print("any2point: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        _say("interrupted", error)
         return 130
     except BrokenPipeError:  # the reader of a pipe has gone; nothing is wrong
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -44,12 +45,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, OSError, ImportError) as error:
         if os.environ.get("ANY2POINT_DEBUG"):
             raise
-        return _fail(" ".join(str(error).split()) or type(error).__name__)
+        return _fail(" ".join(str(error).split()) or type(error).__name__, error)
 
 
-def _fail(message: str) -> int:
-    print(f"any2point: {message}", file=sys.stderr)
+def _fail(message: str, error: BaseException | None = None) -> int:
+    _say(message, error)
     return 2
+
+
+def _say(message: str, error: BaseException | None) -> None:
+    """Print an error, unless other processes of the same run have the same one and the first will tell."""
+    rank = os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or "0"
+    elected = getattr(error, "rank", None)  # set where one process failed first and ends the others
+    if elected is None and rank != "0":
+        time.sleep(2)  # a launcher ends all when the first one exits
+        return
+    where = f"process {elected}: " if elected else ""
+    print(f"any2point: {where}{message}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -111,8 +112,15 @@ def test_eval(world: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     out = capsys.readouterr().out
     accuracy = json.loads((world / "run" / "results.json").read_text())["test"]["accuracy"]
     assert f"accuracy {100 * accuracy:.1f} %" in out
-    assert json.loads((tmp_path / "out" / "results.json").read_text())["test"]["accuracy"] == accuracy
+    written = json.loads((tmp_path / "out" / "results.json").read_text())["test"]
+    assert written["accuracy"] == accuracy
+    assert sum(row["right"] for row in written["classes"].values()) == accuracy * written["clouds"]
     assert (tmp_path / "out" / "confusion.png").exists()
+    assert main(["eval", str(world / "run"), "--output", str(tmp_path / "vote"), "--vote", "3"]) == 0
+    vote = json.loads((tmp_path / "vote" / "results.json").read_text())["test"]
+    assert vote["vote"] == 3
+    assert vote["loss"] != written["loss"]
+    assert main(["eval", str(world / "run"), "--vote", "0"]) == 2
 
 
 @pytest.mark.parametrize("suffix", WRITERS)
@@ -300,6 +308,59 @@ def test_info_needs_nothing() -> None:
     keys = {"any2point", "python", "packages", "extension", "cpu", "driver", "gpus", "problems"}
     assert keys <= report.keys()
     assert report["cpu"]["simd"] in ("scalar", "avx2", "avx512")
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """`python` with arguments, in an environment without ranks and with one thread."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "NCCL_NVLS_ENABLE": "0"}
+    root = Path(__file__).parents[1]
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, cwd=root, env=environment, check=False
+    )
+
+
+def test_two_processes(world: Path, tmp_path: Path) -> None:
+    """`--devices 2` trains, torchrun evaluates: each says everything once, and the accuracy is the same."""
+    trained = command("-m", "any2point", *train(world, tmp_path / "run", "--devices", "2"))
+    assert trained.returncode == 0, trained.stderr
+    assert trained.stdout.count("total without head") == 1
+    assert trained.stdout.count("run folder: ") == 1
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["processes"] == 2
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "any2point"]
+    evaluated = command(*launcher, "eval", str(tmp_path / "run"), "--device", "cpu", "--precision", "fp32")
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert evaluated.stdout.count(f"accuracy {100 * results['test']['accuracy']:.1f} %") == 1
+    assert "Traceback" not in trained.stderr + evaluated.stderr
+
+
+@pytest.mark.slow
+def test_a_mistake_of_two_processes_is_one_line(world: Path, tmp_path: Path) -> None:
+    result = command(
+        "-m", "any2point", *train(world, tmp_path / "run", "--devices", "2", "--batch-size", "3")
+    )
+    assert result.returncode != 0
+    (line,) = result.stderr.splitlines()
+    assert line.endswith("`batch_size`: expected a multiple of the 2 processes, got 3")
+
+
+def test_one_of_several_processes_tells(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first one what all run into, and the one that fails alone what it has run into."""
+    monkeypatch.setattr("any2point.cli.time.sleep", lambda seconds: None)
+    monkeypatch.setenv("RANK", "1")
+    assert main(["eval", "/nowhere"]) == 2
+    assert capsys.readouterr().err == ""
+
+    def fail(*_: object, **__: object) -> None:
+        error = ValueError("its own mistake")
+        error.rank = 1  # type: ignore[attr-defined]
+        raise error
+
+    monkeypatch.setattr("any2point.train.run.load_run", fail)
+    assert main(["eval", "/nowhere"]) == 2
+    assert capsys.readouterr().err == "any2point: process 1: its own mistake\n"
 
 
 def test_help_does_not_import_torch() -> None:

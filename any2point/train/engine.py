@@ -22,7 +22,7 @@ from any2point.train import files
 from any2point.train.captured import Step, capture
 from any2point.train.config import TrainConfig
 from any2point.train.events import EventLog
-from any2point.train.metrics import EvalResult, evaluate_prepared, input_size, prepare
+from any2point.train.metrics import EvalResult, evaluate_prepared, input_size, model_inputs, prepare
 from any2point.train.progress import Reporter, SilentReporter, default_reporter
 from any2point.train.runtime import Runtime
 from any2point.train.state import read_state, trained_state
@@ -65,7 +65,8 @@ def fit(
     get the same result.
 
     Args:
-        model: points [B, N, 3] -> logits [B, classes]. Only parameters with `requires_grad` are trained; its
+        model: points [B, N, 3] (and features [B, N, F], if its `config.input_features` is F) -> logits
+            [B, classes]. Only parameters with `requires_grad` are trained; its
             `parameter_groups(weight_decay)` are used if it has them. Left in evaluation mode on the run's
             device.
         train: training set.
@@ -203,9 +204,9 @@ class _Run:
     def _load(self, rows: Tensor, generator: torch.Generator) -> list[Tensor]:
         """This rank's part of a batch, transformed: labels and the model's inputs."""
         part, device = self.ranks.part(len(rows)), self.runtime.device
-        points = self.train.points[rows[part]].to(device)
         labels = self.train.labels[rows[part]].to(device)
-        return [labels, self.transform(points, Rows(generator, len(rows), part))]
+        clouds = self.train.inputs(rows[part]).to(device)
+        return [labels, *model_inputs(self.model, self.transform(clouds, Rows(generator, len(rows), part)))]
 
     def _gradients(self, labels: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Forward and backward of a batch; loss [] and logits [B, classes]."""

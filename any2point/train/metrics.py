@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -90,13 +89,14 @@ def evaluate(
 
     Args:
         model: points [B, N, 3] -> logits [B, classes]; its `config.num_points`, if it has one, says how many
-            points of each cloud it is given (farthest point sampling). It is put in evaluation mode and back.
+            points of each cloud it is given (farthest point sampling), its `config.input_features` whether it
+            is given features, too. It is put in evaluation mode and back.
         data: what to classify.
         config: normalisation, batch size, device, processes, precision and seed; the defaults of
             `TrainConfig` otherwise.
-        vote: passes whose logits are added up. The first is the plain one; every other one sees each cloud as
-            in training, but neither turned, shifted nor jittered: a random choice out of the pool of farthest
-            points, in random order (so that the tokens start elsewhere), scaled at random.
+        vote: passes over the set whose logits are averaged. The first is the plain one; in every other one a
+            cloud is what it is in training, but neither turned, shifted nor jittered: random ones of the
+            pool of farthest points, in random order, scaled at random. The passes follow from `config.seed`.
 
     Returns:
         `EvalResult`.
@@ -116,16 +116,30 @@ def evaluate(
         for number in range(1, vote):
             generator = torch.Generator().manual_seed(config.seed_of("vote", number))
             seen = apply(transform, data, runtime.device, generator)
-            total += logits_of(model, seen, config, runtime)
-    return summarize(data.labels, total, time.perf_counter() - start)
+            total = total + logits_of(model, seen, config, runtime)
+    return summarize(data.labels, total / vote, time.perf_counter() - start)
 
 
 def input_size(model: nn.Module, data: PointDataset) -> int:
-    """How many points of each cloud the model is given."""
+    """How many points of each cloud the model is given; ValueError if the clouds lack points or features."""
     size = getattr(getattr(model, "config", None), "num_points", data.num_points)
     if data.num_points < size:
         raise ValueError(f"`data`: expected clouds of at least {size} points, got {data.num_points}")
+    wanted, there = input_features(model), len(data.feature_names)
+    if wanted not in (0, there):
+        raise ValueError(f"`data`: expected {wanted} features per point (`input_features`), got {there}")
     return size
+
+
+def input_features(model: nn.Module) -> int:
+    """How many features per point the model takes beside the coordinates."""
+    return getattr(getattr(model, "config", None), "input_features", 0)
+
+
+def model_inputs(model: nn.Module, clouds: Tensor) -> list[Tensor]:
+    """`clouds [B, N, 3 + F]` as the model takes them: points, and features if it takes any."""
+    parts = clouds.split([3, clouds.shape[-1] - 3], dim=-1)
+    return [part.contiguous() for part in parts[: 2 if input_features(model) else 1]]
 
 
 def prepare(data: PointDataset, config: TrainConfig, num_points: int, device: torch.device) -> PointDataset:
@@ -139,8 +153,11 @@ def apply(
     transform: Transform, data: PointDataset, device: torch.device, generator: torch.Generator | None
 ) -> PointDataset:
     """Transform a data set, on `device`; the result is where the data set was."""
-    parts = [transform(part.to(device), generator).to(part.device) for part in data.points.split(256)]
-    return dataclasses.replace(data, points=torch.cat(parts))
+    parts = []
+    for start in range(0, len(data), 256):
+        clouds = data.inputs(slice(start, start + 256))
+        parts.append(transform(clouds.to(device), generator).to(clouds.device))
+    return data.with_inputs(torch.cat(parts))
 
 
 def evaluate_prepared(
@@ -166,7 +183,7 @@ def logits_of(model: nn.Module, data: PointDataset, config: TrainConfig, runtime
     parts = []
     for rows in mine:
         with runtime.autocast():
-            parts.append(model(data.points[rows].to(runtime.device)).float())
+            parts.append(model(*model_inputs(model, data.inputs(rows).to(runtime.device))).float())
     model.train(training)
     classes = max(count for (count,) in ranks.gather([parts[0].shape[1] if parts else 0]))
     logits = torch.zeros(len(data), int(classes), device=runtime.device)

@@ -137,7 +137,9 @@ def predict_files(
     result."""
     model, recipe = load_run(run, source)
     config = TrainConfig.from_dict((recipe or Recipe()).train.to_dict() | {"device": device})
-    size = model.config.num_points
+    size, features = model.config.num_points, model.config.input_features
+    if features:
+        raise ValueError(f"{run}: expected a model of coordinates alone, got one of {features} features, too")
     read = [read_points(path, num_points=max(2048, size)) for path in clouds]
     for path, points in zip(clouds, read):
         if len(points) < size:

@@ -154,6 +154,48 @@ def test_any_module_can_be_trained() -> None:
     assert result.history[-1]["loss"] < result.history[0]["loss"]
 
 
+@pytest.mark.parametrize("tuning", ["full", "probe"])
+def test_whatever_requires_a_gradient_is_trained_saved_and_restored(tmp_path: Path, tuning: str) -> None:
+    model = tiny.model(tuning=tuning)
+    before = weights(model)
+    options = {"epochs": 2, "select": "validation"}
+    result = fit(model, tiny.dataset(), tiny.dataset(9, 1), tiny.config(**options), tmp_path,
+        reporter=SilentReporter())  # fmt: skip
+    after = weights(model)
+    changed = {name for name, _ in model.named_parameters() if not torch.equal(before[name], after[name])}
+    source = {name for name in changed if name.startswith("encoder.source.blocks.")}
+    assert bool(source) == (tuning == "full")
+    again = Any2Point.from_pretrained(tmp_path)
+    assert all(torch.equal(value, weights(again)[name]) for name, value in after.items())
+    resumed = tiny.model(tuning=tuning)
+    repeated = fit(resumed, tiny.dataset(), tiny.dataset(9, 1), tiny.config(**options), tmp_path, resume=True,
+        reporter=SilentReporter())  # fmt: skip
+    assert repeated.history == result.history
+    assert all(torch.equal(value, weights(resumed)[name]) for name, value in after.items())
+
+
+def test_a_vote_is_the_sum_of_seeded_passes() -> None:
+    model, _ = run(epochs=2)
+    data = tiny.dataset(9, 1)
+    plain = evaluate(model, data, tiny.config())
+    again = evaluate(model, data, tiny.config(), vote=1)
+    assert plain.loss == again.loss
+    seen: list[torch.Tensor] = []
+    model.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    vote = evaluate(model, data, tiny.config(), vote=3)
+    assert len(seen) == 3
+    assert vote.loss != plain.loss
+    assert not torch.equal(seen[0], seen[1])
+    assert not torch.equal(seen[1], seen[2])
+    assert torch.equal(
+        vote.predictions, evaluate(model, data, tiny.config(eval_batch_size=4), vote=3).predictions
+    )
+    assert vote.loss == evaluate(model, data, tiny.config(), vote=3).loss
+    assert vote.loss != evaluate(model, data, tiny.config(seed=1), vote=3).loss
+    with pytest.raises(ValueError, match="`vote`"):
+        evaluate(model, data, tiny.config(), vote=0)
+
+
 def test_bf16_trains() -> None:
     _, result = run(epochs=3, precision="bf16")
     assert result.history[-1]["loss"] < 2

@@ -26,14 +26,13 @@ def dataset(count: int = 24, seed: int = 0) -> PointDataset:
     return PointDataset(shapes[labels, torch.arange(count)], labels, CLASSES)
 
 
-def model(seed: int = 0) -> Any2Point:
+def model(seed: int = 0, **options: Any) -> Any2Point:
     """A few thousand parameters."""
     torch.manual_seed(seed)
     source = Source.random("bert", width=48, depth=2, heads=4, positions=(16,))
-    config = Any2PointConfig(
-        num_classes=3, num_points=64, num_tokens=8, neighbors=4, views=2, adapter_dim=4, head_width=16
-    )
-    return Any2Point(config, source)
+    defaults: dict[str, Any] = {"num_classes": 3, "num_points": 64, "num_tokens": 8, "neighbors": 4}
+    defaults |= {"views": 2, "adapter_dim": 4, "head_width": 16}
+    return Any2Point(Any2PointConfig(**{**defaults, **options}), source)
 
 
 class Moments(nn.Module):
