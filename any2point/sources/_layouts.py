@@ -215,67 +215,81 @@ def layout_of(
 
 
 def split_table(
-    table: Tensor, leading: Sequence[int] = (1,), grid: Grid | None = None
+    table: Tensor, leading: Sequence[int] = (1,), grid: Grid | None = None, *, square: bool = True
 ) -> tuple[Tensor, Tensor]:
     """The patches' part of a position table as a grid, and the rows of the class-like tokens before it.
 
     Args:
         table: `[1, rows, C]` or `[rows, C]`.
         leading: numbers of rows that may stand before the patches, the likeliest first.
-        grid: rows and columns of the patches, if known; used if they fit, since a table that was resampled
-            after its configuration was written is square.
+        grid: rows and columns of the patches, if known.
+        square: whether a square will do where the grid is not known or does not fit (a table may have been
+            resampled after its configuration was written).
 
     Returns:
         `[H, W, C]`, or `[L, C]` for a single row or column, and `[rows of leading, C]`.
 
     Raises:
-        ValueError: the patches are neither that grid nor a square.
+        ValueError: the patches are neither that grid nor, where it would do, a square.
     """
     table = table.reshape(-1, table.shape[-1])
     rows = table.shape[0]
     shapes: dict[int, Grid] = {}
     for count in leading:
         side = math.isqrt(max(0, rows - count))
-        if side and side * side == rows - count:
+        if square and side and side * side == rows - count:
             shapes.setdefault(count, (side, side))
         if grid is not None and grid[0] * grid[1] == rows - count:
             shapes = {count: grid}
             break
     if not shapes:
-        wanted = " or ".join(f"{count} + n*n" if count else "n*n" for count in leading)
-        other = "" if grid is None else f" (nor is it the grid {grid[0]} x {grid[1]} of config.json)"
-        raise ValueError(f"`path`: expected {wanted} rows of positions, got {rows}{other}")
+        areas = ["n*n"] * square + ([] if grid is None else [f"{grid[0]}*{grid[1]}"])
+        wanted = [f"{count} + {area}" if count else area for area in areas for count in leading]
+        raise ValueError(f"`path`: expected {' or '.join(wanted)} rows of positions, got {rows}")
     count, shape = next(iter(shapes.items()))
     patches = table[count:].contiguous()
     return patches if 1 in shape else patches.unflatten(0, shape), table[:count].clone()
 
 
+def _pair(value: Any, name: str) -> Grid:
+    pair = [value, value] if isinstance(value, int) else value
+    if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(x, int) and x > 0 for x in pair):
+        raise ValueError(
+            f"`path`: expected one or two positive numbers as {name} in config.json, got {value!r}"
+        )
+    return pair[0], pair[1]
+
+
 def image_grid(config: Mapping[str, Any], stem: Tensor | None) -> Grid | None:
     """Rows and columns of patches that a config.json of Hugging Face or timm tells, or None."""
     size = config.get("image_size")
-    for section, name in (("pretrained_cfg", "input_size"), ("model_args", "img_size")):
-        size = config.get(section, {}).get(name, size)
+    shape = config.get("pretrained_cfg", {}).get("input_size")  # channels, height, width
+    size = shape[1:] if isinstance(shape, list) else size
+    size = config.get("model_args", {}).get("img_size", size)
     patch = config.get("patch_size", None if stem is None else list(stem.shape[-2:]))
     if size is None or patch is None:
         return None
-    height, width = (size, size) if isinstance(size, int) else size[-2:]
-    down, across = (patch, patch) if isinstance(patch, int) else patch
+    (height, width), (down, across) = _pair(size, "size of the image"), _pair(patch, "patch_size")
     return height // down, width // across
 
 
-def spectrogram_grid(rows: int, height: int, strides: Sequence[int]) -> Grid | None:
+def spectrogram_grid(count: int, height: int, strides: Sequence[int]) -> Grid:
     """Frequency rows and time columns of patches over the 128 mel bins that all these families use.
 
     Args:
-        rows: number of patches.
+        count: number of patches.
         height: of a patch, in mel bins.
-        strides: of the patches along frequency, the likeliest first; the first that divides `rows` counts.
+        strides: of the patches along frequency, the likeliest first; the first whose rows divide the patches
+            counts.
     """
-    for stride in strides:
-        bands = (128 - height) // stride + 1
-        if rows % bands == 0:
-            return bands, rows // bands
-    return None
+    rows = [(128 - height) // stride + 1 for stride in strides]
+    for bands in rows:
+        if count > 0 and bands > 0 and count % bands == 0:
+            return bands, count // bands
+    wanted = " or ".join(map(str, rows))
+    raise ValueError(
+        f"`path`: expected {wanted} rows of frequencies in the position table, got {count} patches"
+    )
 
 
 def read_vit(
@@ -290,12 +304,12 @@ def read_vit(
     origin: Mapping[str, Any],
     grid: Grid | None = None,
     activation: Activation = "gelu",
-    position_kind: str = "learned",
 ) -> Source:
-    """A pre-norm ViT over patches: class token, registers and a table of positions on a grid.
+    """A pre-norm ViT over patches: class token, registers and a learned table of positions on a grid.
 
-    The class token has a position if the table holds a row for it, and none (zeros) otherwise; the rows of
-    registers, where the table holds them, are added to the registers.
+    The grid is `grid` if that is given, else what config.json tells, else a square. The class token has a
+    position if the table holds a row for it, and none (zeros) otherwise; the rows of registers, where the
+    table holds them, are added to the registers.
     """
     tensors, depth = read_blocks(reader, names, depth)
     # timm has its last norm after pooling (`fc_norm`) in models that average: no final norm for tokens then.
@@ -308,9 +322,12 @@ def read_vit(
     registers = torch.cat(found) if found else None
     own = 0 if cls_token is None else 1
     count = own + (0 if registers is None else len(registers))
-    if grid is None:
-        grid = image_grid(config, reader.state.get(names.stem))
-    table, rows = split_table(reader.take(names.table), tuple(dict.fromkeys((own, 0, count))), grid)
+    table, rows = split_table(
+        reader.take(names.table),
+        tuple(dict.fromkeys((own, 0, count))),
+        image_grid(config, reader.state.get(names.stem)) if grid is None else grid,
+        square=grid is None,
+    )
     if registers is not None and len(rows) == count:
         registers = registers + rows[own:]
     cls_position = None
@@ -333,7 +350,6 @@ def read_vit(
         cls_token=cls_token,
         cls_position=cls_position,
         registers=registers,
-        position_kind=position_kind,
         origin=origin,
         unused=reader.unused(),
     )

@@ -30,11 +30,12 @@ def _matches(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> bool:
 
 
 def _told_grid(config: Mapping[str, Any]) -> Grid | None:
-    if "num_mel_bins" not in config:
+    names = ("num_mel_bins", "max_length", "patch_size", "frequency_stride", "time_stride")
+    sizes = [size for name in names if isinstance(size := config.get(name), int) and size > 0]
+    if len(sizes) < len(names):
         return None
-    patch = config["patch_size"]
-    bands = (config["num_mel_bins"] - patch) // config["frequency_stride"] + 1
-    return bands, (config["max_length"] - patch) // config["time_stride"] + 1
+    bins, frames, patch, down, across = sizes
+    return (bins - patch) // down + 1, (frames - patch) // across + 1
 
 
 def _convert(
@@ -47,8 +48,8 @@ def _convert(
 ) -> Source:
     names, reader = open_reader(state, NAMES, "an AST")
     grid = _told_grid(config)
-    if grid is None and names.table in reader:
-        grid = spectrogram_grid(reader.state[names.table].shape[-2] - 2, 16, strides=(10, 16))
+    if grid is None:
+        grid = spectrogram_grid(reader.take(names.table).shape[-2] - 2, 16, strides=(10, 16))
     return read_vit("ast", "audio", names, reader, config, depth=depth, heads=heads, origin=origin, grid=grid)
 
 

@@ -21,7 +21,7 @@ def _matches(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> bool:
     if found is None:
         return False
     names, prefix = found
-    return f"{prefix}{names.registers[0]}" in state
+    return f"{prefix}{names.registers[0]}" in state  # the distillation token
 
 
 def _convert(

@@ -46,7 +46,7 @@ def _convert(
     origin: Mapping[str, Any],
 ) -> Source:
     names, reader = open_reader(state, (_NAMES,), "ImageBind's audio trunk")
-    grid = spectrogram_grid(reader.state[names.table].shape[-2] - 1, 16, strides=(10,))
+    grid = spectrogram_grid(reader.take(names.table).shape[-2] - 1, 16, strides=(10,))
     return read_vit(
         "imagebind", "audio", names, reader, config, depth=depth, heads=heads, origin=origin, grid=grid
     )

@@ -26,7 +26,7 @@ def _matches(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> bool:
     return find_names(state, (TIMM,)) is not None and any(key.endswith(_MARKS) for key in state)
 
 
-def _grid(state: Mapping[str, Tensor], reader: Reader) -> Grid | None:
+def _grid(state: Mapping[str, Tensor], reader: Reader) -> Grid:
     height, width = reader.take(TIMM.stem).shape[-2:]
     sizes = [state.get(f"p_input_{axis}dim") for axis in "ft"]
     if sizes[0] is not None and sizes[1] is not None:

@@ -140,6 +140,18 @@ def test_ast_without_config_has_rows_of_frequencies(tmp_path: Path) -> None:
     assert Source.from_checkpoint(save(tmp_path, state), heads=4).position_table.shape == (8, 64, C)
 
 
+def test_a_spectrogram_of_other_bands_is_refused(tmp_path: Path) -> None:
+    state = perturb(Audio(5 * 5)).checkpoint()  # a square, but not of 12 rows
+    with pytest.raises(ValueError, match="expected 12 rows of frequencies in the position table, got 25"):
+        Source.from_checkpoint(save(tmp_path, state), heads=4)
+    config = transformers.ASTConfig(**(SIZE | {"num_hidden_layers": 1}))
+    transformers.ASTModel(config).save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(settings | {"max_length": 512}))
+    with pytest.raises(ValueError, match=r"or 2 \+ 12\*50 rows of positions, got 1214"):
+        Source.from_checkpoint(tmp_path)
+
+
 class Patches(nn.Module):
     """Patches of a spectrogram of one channel `[B, 1, F, T]`, frequency rows first."""
 

@@ -416,5 +416,8 @@ def test_a_table_that_contradicts_config(tmp_path: Path) -> None:
     resampled = Source.from_checkpoint(save(tmp_path, state, config), heads=4)
     assert resampled.position_table.shape == (3, 3, 32)  # a square table tells for itself
     state["pos_embed"] = torch.randn(1, 12, 32)
-    with pytest.raises(ValueError, match=r"got 12 \(nor is it the grid 4 x 4 of config\.json\)"):
+    with pytest.raises(ValueError, match=r"n\*n or 1 \+ 4\*4 or 4\*4 rows of positions, got 12"):
+        Source.from_checkpoint(save(tmp_path, state, config), heads=4)
+    config = {"image_size": [32], "patch_size": 8}
+    with pytest.raises(ValueError, match=r"expected one or two positive numbers as size of the image .* got"):
         Source.from_checkpoint(save(tmp_path, state, config), heads=4)
