@@ -73,7 +73,10 @@ def read_bert(
     prefix = find_prefix(state, PROBE)
     if prefix is None:
         raise ValueError(f"`path`: expected a {name} encoder, but no tensor is named ...{PROBE}")
-    reader = Reader(state, prefix)
+    # Google's own checkpoints keep the names of TensorFlow.
+    names = {name: name.replace("LayerNorm.gamma", "LayerNorm.weight") for name in state}
+    names = {name: new.replace("LayerNorm.beta", "LayerNorm.bias") for name, new in names.items()}
+    reader = Reader({names[name]: value for name, value in state.items()}, prefix)
     depth = choose_depth(count_blocks(reader.state, _BLOCKS + "attention.self.query.weight"), depth)
     table = reader.take("embeddings.position_embeddings.weight")[first:]
     if "embeddings.token_type_embeddings.weight" in reader:

@@ -111,6 +111,19 @@ def test_bert(tmp_path: Path, model: str, kind: str) -> None:
     assert not any("encoder.layer" in name for name in source.unused)
 
 
+def test_bert_with_the_names_of_tensorflow(tmp_path: Path) -> None:
+    theirs = build("BertForPreTraining", "BertConfig", **_BERT)
+    new = Source.from_checkpoint(save(theirs, tmp_path / "new", "bin"))
+    old = {}
+    for name, value in theirs.state_dict().items():
+        for leaf, legacy in (("weight", "gamma"), ("bias", "beta")):
+            name = name.replace(f"LayerNorm.{leaf}", f"LayerNorm.{legacy}")
+        old[name] = value
+    assert "bert.encoder.layer.0.output.LayerNorm.gamma" in old
+    torch.save(old, tmp_path / "new" / "pytorch_model.bin")
+    assert Source.from_checkpoint(tmp_path / "new").fingerprint == new.fingerprint
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("model", "config", "types"),
