@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import tempfile
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from any2point._version import __version__
 from any2point.models.config import Any2PointConfig
-from any2point.sources import Source
+from any2point.sources import Layout, Source
 from any2point.sources.checkpoint import read_safetensors
 from any2point.sources.configuration import read_json
 
@@ -94,12 +95,24 @@ def load(
             f"`source`: these {source.name} weights are not those that the model was trained with "
             f"(fingerprint {source.fingerprint[:12]}, expected {expected[:12]})"
         )
+    _check_layout(source, description["source"])
     model = cls(config, source, description.get("class_names"))
     frozen = model.frozen_names
     wanted = {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
     _compare(wanted, state, directory / WEIGHTS)
     model.load_state_dict(state, strict=False)
     return model.eval()
+
+
+def _check_layout(source: Source, recorded: dict[str, Any]) -> None:
+    """The same tensors can be put together in another way, as the configuration beside them tells."""
+    layout = Layout(**recorded["layout"])
+    layout = dataclasses.replace(layout, eps=source.layout.eps)  # the model has an epsilon of its own
+    if (source.layout, source.heads) != (layout, recorded["heads"]):
+        raise ValueError(
+            f"`source`: expected {recorded['heads']} heads and {layout}, as the model was trained with, got "
+            f"{source.heads} heads and {source.layout}"
+        )
 
 
 def _compare(wanted: dict[str, Tensor], state: dict[str, Tensor], file: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -234,3 +235,19 @@ def test_configurations() -> None:
     for wrong in ("3", 0, True, 2.0):
         with pytest.raises(ValueError, match="`heads`: expected a number in heads= or as n_head in config"):
             read_heads({"n_head": wrong}, None, default=None, name="n_head")
+
+
+def test_a_model_is_not_loaded_onto_a_source_put_together_otherwise(tmp_path: Path) -> None:
+    from any2point.models import Any2Point, Any2PointConfig
+
+    plain = Source.random("clip-text", width=16, depth=1, heads=2, positions=(4,))
+    small = {"num_points": 64, "num_tokens": 8, "neighbors": 4, "views": 2, "adapter_dim": 4}
+    model = Any2Point(Any2PointConfig(num_classes=2, head_width=8, **small), plain)
+    model.save_pretrained(tmp_path)
+    assert Any2Point.from_pretrained(tmp_path, plain).source_info.layout == plain.layout
+    other = dataclasses.replace(plain, layout=dataclasses.replace(plain.layout, activation="gelu"))
+    assert other.fingerprint == plain.fingerprint  # the same tensors
+    with pytest.raises(ValueError, match=r"activation='quick_gelu'.* got 2 heads and .*activation='gelu'"):
+        Any2Point.from_pretrained(tmp_path, other)
+    with pytest.raises(ValueError, match=r"`source`: expected 2 heads and .*, got 4 heads and"):
+        Any2Point.from_pretrained(tmp_path, dataclasses.replace(plain, heads=4))
