@@ -62,7 +62,7 @@ class PointDataset(torch.utils.data.Dataset):
             )
         if self.names is not None and len(self.names) != len(points):
             raise ValueError(f"`names`: expected {len(points)}, got {len(self.names)}")
-        features = None if self.features is None else self._checked_features(points, self.features)
+        features = None if self.features is None else _checked_features(points, self.features)
         object.__setattr__(self, "points", points.float().contiguous())
         object.__setattr__(self, "labels", labels.long())
         object.__setattr__(self, "class_names", tuple(self.class_names))
@@ -71,18 +71,6 @@ class PointDataset(torch.utils.data.Dataset):
         if len(self.feature_names) != (0 if features is None else features.shape[-1]):
             what = "none without `features`" if features is None else f"{features.shape[-1]}"
             raise ValueError(f"`feature_names`: expected {what}, got {self.feature_names}")
-
-    def _checked_features(self, points: Tensor, features: Tensor) -> Tensor:
-        features = torch.as_tensor(features)
-        wrong = features.ndim != 3 or features.shape[:2] != points.shape[:2] or features.shape[-1] == 0
-        if wrong or not features.dtype.is_floating_point:
-            raise ValueError(
-                f"`features`: expected floats of shape [{len(points)}, {points.shape[1]}, F], "
-                f"got {features.dtype} {list(features.shape)}"
-            )
-        if not torch.isfinite(features).all():
-            raise ValueError("`features`: expected finite numbers, got NaN or infinity")
-        return features.float().contiguous()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -148,6 +136,19 @@ class PointDataset(torch.utils.data.Dataset):
         mask = torch.from_numpy(stratified_mask(self.labels.cpu().numpy(), fraction, seed))
         rows = torch.arange(len(self))
         return self.subset(rows[~mask]), self.subset(rows[mask])
+
+
+def _checked_features(points: Tensor, features: Tensor) -> Tensor:
+    features = torch.as_tensor(features)
+    wrong = features.ndim != 3 or features.shape[:2] != points.shape[:2] or features.shape[-1] == 0
+    if wrong or not features.dtype.is_floating_point:
+        raise ValueError(
+            f"`features`: expected floats of shape [{len(points)}, {points.shape[1]}, F], "
+            f"got {features.dtype} {list(features.shape)}"
+        )
+    if not torch.isfinite(features).all():
+        raise ValueError("`features`: expected finite numbers, got NaN or infinity")
+    return features.float().contiguous()
 
 
 def stratified_mask(labels: np.ndarray, fraction: float, seed: int = 0) -> np.ndarray:
@@ -220,6 +221,8 @@ def load_dataset(
         FileNotFoundError: files that are not there, with the tree that is expected.
         ValueError: naming the option, file or folder, what was expected and what was found.
     """
+    if isinstance(features, str):
+        raise ValueError(f"`features`: expected a list such as ['{features}'], got {features!r}")
     module, function_name = _NAMED.get(str(name), ("folder", "folder_dataset"))
     function = getattr(importlib.import_module(f"any2point.data.{module}"), function_name)
     known = inspect.signature(function).parameters

@@ -37,7 +37,7 @@ def select(columns: np.ndarray, names: Sequence[str], kinds: Sequence[str]) -> n
         kinds: out of `KINDS`.
 
     Returns:
-        [N, F] float64; colours between 0 and 1 (files that go beyond 1 count to 255).
+        [N, F] float64; colours between 0 and 1 (columns that go beyond 1 count to 255).
 
     Raises:
         ValueError: what was expected and what was found.

@@ -115,6 +115,7 @@ def read_obj(data: bytes) -> Mesh:
     A vertex may carry its colour: `v x y z red green blue`.
     """
     vertices: list[list[float]] = []
+    colors: list[list[str]] = []
     corners: list[int] = []
     lengths: list[int] = []
     text = _decode(data).replace("\\\r\n", " ").replace("\\\n", " ")
@@ -122,9 +123,12 @@ def read_obj(data: bytes) -> Mesh:
         kind, _, rest = line.strip().partition(" ")
         try:
             if kind == "v":
-                vertices.append([float(value) for value in rest.split()[:6]])
-                if len(vertices[-1]) < 3:
+                words = rest.split()
+                vertices.append([float(word) for word in words[:3]])
+                if len(words) < 3:
                     raise ValueError
+                if len(words) >= 6:
+                    colors.append(words[3:6])
             elif kind == "f":
                 face = [int(corner.split("/", 1)[0]) for corner in rest.split()]
                 # A negative index counts back from the vertices read so far.
@@ -136,9 +140,9 @@ def read_obj(data: bytes) -> Mesh:
     if not vertices:
         raise ValueError("expected `v x y z` lines, got none")
     faces = triangulate(np.array(corners, np.int64), np.array(lengths, np.int64), len(vertices))
-    colored = all(len(vertex) == 6 for vertex in vertices)
-    table = np.array(vertices if colored else [vertex[:3] for vertex in vertices])
-    return Mesh(table[:, :3], faces, table[:, 3:], COLORS) if colored else Mesh(table, faces)
+    if len(colors) == len(vertices) and all(_all_numbers(color) for color in colors):
+        return Mesh(np.array(vertices), faces, np.array(colors, np.float64), COLORS)
+    return Mesh(np.array(vertices), faces)
 
 
 def read_off(data: bytes) -> Mesh:

@@ -249,6 +249,8 @@ def _read_h5(folder: Path, part: str, class_names: Sequence[str], normals: bool)
         files = [folder / Path(line).name for line in read_lines(listed)]
     else:
         files = sorted(folder.glob(f"ply_data_{part}*.h5"))
+    if not files:
+        raise ValueError(f"{listed}: expected names of .h5 files, got none")
     for file in files:
         if not file.is_file():
             raise FileNotFoundError(f"{file}: no such file, though {listed.name} lists it")
@@ -259,13 +261,23 @@ def _read_h5(folder: Path, part: str, class_names: Sequence[str], normals: bool)
         parts = [arrays["data"], arrays["normal"]] if normals else [arrays["data"]]
         tables.append(np.concatenate(parts, axis=2, dtype=np.float32))
         labels.append(arrays["label"])
-        number = file.stem.removeprefix(f"ply_data_{part}")
-        paths = folder / f"ply_data_{part}_{number}_id2file.json"
-        known = json.loads(paths.read_text()) if paths.is_file() else []
-        if len(known) != len(labels[-1]):
-            known = [f"{file.stem}/{row}" for row in range(len(labels[-1]))]
-        names += [str(Path(name).with_suffix("")) for name in known]
+        names += _h5_names(file, part, len(labels[-1]))
     sizes = {table.shape[1] for table in tables}
     if len(sizes) > 1:
         raise ValueError(f"{folder}: expected clouds of one size, got {sorted(sizes)}")
     return Clouds(np.concatenate(tables), np.concatenate(labels), names, files)
+
+
+def _h5_names(file: Path, part: str, count: int) -> list[str]:
+    """The names of a file's clouds, which lie beside it, or their numbers."""
+    number = file.stem.removeprefix(f"ply_data_{part}")
+    path = file.with_name(f"ply_data_{part}_{number}_id2file.json")
+    try:
+        known = json.loads(path.read_text())
+    except FileNotFoundError:
+        known = []
+    except ValueError as error:
+        raise ValueError(f"{path}: expected JSON, got {error}") from None
+    if not isinstance(known, list) or len(known) != count:
+        return [f"{file.stem}/{row}" for row in range(count)]
+    return [str(Path(str(name)).with_suffix("")) for name in known]

@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from any2point.data.features import COLORS
+
 _TYPES = {
     "char": "i1", "int8": "i1", "uchar": "u1", "uint8": "u1",
     "short": "i2", "int16": "i2", "ushort": "u2", "uint16": "u2",
@@ -36,9 +38,9 @@ def read_ply(data: bytes) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray
         data: the whole file.
 
     Returns:
-        the vertices' properties by name, x, y and z among them, each [N] float64; the corners of all polygons
-        one after the other [sum of lengths] int64; and the polygons' lengths [P] int64 (both empty for a
-        cloud).
+        the vertices' properties by name, x, y and z among them, each [N] float64, colours stored in bytes
+        divided by 255; the corners of all polygons one after the other [sum of lengths] int64; and the
+        polygons' lengths [P] int64 (both empty for a cloud).
 
     Raises:
         ValueError: what was expected and what was found.
@@ -48,7 +50,11 @@ def read_ply(data: bytes) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray
     walk = _walk_ascii(body, elements) if order == "" else _walk_binary(body, elements, order)
     by_name = dict(zip((element.name for element in elements), walk))
     columns, _ = by_name["vertex"]
-    vertices = {name: column.astype(np.float64) for name, column in columns.items()}
+    types = {p.name: p.type for element in elements if element.name == "vertex" for p in element.properties}
+    vertices = {
+        name: column.astype(np.float64) / (255 if name.endswith(COLORS) and types[name] == "u1" else 1)
+        for name, column in columns.items()
+    }
     _, lists = by_name.get("face", ({}, {}))
     corners, lengths = next((lists[name] for name in _FACES if name in lists), (np.empty(0), np.empty(0)))
     return vertices, corners.astype(np.int64), lengths.astype(np.int64)

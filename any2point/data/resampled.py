@@ -36,7 +36,7 @@ class Clouds(NamedTuple):
 
 def read_lines(path: Path) -> list[str]:
     """The lines of a list, without blank ones."""
-    return [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    return [line.strip() for line in path.read_text(errors="replace").splitlines() if line.strip()]
 
 
 def read_resampled(

@@ -86,7 +86,8 @@ def test_obj_colors(tmp_path: Path) -> None:
     np.testing.assert_allclose(
         read_points(tmp_path / "a.obj", features=["colors"])[:, 3:], COLORS / 255, atol=1e-5
     )
-    (tmp_path / "b.obj").write_text("\n".join([*lines, "v 0 0 0"]))  # one vertex without a colour
+    (tmp_path / "b.obj").write_text("\n".join([*lines, "v 0 0 0 # the last one"]))  # and without a colour
+    assert read_points(tmp_path / "b.obj").shape == (5, 3)
     with pytest.raises(ValueError, match=r"b.obj: expected colors \(red green blue\) .* none"):
         read_points(tmp_path / "b.obj", features=["colors"])
 
@@ -162,3 +163,14 @@ def test_folder_with_features(tmp_path: Path) -> None:
         folder_dataset(tmp_path, num_points=32, features=["normals"])
     with pytest.raises(ValueError, match="`features`: expected a list of normals and colors"):
         folder_dataset(tmp_path, features=["mask"])
+
+
+def test_dark_colors_in_bytes_are_dark(tmp_path: Path) -> None:
+    """The type says that a property counts to 255, even where no point goes beyond 1."""
+    (tmp_path / "dark.ply").write_bytes(
+        b"ply\nformat ascii 1.0\nelement vertex 2\nproperty float x\nproperty float y\nproperty float z\n"
+        b"property uchar red\nproperty uchar green\nproperty uchar blue\nend_header\n"
+        b"0 0 0 1 0 0\n1 1 1 0 0 1\n"
+    )
+    colors = read_points(tmp_path / "dark.ply", features=["colors"])[:, 3:]
+    np.testing.assert_allclose(colors, np.array([[1, 0, 0], [0, 0, 1]]) / 255, atol=1e-7)

@@ -233,6 +233,28 @@ def test_modelnet40_counts_and_published_bytes(tmp_path: Path, monkeypatch: pyte
     assert len(load_dataset("modelnet40", "train", tmp_path, strict=True)) == 80
 
 
+def test_modelnet40_h5_lists(tmp_path: Path) -> None:
+    write_modelnet40_h5(tmp_path, 1, num_points=8, classes=4)
+    folder = tmp_path / "modelnet40_ply_hdf5_2048"
+    listed = load_dataset("modelnet40", "train", tmp_path)
+    (folder / "ply_data_train_0_id2file.json").unlink()
+    (folder / "train_files.txt").unlink()  # without the list the files count in the order of their names
+    assert torch.equal(load_dataset("modelnet40", "train", tmp_path).points, listed.points)
+    names = load_dataset("modelnet40", "train", tmp_path).names
+    assert names is not None
+    assert names[0] == "ply_data_train0/0"
+    assert names[2:] == (listed.names or ())[2:]
+    (folder / "ply_data_train_1_id2file.json").write_text("[")
+    with pytest.raises(ValueError, match=r"ply_data_train_1_id2file.json: expected JSON"):
+        load_dataset("modelnet40", "train", tmp_path)
+    (folder / "test_files.txt").write_text("ply_data_test7.h5\n")
+    with pytest.raises(FileNotFoundError, match=r"ply_data_test7.h5: no such file, though test_files.txt"):
+        load_dataset("modelnet40", "test", tmp_path)
+    (folder / "test_files.txt").write_text("\n")
+    with pytest.raises(ValueError, match=r"test_files.txt: expected names of .h5 files, got none"):
+        load_dataset("modelnet40", "test", tmp_path)
+
+
 def test_text_takes_the_farthest_points(tmp_path: Path) -> None:
     from any2point.reference import farthest_point_sample
 
@@ -491,6 +513,8 @@ def test_names_and_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         load_dataset("scanobjectnn", "train", layout="h5", fold=1)
     with pytest.raises(ValueError, match="`variant`: expected one of OBJ_BG"):
         load_dataset("scanobjectnn", "train", variant="PB")
+    with pytest.raises(ValueError, match=r"`features`: expected a list such as \['mask'\], got 'mask'"):
+        load_dataset("scanobjectnn", "train", features="mask")
     with pytest.raises(ValueError, match="`features`: expected mask or none, got normals"):
         load_dataset("scanobjectnn", "train", features=["normals"])
     with pytest.raises(ValueError, match="`features`: expected normals or none"):
