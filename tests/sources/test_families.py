@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,36 @@ def test_every_row_describes_its_sources(family: str) -> None:
     assert (entry.position_kind == "learned") == (entry.table is None)
     assert "stand" in entry.title or entry.position_kind != "stand-in"
     assert entry.width % 64 == 0
+
+
+@pytest.mark.parametrize(
+    ("family", "positions"),
+    [
+        ("clip-text", (77,)),
+        ("bert", (512,)),
+        ("whisper", (1500,)),
+        ("ssast", (512,)),  # frames: a sequence in a family of grids
+        ("vit", (14, 14)),
+        ("dinov2", (16, 16)),
+        ("dinov2", (37, 37)),
+        ("imagebind", (12, 19)),
+        ("ssast", (8, 64)),
+        ("ast", (12, 101)),
+        ("vit", (3, 50)),
+    ],
+)
+def test_resolution_of_the_projection_follows_the_table(family: str, positions: tuple[int, ...]) -> None:
+    columns = positions if len(positions) == len(FAMILIES[family].positions) else (1, *positions)
+    source = Source.random(family, width=32, depth=1, heads=4, positions=columns)
+    source = dataclasses.replace(source, position_table=source.position_table.view(*positions, 32))
+    model = Any2Point(Any2PointConfig(**SMALL), source).eval()
+    assert model.config.position_size == positions
+    points = clouds()
+    logits = model(points)
+    assert logits.isfinite().all()
+    other = dataclasses.replace(source, position_table=source.position_table.flip(0))
+    model.projection.table.copy_(Any2Point(Any2PointConfig(**SMALL), other).projection.table)
+    assert not torch.equal(model(points), logits)
 
 
 def test_keys_and_values_that_imagebind_adds_are_used_unless_official() -> None:

@@ -185,6 +185,17 @@ def test_vit_of_timm_on_a_grid_that_is_not_square(tmp_path: Path, config: dict[s
         Source.from_checkpoint(tmp_path, heads=4)
 
 
+@pytest.mark.parametrize(("size", "patch"), [(224, 16), (224, 14), (384, 16), (518, 14), ((192, 304), 16)])
+def test_tables_of_published_sizes(tmp_path: Path, size: int | tuple[int, int], patch: int) -> None:
+    height, width = (size, size) if isinstance(size, int) else size
+    rows, columns = height // patch, width // patch
+    state = timm_vit().state_dict()
+    state["pos_embed"] = torch.randn(1, 1 + rows * columns, 32)
+    config = None if rows == columns else {"image_size": [height, width], "patch_size": patch}
+    source = Source.from_checkpoint(save(tmp_path, state, config), heads=4)
+    assert torch.equal(source.position_table, state["pos_embed"][0, 1:].view(rows, columns, 32))
+
+
 def test_clip_of_timm_takes_its_activation_from_the_name(tmp_path: Path) -> None:
     load_timm()
     from timm.layers import get_act_layer
