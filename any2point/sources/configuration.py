@@ -13,11 +13,12 @@ from typing import Any
 
 # What a field has to be, for those that are read here or by a family.
 _KINDS: list[tuple[str, type | tuple[type, ...], str]] = [
-    ("a text", str, "model_type"),
+    ("a text", str, "model_type hidden_act activation activation_function"),
     ("a number", (int, float), "layer_norm_eps layer_norm_epsilon eps"),
     ("a number or a list", (int, list), "image_size patch_size"),
-    ("a whole number", int, "num_attention_heads encoder_attention_heads n_heads n_head heads pad_token_id"),
-    ("a whole number", int, "max_source_positions num_mel_bins frequency_stride time_stride max_length"),
+    ("a whole number", int, "num_attention_heads encoder_attention_heads n_heads n_head heads head_width"),
+    ("a whole number", int, "width pad_token_id max_source_positions num_mel_bins"),
+    ("a whole number", int, "frequency_stride time_stride max_length"),
     ("an object", dict, "text_config vision_config pretrained_cfg model_args"),
     ("an object", dict, "model_cfg text_cfg vision_cfg act_kwargs norm_kwargs"),
 ]
@@ -74,7 +75,7 @@ def _from_open_clip(model: Mapping[str, Any]) -> dict[str, Any]:
         config[section] |= {name: tower[name] for name in ("image_size", "patch_size") if name in tower}
     if "heads" in text:
         config["text_config"]["num_attention_heads"] = text["heads"]
-    if isinstance(vision.get("width"), int) and isinstance(vision.get("head_width", 64), int):
-        heads = max(1, vision["width"] // max(1, vision.get("head_width", 64)))
-        config["vision_config"]["num_attention_heads"] = heads
+    if "width" in vision:
+        heads = vision["width"] // max(1, vision.get("head_width", 64))
+        config["vision_config"]["num_attention_heads"] = max(1, heads)
     return config

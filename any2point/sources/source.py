@@ -200,7 +200,8 @@ class Source:
         """
         state, config, file = read_checkpoint(path)
         entry = get_family(matching_families(state, config, file)[0] if family is None else family)
-        origin = {"path": str(Path(path).expanduser().resolve())}
+        # Links are kept: a hub's cache links to files that have no config.json beside them.
+        origin = {"path": str(Path(path).expanduser().absolute())}
         if depth is not None:
             origin["depth"] = depth  # type: ignore[assignment]
         if heads is not None:

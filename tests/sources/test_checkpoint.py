@@ -131,6 +131,8 @@ def test_open_clip_in_terms_of_hugging_face(tmp_path: Path) -> None:
         ('{"num_attention_heads": true}', "expected a whole number as num_attention_heads in"),
         ('{"text_config": [1]}', "expected an object as text_config in"),
         ('{"text_config": {"layer_norm_eps": []}}', "expected a number as layer_norm_eps in"),
+        ('{"hidden_act": ["gelu"]}', "expected a text as hidden_act in"),
+        ('{"model_cfg": {"vision_cfg": {"width": "a"}}}', "expected a whole number as width in"),
         ('{"model_cfg": 3}', "expected an object as model_cfg in"),
         ('{"image_size": "224"}', "expected a number or a list as image_size in"),
         ("[1]", "expected a JSON object in"),

@@ -98,6 +98,18 @@ def test_a_checkpoint(gpt2: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert report["parameters"] == sum(t.numel() for t in source.state_dict().values())
 
 
+def test_links_into_a_cache_keep_their_configuration(gpt2: Path) -> None:
+    blob, snapshot = gpt2 / "blobs" / "0123", gpt2 / "snapshot"
+    blob.parent.mkdir()
+    snapshot.mkdir()
+    (gpt2 / "model.safetensors").rename(blob)
+    (gpt2 / "config.json").rename(snapshot / "config.json")
+    (snapshot / "model.safetensors").symlink_to(blob)
+    for path in (snapshot, snapshot / "model.safetensors"):
+        source = Source.from_checkpoint(path)
+        assert source.heads == Source.from_origin(source.describe()).heads == 4
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
