@@ -212,15 +212,15 @@ class TrainConfig:
             raise ValueError(f"`dataset`: expected one of {', '.join(_OFFICIAL)}, got {dataset!r}")
         return cls(**{**_OFFICIAL[dataset], **changes})
 
-    def vote_transform(self, num_points: int, available: int) -> transforms.Transform:
-        """What a pass of a vote sees: as for training, but neither turned, shifted nor jittered.
+    def vote_transform(self, num_points: int, feature_names: Sequence[str] = ()) -> transforms.Compose:
+        """One pass of a vote: as for training, scaled but not mirrored, turned, shifted or jittered.
 
-        Args:
-            num_points: per cloud, of the result.
-            available: per cloud, of the data set; the pool holds no more.
+        Every cloud has its own random points, of a pool that begins anywhere.
         """
-        still = dataclasses.replace(self, pool=min(self.pool, available), yaw=0.0, shift=0.0, jitter=0.0)
-        return still.train_transform(num_points)
+        drawn = dataclasses.replace(
+            self, pool_start="random", subset="per_cloud", mirror=0.0, yaw=0.0, shift=0.0, jitter=0.0
+        )
+        return drawn.train_transform(num_points, feature_names)
 
     def _normalize(self) -> tuple[transforms.Transform, ...]:
         if self.normalize == "none":

@@ -22,7 +22,14 @@ from any2point.train import files
 from any2point.train.captured import Step, capture
 from any2point.train.config import TrainConfig
 from any2point.train.events import EventLog
-from any2point.train.metrics import EvalResult, evaluate_prepared, input_size, model_inputs, prepare
+from any2point.train.metrics import (
+    EvalResult,
+    apply,
+    evaluate_prepared,
+    input_size,
+    model_inputs,
+    prepare,
+)
 from any2point.train.progress import Reporter, SilentReporter, default_reporter
 from any2point.train.runtime import Runtime
 from any2point.train.state import read_state, trained_state
@@ -119,7 +126,8 @@ class _Run:
             raise ValueError('`select`: expected "last" or "validation" without a test set, got "test"')
         self.batch = _batch_size(config, len(train), self.ranks.world)
         self.steps = len(train) // self.batch
-        self.train, self.transform = train, config.train_transform(size)
+        fixed, self.transform = config.train_transform(size, train.feature_names).split()
+        self.train = apply(fixed, train, device, None)
         self.test = None if test is None else prepare(test, config, size, device)
         self.model = model.to(device)
         self.ranks.copy_first([*model.parameters(), *model.buffers()])

@@ -95,8 +95,8 @@ def evaluate(
         config: normalisation, batch size, device, processes, precision and seed; the defaults of
             `TrainConfig` otherwise.
         vote: passes over the set whose logits are averaged. The first is the plain one; in every other one a
-            cloud is what it is in training, but neither turned, shifted nor jittered: random ones of the
-            pool of farthest points, in random order, scaled at random. The passes follow from `config.seed`.
+            cloud is random points of a pool of farthest ones, which begins with a random one, scaled as in
+            training, and nothing else. The passes follow from `config.seed`.
 
     Returns:
         `EvalResult`.
@@ -112,7 +112,7 @@ def evaluate(
     start = time.perf_counter()
     with runtime.ranks.together():
         total = logits_of(model, prepare(data, config, size, runtime.device), config, runtime)
-        transform = config.vote_transform(size, data.num_points)
+        transform = config.vote_transform(size, data.feature_names)
         for number in range(1, vote):
             generator = torch.Generator().manual_seed(config.seed_of("vote", number))
             seen = apply(transform, data, runtime.device, generator)

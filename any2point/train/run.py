@@ -219,7 +219,8 @@ def write_pictures(
         if hasattr(model, "projection"):
             from any2point.train.metrics import input_size
 
-            cloud = TrainConfig().eval_transform(input_size(model, test))(test.points[row : row + 1], None)[0]
+            transform = TrainConfig().eval_transform(input_size(model, test))
+            cloud = transform(test.inputs(slice(row, row + 1)))[0]
             name = test.class_names[int(test.labels[row])]
             what = f"a held-out {name} as the {model.source_info.modality} model sees it"
             projection_picture(model, cloud, paths[2], f"Virtual projection: {what}")

@@ -27,14 +27,15 @@ def projection_picture(
 
     Args:
         model: an `Any2Point`.
-        points: [N, 3] float32, y up.
+        points: [N, 3] float32, y up; or [N, 3 + F] with the features that the model takes.
         path: PNG file to write.
         title: above the picture.
     """
     device = next(model.parameters()).device
     training = model.training
     model.eval()
-    centers = model.encode(points[None].to(device)).centers
+    features = points[None, :, 3:].to(device) if model.config.input_features else None
+    centers = model.encode(points[None, :, :3].to(device), features).centers
     projected = model.projection(centers)
     model.train(training)
     position = projected.position[0].cpu().numpy()  # [V, T, 1 or 2]

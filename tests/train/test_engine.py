@@ -11,7 +11,7 @@ import tiny
 import torch
 from torch import nn
 
-from any2point import Any2Point
+from any2point import Any2Point, Any2PointConfig
 from any2point.data import PointDataset
 from any2point.train import Recipe, TrainConfig, evaluate, fit, load_recipe
 from any2point.train.files import METRICS, RECIPE, RESULTS, STATE
@@ -172,6 +172,32 @@ def test_whatever_requires_a_gradient_is_trained_saved_and_restored(tmp_path: Pa
         reporter=SilentReporter())  # fmt: skip
     assert repeated.history == result.history
     assert all(torch.equal(value, weights(resumed)[name]) for name, value in after.items())
+
+
+def test_features_beside_the_coordinates() -> None:
+    """The label is only in the features, and they have to stay with their points."""
+    clouds = torch.rand(24, 96, 3)
+    labels = torch.arange(24) % 3
+    features = clouds[..., :1] * (labels - 1.0)[:, None, None]
+    data = PointDataset(clouds, labels, tiny.CLASSES, features=features, feature_names=("a",))
+
+    class Slope(tiny.Moments):
+        """Sees how coordinate and feature vary together."""
+
+        config = Any2PointConfig(num_points=64, num_tokens=8, neighbors=4, input_features=1)
+
+        def forward(self, points: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+            assert features.shape == (*points.shape[:2], 1)
+            both = points[..., :1] * features
+            return self.layer(torch.cat([both.mean(1), features.mean(1), features.std(1)] * 2, dim=1))
+
+    options = {"scale": (1.0, 1.0), "shift": 0.0, "yaw": 0.0, "jitter": 0.0, "normalize": "none"}
+    result = fit(Slope(), data, data, tiny.config(epochs=60, lr=0.1, pool=0, **options),
+        reporter=SilentReporter())  # fmt: skip
+    assert result.test is not None
+    assert result.test.accuracy == 1
+    with pytest.raises(ValueError, match=r"expected 1 features per point \(`input_features`\), got 0"):
+        fit(Slope(), tiny.dataset(), None, tiny.config(), reporter=SilentReporter())
 
 
 def test_a_vote_is_the_sum_of_seeded_passes() -> None:

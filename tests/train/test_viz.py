@@ -21,15 +21,18 @@ def is_png(path: Path) -> bool:
     return data[:8] == b"\x89PNG\r\n\x1a\n" and data[-8:-4] == b"IEND" and len(data) > 5000
 
 
-@pytest.mark.parametrize("family", ["bert", "dinov2"])
+@pytest.mark.parametrize("family", ["bert", "dinov2", "features"])
 def test_projection(tmp_path: Path, family: str) -> None:
-    model = tiny.model()
+    model = tiny.model(input_features=1 if family == "features" else 0)
+    points = tiny.dataset().points[1]
+    if family == "features":
+        points = torch.cat([points, points[:, :1]], dim=1)
     if family == "dinov2":
         source = Source.random("dinov2", width=48, depth=1, heads=4, positions=(5, 5))
         config = Any2PointConfig(num_points=64, num_tokens=8, neighbors=4, views=5, adapter_dim=4, cell=1.0)
         model = Any2Point(config, source)
     model.train()
-    viz.projection_picture(model, tiny.dataset().points[1], tmp_path / "a.png")
+    viz.projection_picture(model, points, tmp_path / "a.png")
     assert is_png(tmp_path / "a.png")
     assert model.training
     assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
