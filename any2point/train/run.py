@@ -1,4 +1,4 @@
-"""What the commands do: train by a recipe, evaluate and use a run, convert official checkpoints."""
+"""What the commands do: train by a recipe, evaluate and use a run."""
 
 from __future__ import annotations
 
@@ -16,13 +16,11 @@ from any2point.train.config import TrainConfig
 from any2point.train.engine import fit
 from any2point.train.metrics import EvalResult, evaluate
 from any2point.train.progress import on_terminal
-from any2point.train.recipe import Recipe, build_model, load_recipe, open_source
+from any2point.train.recipe import PUBLISHED, Recipe, build_model, load_recipe, open_source
 from any2point.train.runtime import Runtime, autocast, pick_device, pick_precision
 
 if TYPE_CHECKING:
     from any2point.models import Any2Point
-
-_PUBLISHED = ("modelnet40", "scanobjectnn")  # data sets whose files lie in a folder that --data names
 
 
 def train_run(recipe: str | None, overrides: Mapping[str, Any], output: Path, resume: bool) -> None:
@@ -43,7 +41,7 @@ def train_run(recipe: str | None, overrides: Mapping[str, Any], output: Path, re
     runtime = Runtime(plan.train)  # the other processes start here, before anything is read
     with runtime.ranks.together():
         first = runtime.ranks.first
-        source = open_source(plan.source, plan.source_options, plan.train.seed)
+        source = open_source(plan.source, plan.source_options, plan.train.seed, plan.family)
         train, test = (open_data(plan, split, show=first) for split in ("train", "test"))
         model = build_model(plan, source, train.class_names)
         if first:
@@ -57,7 +55,7 @@ def train_run(recipe: str | None, overrides: Mapping[str, Any], output: Path, re
 
 def point_at(plan: Recipe, data: str) -> Recipe:
     """A recipe with `--data`: another data set, or the folder where the one it names lies."""
-    if plan.data in _PUBLISHED and data not in (*_PUBLISHED, "sh3d15"):
+    if plan.data in PUBLISHED and data not in (*PUBLISHED, "sh3d15"):
         return plan.override({"data_options.root": data})
     return plan.override({"data": data})
 
@@ -67,9 +65,10 @@ def open_data(plan: Recipe, split: str, show: bool = True) -> PointDataset:
     assert plan.data is not None
     if plan.data == "sh3d15":
         return load_dataset(plan.data, split)
-    options: dict[str, Any] = {"num_points": plan.points, "test_fraction": plan.test_fraction}
-    progress = _count(split) if show else None
-    return load_dataset(plan.data, split, seed=plan.train.seed, progress=progress, **options)
+    options: dict[str, Any] = {"progress": _count(split) if show else None}
+    if plan.data not in PUBLISHED:
+        options |= {"num_points": plan.points, "test_fraction": plan.test_fraction, "seed": plan.train.seed}
+    return load_dataset(plan.data, split, **(options | dict(plan.data_options)))
 
 
 def load_run(run: Path, source: str | None = None) -> tuple[Any2Point, Recipe | None]:
@@ -160,34 +159,6 @@ def predict_files(
             print(json.dumps({"file": str(path), "class": names[best[0]], "scores": scores}))
         else:
             print(f"{path}: " + ", ".join(f"{name} {100 * share:.1f} %" for name, share in scores.items()))
-
-
-def convert_official(checkpoint: Path, output: Path, variant: str, pretrained: Path | None) -> None:
-    """`any2point convert`."""
-    from any2point.models import Any2Point
-    from any2point.sources.checkpoint import read_checkpoint
-
-    for path in (checkpoint, *([pretrained] if pretrained else [])):
-        if not path.exists():
-            raise FileNotFoundError(f"{path}: no such file")
-    state, _, _ = read_checkpoint(checkpoint)
-    tables = read_checkpoint(pretrained)[0] if pretrained is not None else state
-    table = next((tables[name] for name in tables if name.rpartition(".")[2] in _TABLES), None)
-    if table is None:
-        raise ValueError(
-            "--pretrained: expected the pretraining checkpoint with the position table, got none"
-        )
-    model = Any2Point.from_official(state, variant, position_table=table)
-    model.save_pretrained(output, include_source=True)
-    # The official code only centres ScanObjectNN's clouds and scales ModelNet40's to the unit sphere.
-    normalize = "center" if variant.endswith("scanobjectnn") else "sphere"
-    recipe = Recipe(data=None, source=str(checkpoint.resolve()), train=TrainConfig(normalize=normalize))
-    files.write_yaml(output / files.RECIPE, recipe.to_dict())
-    print(model.summary())
-    print(f"\nmodel folder: {output}")
-
-
-_TABLES = ("positional_embedding", "pos_embed")
 
 
 def report(result: EvalResult, class_names: Sequence[str]) -> str:

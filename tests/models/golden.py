@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,28 @@ def state_dict(variant: str, *, hot: bool = False) -> dict[str, Tensor]:
 def position_table(variant: str, *, hot: bool = False) -> Tensor:
     name, shape = TABLES[variant.split("/")[0]]
     return fill(name, shape, "pos", hot=hot)
+
+
+# 768 channels become 48, with everything that depends on them; two blocks are left.
+SHRINK = {3072: 192, 2304: 144, 1536: 96, 768: 48, 384: 24, 192: 12, 96: 6}
+
+
+def small_state(variant: str) -> dict[str, Tensor]:
+    """A whole model of the official code with its names, but of two narrow blocks."""
+    state = {}
+    for parameter in parameters(variant):
+        parts = parameter.name.split(".")
+        block = next((int(b) for a, b in pairwise(parts) if a in ("blocks", "resblocks")), 0)
+        if block < 2:
+            shape = tuple(SHRINK.get(n, n) for n in parameter.shape)
+            state[parameter.name] = fill(parameter.name, shape, parameter.rule, hot=True)
+    return state
+
+
+def small_table(variant: str) -> Tensor:
+    """Its position table, as the pretraining checkpoint has it."""
+    name, shape = TABLES[variant.split("/")[0]]
+    return fill(name, (*shape[:-1], SHRINK[shape[-1]]), "pos", hot=True)
 
 
 def relative_error(got: Tensor, want: Any) -> float:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from pathlib import Path
 
 import golden
 import pytest
 import torch
-from torch import Tensor
 
 from any2point import Any2Point, Any2PointConfig, Source
 from any2point.models.official import VARIANTS, differences, official_state, recognise
@@ -16,29 +14,10 @@ from any2point.models.official_names import Place, official_names
 from any2point.nn import Tokenizer
 from any2point.ops import farthest_point_sample, group
 
-# 768 channels become 48, with everything that depends on them; two blocks are left.
-SHRINK = {3072: 192, 2304: 144, 1536: 96, 768: 48, 384: 24, 192: 12, 96: 6}
-ROWS = {"clip-text": 77, "dinov2": 1370, "imagebind": 229}
-
-
-def small_state(variant: str) -> dict[str, Tensor]:
-    state = {}
-    for parameter in golden.parameters(variant):
-        parts = parameter.name.split(".")
-        block = next((int(b) for a, b in pairwise(parts) if a in ("blocks", "resblocks")), 0)
-        if block < 2:
-            shape = tuple(SHRINK.get(n, n) for n in parameter.shape)
-            state[parameter.name] = golden.fill(parameter.name, shape, parameter.rule, hot=True)
-    return state
-
-
-def table(variant: str) -> Tensor:
-    return torch.randn(1, ROWS[variant.split("/")[0]], 48).squeeze(0)
-
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_from_official(variant: str, tmp_path: Path) -> None:
-    state, positions = small_state(variant), table(variant)
+    state, positions = golden.small_state(variant), golden.small_table(variant)
     model = Any2Point.from_official(state, position_table=positions)
     points = golden.points(variant)[:2]
     want = model(points)
@@ -59,7 +38,7 @@ def test_from_official(variant: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_way_back(variant: str, tmp_path: Path) -> None:
     """Every tensor comes back bit for bit, also through a saved model; the counters with the head's value."""
-    state, positions = small_state(variant), table(variant)
+    state, positions = golden.small_state(variant), golden.small_table(variant)
     for name in state:
         if name.endswith("num_batches_tracked"):
             state[name] = torch.tensor(356 * 300)
@@ -77,7 +56,7 @@ def test_way_back(variant: str, tmp_path: Path) -> None:
 
 def test_refused_ways_back() -> None:
     variant = "dinov2/scanobjectnn"
-    state, positions = small_state(variant), table(variant)
+    state, positions = golden.small_state(variant), golden.small_table(variant)
     small = Any2Point.from_official(state, position_table=positions)
     with pytest.raises(ValueError, match=r"is not dinov2/scanobjectnn .*width 48 \(official: 768\)"):
         small.to_official()
@@ -99,7 +78,7 @@ def test_refused_ways_back() -> None:
 
 def test_recognised() -> None:
     for variant in VARIANTS:
-        state = small_state(variant)
+        state = golden.small_state(variant)
         assert recognise(state) == variant
         assert recognise(state, variant) == variant
         headless = {k: v for k, v in state.items() if not k.startswith(("prediction", "cls_head"))}
@@ -109,16 +88,16 @@ def test_recognised() -> None:
             recognise(headless)
         assert recognise(headless, variant) == variant
     with pytest.raises(ValueError, match=r"imagebind/modelnet40 does not fit .* blocks without LayerScale"):
-        recognise(small_state("imagebind/scanobjectnn"), "imagebind/modelnet40")
+        recognise(golden.small_state("imagebind/scanobjectnn"), "imagebind/modelnet40")
     with pytest.raises(ValueError, match=r"clip-text/scanobjectnn does not fit .* LayerScale \(DINOv2\)"):
-        recognise(small_state("dinov2/scanobjectnn"), "clip-text/scanobjectnn")
+        recognise(golden.small_state("dinov2/scanobjectnn"), "clip-text/scanobjectnn")
     with pytest.raises(ValueError, match=r"no blocks and neither .* \(1 tensors, such as fc.weight\)"):
         recognise({"fc.weight": torch.zeros(1)})
 
 
 def test_refused() -> None:
     variant = "dinov2/scanobjectnn"
-    state, positions = small_state(variant), table(variant)
+    state, positions = golden.small_state(variant), golden.small_table(variant)
     for name in ("encoder.norm3.2.weight", "prediction.head.4.0.bias", "encoder.blocks.1.attn.proj.bias"):
         rest = {key: value for key, value in state.items() if key != name}
         with pytest.raises(ValueError, match=rf"`state_dict`: nothing in it for {name} \(1 in all\)"):
@@ -136,7 +115,9 @@ def test_refused() -> None:
     with pytest.raises(
         ValueError, match=r"`position_table`: expected 229 rows \(12 x 19\), got \[1, 1370, 48\]"
     ):
-        Any2Point.from_official(small_state("imagebind/modelnet40"), position_table=torch.zeros(1, 1370, 48))
+        Any2Point.from_official(
+            golden.small_state("imagebind/modelnet40"), position_table=torch.zeros(1, 1370, 48)
+        )
     with pytest.raises(ValueError, match="`variant`: expected one of clip-text/scanobjectnn"):
         Any2Point.from_official(state, "clip", position_table=positions)
     with pytest.raises(ValueError, match="`state_dict`: expected the blocks of a transformer"):
