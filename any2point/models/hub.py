@@ -88,14 +88,10 @@ def load(
     state = read_safetensors(directory / WEIGHTS)
     if config.tuning == "full":
         source = _tuned_source(description["source"], state, directory / WEIGHTS)
-    elif not isinstance(source, Source):
-        source = _find_source(description, directory, source)
-    if source.fingerprint != expected and config.tuning != "full":
-        raise ValueError(
-            f"`source`: these {source.name} weights are not those that the model was trained with "
-            f"(fingerprint {source.fingerprint[:12]}, expected {expected[:12]})"
-        )
-    _check_layout(source, description["source"])
+    else:
+        if not isinstance(source, Source):
+            source = _find_source(description, directory, source)
+        _check_source(source, description["source"], expected)
     model = cls(config, source, description.get("class_names"))
     frozen = model.frozen_names
     wanted = {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
@@ -104,8 +100,13 @@ def load(
     return model.eval()
 
 
-def _check_layout(source: Source, recorded: dict[str, Any]) -> None:
-    """The same tensors can be put together in another way, as the configuration beside them tells."""
+def _check_source(source: Source, recorded: dict[str, Any], expected: str) -> None:
+    if source.fingerprint != expected:
+        raise ValueError(
+            f"`source`: these {source.name} weights are not those that the model was trained with "
+            f"(fingerprint {source.fingerprint[:12]}, expected {expected[:12]})"
+        )
+    # The same tensors can be put together in another way, as the configuration beside them tells.
     layout = Layout(**recorded["layout"])
     layout = dataclasses.replace(layout, eps=source.layout.eps)  # the model has an epsilon of its own
     if (source.layout, source.heads) != (layout, recorded["heads"]):
