@@ -147,9 +147,23 @@ def find_names(state: Mapping[str, Tensor], layouts: Sequence[Names]) -> tuple[N
         for key in sorted(state, key=len):
             prefix = key.removesuffix(names.anchor)
             fits = key.endswith(names.anchor) and (not prefix or prefix.endswith("."))
-            if fits and prefix + names.probe.format(0) in state:
+            norm = f"{names.block.format(0)}.{names.norm1}.weight"
+            if fits and prefix + names.probe.format(0) in state and prefix + norm in state:
                 return names, prefix
     return None
+
+
+def find_vit(
+    state: Mapping[str, Tensor], layouts: Sequence[Names], *, spectrogram: bool = False
+) -> tuple[Names, str] | None:
+    """As `find_names`, for patches of an image, or else of a spectrogram, which has one channel."""
+    found = find_names(state, layouts)
+    if found is None:
+        return None
+    names, prefix = found
+    stem = state.get(prefix + names.stem)
+    one_channel = stem is not None and stem.shape[1:2] == (1,)
+    return found if one_channel == spectrogram else None
 
 
 def open_reader(state: Mapping[str, Tensor], layouts: Sequence[Names], what: str) -> tuple[Names, Reader]:

@@ -14,19 +14,13 @@ from typing import Any
 
 from torch import Tensor
 
-from any2point.sources._layouts import Grid, find_names, open_reader, read_vit, spectrogram_grid
+from any2point.sources._layouts import Grid, find_vit, open_reader, read_vit, spectrogram_grid
 from any2point.sources.source import Family, Source
 from any2point.sources.vit import LAYOUT, NAMES
 
 
 def _matches(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> bool:
-    found = find_names(state, NAMES)
-    if found is None:
-        return False
-    names, prefix = found
-    stem = state.get(prefix + names.stem)
-    one_channel = stem is not None and stem.dim() == 4 and stem.shape[1] == 1
-    return one_channel or config.get("model_type") == "audio-spectrogram-transformer"
+    return find_vit(state, NAMES, spectrogram=True) is not None
 
 
 def _told_grid(config: Mapping[str, Any]) -> Grid | None:

@@ -11,13 +11,13 @@ from typing import Any
 
 from torch import Tensor
 
-from any2point.sources._layouts import find_names, open_reader, read_vit
+from any2point.sources._layouts import find_vit, open_reader, read_vit
 from any2point.sources.source import Family, Source
 from any2point.sources.vit import LAYOUT, NAMES
 
 
 def _matches(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> bool:
-    found = find_names(state, NAMES)
+    found = find_vit(state, NAMES)
     if found is None:
         return False
     names, prefix = found

@@ -12,14 +12,14 @@ from typing import Any
 
 from torch import Tensor
 
-from any2point.sources._layouts import find_names, open_reader, read_vit
+from any2point.sources._layouts import find_vit, open_reader, read_vit
 from any2point.sources.source import Family, Source
 from any2point.sources.vit import LAYOUT, NAMES
 
 
 def _matches(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> bool:
     head = any(key.startswith(("head.mlp.", "head.last_layer.")) for key in state)
-    return head and find_names(state, NAMES) is not None
+    return head and find_vit(state, NAMES) is not None
 
 
 def _convert(

@@ -34,7 +34,7 @@ def _convert(
 
 FAMILY = Family(
     name="hubert",
-    title="HuBERT encoders (no positions of their own: a fixed sinusoid stands in)",
+    title="HuBERT encoders; a fixed sinusoid stands in for positions, of which they have none",
     modality="audio",
     checkpoint="Hugging Face: as wav2vec 2.0, with `hubert.` or model_type hubert in config.json",
     width=768,

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from any2point.sources._layouts import find_names, open_reader, read_vit, sinusoid_grid, split_table
+from any2point.sources._layouts import find_vit, open_reader, read_vit, sinusoid_grid, split_table
 from any2point.sources.source import Family, Source
 from any2point.sources.vit import LAYOUT, NAMES
 
@@ -27,7 +27,7 @@ def _is_fixed(table: Tensor) -> bool:
 
 
 def _matches(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> bool:
-    found = find_names(state, NAMES)
+    found = find_vit(state, NAMES)
     if found is None:
         return False
     names, prefix = found

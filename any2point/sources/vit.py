@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from any2point.sources._layouts import HF_VIT, TIMM, find_names, open_reader, read_vit
+from any2point.sources._layouts import HF_VIT, TIMM, find_vit, open_reader, read_vit
 from any2point.sources.encoder import Layout
 from any2point.sources.source import Family, Source
 
@@ -25,7 +25,7 @@ LAYOUT = Layout(norm="pre", activation="gelu", eps=1e-6)
 
 
 def _matches(state: Mapping[str, Tensor], config: Mapping[str, Any]) -> bool:
-    return find_names(state, NAMES) is not None
+    return find_vit(state, NAMES) is not None
 
 
 def _convert(

@@ -101,7 +101,7 @@ def _convert(
 
 FAMILY = Family(
     name="wav2vec2",
-    title="wav2vec 2.0 encoders (no positions of their own: a fixed sinusoid stands in)",
+    title="wav2vec 2.0 encoders; a fixed sinusoid stands in for positions, of which they have none",
     modality="audio",
     checkpoint="Hugging Face: `encoder.layers.N.feed_forward`, `encoder.pos_conv_embed`",
     width=768,

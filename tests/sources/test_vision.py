@@ -83,6 +83,8 @@ def test_dinov2_of_transformers(tmp_path: Path, registers: int, swiglu: bool) ->
     if registers:  # they have no positions
         assert torch.equal(source.registers, model.embeddings.register_tokens[0])
     check_hf(source, model, images())
+    with pytest.raises(ValueError, match="expected a ViT, but no tensors are named"):
+        Source.from_checkpoint(tmp_path, "vit")
 
     in_memory = tmp_path / "state"  # the names of the modules, which are not those of the files
     in_memory.mkdir()
