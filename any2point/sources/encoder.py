@@ -51,7 +51,8 @@ def drop_path(branch: Tensor, rate: float) -> Tensor:
 
 def _returned(y: Tensor, x: Tensor) -> Tensor:
     """`y` in the type of `x`, which half precision weights change; autocast chooses types by itself."""
-    return y if torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)
+    autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
+    return y if autocast else y.to(x.dtype)
 
 
 class LayerNorm(nn.LayerNorm):

@@ -106,6 +106,18 @@ def test_encoder_shares_memory_and_checks_its_type() -> None:
         source.encoder(torch.int8)
 
 
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_one_graph_and_shapes_without_memory(dtype: torch.dtype | None) -> None:
+    encoder, x = make_source(bias_kv=True).encoder(dtype), tokens(2, 5, C)
+    torch._dynamo.reset()
+    compiled = torch.compile(encoder, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), encoder(x))
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(compiled(x), encoder(x))
+    torch._dynamo.reset()
+    assert encoder.to("meta")(x.to("meta")).shape == x.shape
+
+
 def test_hidden_states() -> None:
     encoder = make_source(norm="post", input_norm=True).encoder()
     x = tokens(2, 5, C)
