@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 import pickle
+import pickletools
+from collections.abc import Callable
 from typing import IO, Any
 
 import numpy as np
@@ -77,15 +79,32 @@ def _encode(text: str, encoding: str) -> bytes:
     return text.encode("latin1")
 
 
+class _Call:
+    """A function that a pickle may call and not change: a pickle can set the attributes of what it names."""
+
+    __slots__ = ("_function",)
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._function(*arguments)
+
+    def __setstate__(self, state: Any) -> None:
+        raise pickle.UnpicklingError(
+            "expected lists and arrays of numbers alone, got the state of a function"
+        )
+
+
 _KNOWN: dict[tuple[str, str], Any] = {
     ("numpy", "ndarray"): _Array,
     ("numpy", "dtype"): _Type,
-    ("_codecs", "encode"): _encode,
+    ("_codecs", "encode"): _Call(_encode),
 }
 for _core in ("numpy.core", "numpy._core"):  # before and since NumPy 2
-    _KNOWN[f"{_core}.multiarray", "_reconstruct"] = _reconstruct
-    _KNOWN[f"{_core}.multiarray", "scalar"] = _scalar
-    _KNOWN[f"{_core}.numeric", "_frombuffer"] = _from_buffer
+    _KNOWN[f"{_core}.multiarray", "_reconstruct"] = _Call(_reconstruct)
+    _KNOWN[f"{_core}.multiarray", "scalar"] = _Call(_scalar)
+    _KNOWN[f"{_core}.numeric", "_frombuffer"] = _Call(_from_buffer)
 
 
 class _Unpickler(pickle.Unpickler):
@@ -95,11 +114,25 @@ class _Unpickler(pickle.Unpickler):
         return _KNOWN[module, name]
 
 
+def _check_sizes(file: IO[bytes]) -> None:
+    """Refuse sizes that are more than the file can mean: believed, they would fill the memory."""
+    size = file.seek(0, 2)
+    file.seek(0)
+    for count, (operation, argument, _) in enumerate(pickletools.genops(file)):
+        most = count if operation.name in _MEMO else size
+        if operation.name in (*_MEMO, "FRAME") and int(argument or 0) > most:
+            raise pickle.UnpicklingError(f"expected sizes that fit the file, got {argument}")
+    file.seek(0)
+
+
+_MEMO = ("PUT", "BINPUT", "LONG_BINPUT")
+
+
 def load_arrays(file: IO[bytes]) -> Any:
     """Read one pickle.
 
     Args:
-        file: open for reading.
+        file: open for reading, at its beginning.
 
     Returns:
         Lists, tuples, dicts, numbers, text and NumPy arrays as they were pickled; arrays may be read-only.
@@ -108,19 +141,27 @@ def load_arrays(file: IO[bytes]) -> Any:
         ValueError: the pickle holds anything else (which is not run), is damaged, or is none.
     """
     try:
-        return _plain(_Unpickler(file, encoding="latin1").load())
+        _check_sizes(file)
+        return _plain(_Unpickler(file, encoding="latin1").load(), {})
     except Exception as error:  # a damaged pickle fails in every way there is
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise ValueError(f"expected a pickle of lists of arrays: {reason}") from None
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, seen: dict[int, Any]) -> Any:
+    """Arrays in place of what stands for them; what a pickle names twice is one object in both places."""
+    if id(value) not in seen:
+        seen[id(value)] = _converted(value, seen)
+    return seen[id(value)]
+
+
+def _converted(value: Any, seen: dict[int, Any]) -> Any:
     if isinstance(value, _Array):
         return value.value
     if isinstance(value, (list, tuple)):
-        return type(value)(map(_plain, value))
+        return type(value)(_plain(item, seen) for item in value)
     if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
+        return {key: _plain(item, seen) for key, item in value.items()}
     if isinstance(value, (int, float, str, bytes, bool, type(None))):
         return value
     raise ValueError(f"expected lists and arrays of numbers, got {type(value).__name__}")
