@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -84,60 +84,40 @@ TIMM = Names(
     stem="patch_embed.proj.weight",
 )
 
-_HF = {
-    "anchor": "embeddings.position_embeddings",
-    "norm": "layernorm",
-    "table": "embeddings.position_embeddings",
-    "cls": "embeddings.cls_token",
-    "registers": ("embeddings.distillation_token", "embeddings.register_tokens"),
-    "stem": "embeddings.patch_embeddings.projection.weight",
-}
-_HF_QKV = ("attention.attention.query", "attention.attention.key", "attention.attention.value")
-_HF_SCALES = (("layer_scale1.lambda1", "layer_scale2.lambda1"),)
-_SWIGLU = (("mlp.weights_in",), "mlp.weights_out"), (("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj")
 # Hugging Face: the names of the files, and those that the modules of transformers 5 have in memory.
-HF_VIT = (
-    Names(
-        block="encoder.layer.{}",
-        qkv=_HF_QKV,
-        proj="attention.output.dense",
-        norm1="layernorm_before",
-        norm2="layernorm_after",
-        mlps=((("intermediate.dense",), "output.dense"),),
-        eps=1e-12,
-        **_HF,  # type: ignore[arg-type]
-    ),
-    Names(
-        block="layers.{}",
-        qkv=("attention.q_proj", "attention.k_proj", "attention.v_proj"),
-        proj="attention.o_proj",
-        norm1="layernorm_before",
-        norm2="layernorm_after",
-        eps=1e-12,
-        **_HF,  # type: ignore[arg-type]
-    ),
+_HF_FILES = Names(
+    anchor="embeddings.position_embeddings",
+    block="encoder.layer.{}",
+    qkv=("attention.attention.query", "attention.attention.key", "attention.attention.value"),
+    proj="attention.output.dense",
+    norm1="norm1",
+    norm2="norm2",
+    norm="layernorm",
+    table="embeddings.position_embeddings",
+    cls="embeddings.cls_token",
+    registers=("embeddings.distillation_token", "embeddings.register_tokens"),
+    stem="embeddings.patch_embeddings.projection.weight",
 )
+_HF_MODULES = replace(
+    _HF_FILES,
+    qkv=("attention.q_proj", "attention.k_proj", "attention.v_proj"),
+    proj="attention.o_proj",
+)
+_VIT_FILES = replace(_HF_FILES, norm1="layernorm_before", norm2="layernorm_after", eps=1e-12)
+_VIT_MODULES = replace(_HF_MODULES, norm1="layernorm_before", norm2="layernorm_after", eps=1e-12)
+HF_VIT = (
+    replace(_VIT_FILES, mlps=((("intermediate.dense",), "output.dense"),)),
+    replace(_VIT_MODULES, block="layers.{}"),
+)
+_HF_MLPS = (
+    (("mlp.fc1",), "mlp.fc2"),
+    (("mlp.weights_in",), "mlp.weights_out"),
+    (("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"),
+)
+_HF_SCALES = (("layer_scale1.lambda1", "layer_scale2.lambda1"),)
 HF_DINOV2 = (
-    Names(
-        block="encoder.layer.{}",
-        qkv=_HF_QKV,
-        proj="attention.output.dense",
-        norm1="norm1",
-        norm2="norm2",
-        mlps=((("mlp.fc1",), "mlp.fc2"), *_SWIGLU),
-        scales=_HF_SCALES,
-        **_HF,  # type: ignore[arg-type]
-    ),
-    Names(
-        block="encoder.layer.{}",
-        qkv=("attention.q_proj", "attention.k_proj", "attention.v_proj"),
-        proj="attention.o_proj",
-        norm1="norm1",
-        norm2="norm2",
-        mlps=((("mlp.fc1",), "mlp.fc2"), *_SWIGLU),
-        scales=_HF_SCALES,
-        **_HF,  # type: ignore[arg-type]
-    ),
+    replace(_HF_FILES, mlps=_HF_MLPS, scales=_HF_SCALES),
+    replace(_HF_MODULES, mlps=_HF_MLPS, scales=_HF_SCALES),
 )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from any2point.sources import Source
+
+
+def save(folder: Path, state: dict[str, Any], config: dict[str, Any] | None = None) -> Path:
+    """A folder with a torch file and, if given, its config.json."""
+    folder.mkdir(exist_ok=True)
+    torch.save(state, folder / "weights.pth")
+    if config is not None:
+        (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
 
 def perturb(model: nn.Module) -> nn.Module:

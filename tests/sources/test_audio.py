@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from own_models import assert_same, assert_same_eps, assert_same_vit, perturb, renamed, sequence, trace
+from own_models import assert_same, assert_same_eps, assert_same_vit, perturb, renamed, save, sequence, trace
 from timm_models import load_timm
 from torch import Tensor, nn
 
@@ -19,13 +18,6 @@ from any2point.sources._layouts import sinusoid
 transformers = pytest.importorskip("transformers")
 C = 32
 SIZE = {"hidden_size": C, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
-
-
-def save(path: Path, state: dict[str, Any], config: dict[str, Any] | None = None) -> Path:
-    torch.save(state, path / "weights.pth")
-    if config is not None:
-        (path / "config.json").write_text(json.dumps(config))
-    return path
 
 
 class Block(nn.Module):
@@ -262,7 +254,6 @@ def test_whisper_of_transformers(tmp_path: Path) -> None:
     check_whisper(source, encoder)
 
     alone = tmp_path / "encoder"
-    alone.mkdir()
     state = {key: value for key, value in encoder.state_dict().items() if "embed_positions" not in key}
     config = {"encoder_attention_heads": 4, "max_source_positions": 20}
     computed = Source.from_checkpoint(save(alone, state, config))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from argparse import Namespace
 from functools import partial
 from pathlib import Path
@@ -10,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from own_models import assert_same_vit, fuse, perturb, renamed
+from own_models import assert_same_vit, perturb, renamed, save
 from timm_models import load_timm
 from torch import Tensor, nn
 
@@ -56,13 +55,6 @@ def timm_vit(**options: Any) -> nn.Module:
     return model if options.get("device") == "meta" else perturb(model)
 
 
-def save(path: Path, state: dict[str, Any], config: dict[str, Any] | None = None) -> Path:
-    torch.save(state, path / "weights.pth")
-    if config is not None:
-        (path / "config.json").write_text(json.dumps(config))
-    return path
-
-
 @pytest.mark.parametrize("swiglu", [False, True])
 @pytest.mark.parametrize("registers", [0, 4])
 def test_dinov2_of_transformers(tmp_path: Path, registers: int, swiglu: bool) -> None:
@@ -87,7 +79,6 @@ def test_dinov2_of_transformers(tmp_path: Path, registers: int, swiglu: bool) ->
         Source.from_checkpoint(tmp_path, "vit")
 
     in_memory = tmp_path / "state"  # the names of the modules, which are not those of the files
-    in_memory.mkdir()
     same = Source.from_checkpoint(save(in_memory, model.state_dict()), heads=4)
     assert (same.name, same.fingerprint, same.layout) == (source.name, source.fingerprint, source.layout)
 
@@ -139,7 +130,6 @@ def test_vit_of_transformers(tmp_path: Path, shape: tuple[int, int]) -> None:
 
     if shape == (24, 24):
         in_memory = tmp_path / "state"
-        in_memory.mkdir()
         same = Source.from_checkpoint(save(in_memory, model.state_dict()), heads=4)
         assert (same.name, same.fingerprint) == (source.name, source.fingerprint)
         assert same.layout == source.layout
@@ -295,113 +285,6 @@ def test_mae_of_the_official_repository(tmp_path: Path) -> None:
     assert Source.from_checkpoint(save(tmp_path, trained), heads=4).name == "vit"
     told = Source.from_checkpoint(tmp_path, "mae", heads=4)
     assert (told.name, told.position_kind) == ("mae", "learned")
-
-
-CLIP = SIZE | MLP | {"image_size": 24, "patch_size": 8, "layer_norm_eps": 1e-5}
-
-
-def check_clip(source: Source, model: nn.Module) -> None:
-    # Hugging Face normalises the class token alone at the end: run that norm on all tokens.
-    inner = model.vision_model if hasattr(model, "vision_model") else model
-
-    def run() -> None:
-        states = inner(images_fixed, output_hidden_states=True).hidden_states
-        inner.post_layernorm(states[-1])
-
-    images_fixed = images()
-    kernel = inner.embeddings.patch_embedding
-    stem = nn.Sequential(kernel, nn.Flatten(2))
-
-    class Patches(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return stem(x).transpose(1, 2)
-
-    patches = Patches()
-    assert_same_vit(
-        source,
-        lambda: (run(), patches(images_fixed)),
-        stem=patches,
-        blocks=inner.encoder.layers,
-        norm=inner.post_layernorm,
-    )
-
-
-def openai_names(model: nn.Module) -> dict[str, Tensor]:
-    """The state of a Hugging Face image tower under the names of OpenAI."""
-    state = {key.removeprefix("vision_model."): value for key, value in model.state_dict().items()}
-    for leaf in ("weight", "bias"):
-        parts = (f"q_proj.{leaf}", f"k_proj.{leaf}", f"v_proj.{leaf}")
-        state = fuse(state, parts, f"in_proj_{leaf}")
-    names = {
-        "embeddings.class_embedding": "class_embedding",
-        "embeddings.patch_embedding": "conv1",
-        "embeddings.position_embedding.weight": "positional_embedding",
-        "pre_layrnorm": "ln_pre",
-        "post_layernorm": "ln_post",
-        "encoder.layers": "transformer.resblocks",
-        "self_attn": "attn",
-        "layer_norm": "ln_",
-        "mlp.fc1": "mlp.c_fc",
-        "mlp.fc2": "mlp.c_proj",
-    }
-    return renamed(state, names) | {"proj": torch.randn(32, 16)}
-
-
-@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
-def test_clip_vision(tmp_path: Path, activation: str) -> None:
-    model = perturb(
-        transformers.CLIPVisionModel(transformers.CLIPVisionConfig(hidden_act=activation, **CLIP))
-    )
-    model.save_pretrained(tmp_path)
-    source = Source.from_checkpoint(tmp_path)
-    assert (source.name, source.layout.activation) == ("clip-vision", activation)
-    assert source.layout.input_norm
-    check_clip(source, model)
-
-    for prefix in ("visual.", ""):
-        folder = tmp_path / f"openai{len(prefix)}"
-        folder.mkdir()
-        state = {prefix + key: value for key, value in openai_names(model).items()}
-        vision = {"image_size": 24, "layers": 2, "width": 32, "head_width": 8, "patch_size": 8}
-        open_clip = {"vision_cfg": vision, "text_cfg": {"width": 16}, "quick_gelu": False}
-        config = {"model_cfg": open_clip} if activation == "gelu" else None
-        same = Source.from_checkpoint(save(folder, state, config), heads=None if config else 4)
-        assert (same.name, same.fingerprint) == ("clip-vision", source.fingerprint)
-        assert same.layout == source.layout
-        assert "proj" in same.unused
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_clip_vision_of_a_torchscript_archive(tmp_path: Path) -> None:
-    class Holder(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return x
-
-    model = perturb(transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**CLIP)))
-    state = {f"visual.{key}": value.half() for key, value in openai_names(model).items()}
-    root = Holder()
-    for key, value in state.items():
-        *path, leaf = key.split(".")
-        module: nn.Module = root
-        for name in path:
-            if not hasattr(module, name):
-                module.add_module(name, Holder())
-            module = getattr(module, name)
-        module.register_parameter(leaf, nn.Parameter(value))
-    torch.jit.script(root).save(tmp_path / "ViT-B-16.pt")
-    archive = Source.from_checkpoint(tmp_path / "ViT-B-16.pt", heads=4)
-    plain = Source.from_checkpoint(save(tmp_path, state) / "weights.pth", heads=4)
-    assert (archive.name, archive.fingerprint) == ("clip-vision", plain.fingerprint)
-
-
-def test_clip_vision_of_a_checkpoint_with_both_towers(tmp_path: Path) -> None:
-    text = SIZE | MLP | {"vocab_size": 50, "max_position_embeddings": 7, "hidden_act": "gelu"}
-    config = transformers.CLIPConfig(vision_config=CLIP, text_config=text)
-    model = perturb(transformers.CLIPModel(config))
-    model.save_pretrained(tmp_path)
-    source = Source.from_checkpoint(tmp_path, "clip-vision")
-    assert (source.name, source.heads, source.layout.activation) == ("clip-vision", 4, "quick_gelu")
-    check_clip(source, model)
 
 
 @pytest.mark.parametrize(("width", "heads"), [(384, 6), (1024, 16), (1280, 16), (1664, 16)])
