@@ -127,6 +127,8 @@ def test_vit_of_transformers(tmp_path: Path, shape: tuple[int, int]) -> None:
     assert (source.name, source.heads, source.registers) == ("vit", 4, None)
     assert source.position_table.shape == (shape[0] // 8, shape[1] // 8, 32)
     check_hf(source, model.vit, images(*shape))
+    told = Source.from_checkpoint(tmp_path, "dino")  # which Hugging Face has as a ViT
+    assert (told.name, told.fingerprint) == ("dino", source.fingerprint)
 
     if shape == (24, 24):
         in_memory = tmp_path / "state"
