@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from any2point.ops import BatchNorm as BatchNormTensors
-from any2point.reference.batch_norm import masked_batch_norm
+from any2point.reference.batch_norm import are_shared, batch_norm, masked_batch_norm
 
 
 class BatchNorm(nn.Module):
@@ -39,3 +39,15 @@ class BatchNorm(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(map(str, self.weight.shape))
+
+
+class BatchNorm1d(nn.BatchNorm1d):
+    """`nn.BatchNorm1d` of rows `[R, C]` whose statistics processes can share, see `shared_statistics`."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """`[R, C]` -> `[R, C]`."""
+        if not (self.training and are_shared()):
+            return super().forward(input)
+        self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
+        norm = BatchNormTensors(self.weight, self.bias, self.running_mean, self.running_var)  # type: ignore[arg-type]
+        return batch_norm(input, norm, training=True, momentum=self.momentum, eps=self.eps).to(input.dtype)  # type: ignore[arg-type]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from any2point.nn.batch_norm import BatchNorm1d
+
 
 class ClassificationHead(nn.Sequential):
     """Two hidden layers with batch normalisation, ReLU, dropout; then logits: `[B, F]` -> `[B, classes]`."""
@@ -13,11 +15,11 @@ class ClassificationHead(nn.Sequential):
     ) -> None:
         super().__init__(
             nn.Linear(features, hidden, bias=bias),
-            nn.BatchNorm1d(hidden),
+            BatchNorm1d(hidden),
             nn.ReLU(),
             nn.Dropout(dropout),
             nn.Linear(hidden, hidden, bias=bias),
-            nn.BatchNorm1d(hidden),
+            BatchNorm1d(hidden),
             nn.ReLU(),
             nn.Dropout(dropout),
             nn.Linear(hidden, classes),

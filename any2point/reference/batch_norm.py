@@ -1,7 +1,12 @@
-"""Batch normalisation of rows of which only some count: shared by the aggregation references."""
+"""Batch normalisation of rows of which only some count: shared by the aggregation references.
+
+Statistics are those of the rows given, or inside `shared_statistics` those of the rows of all processes.
+"""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -18,8 +23,42 @@ class BatchNorm(NamedTuple):
     running_var: Tensor
 
 
+_add_up: Callable[[Tensor], Tensor] | None = None
+
+
+@contextlib.contextmanager
+def shared_statistics(add_up: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Inside, processes that share a batch normalise by the statistics of all of it when training.
+
+    Args:
+        add_up: differentiable sum of a tensor over the processes.
+    """
+    global _add_up
+    before, _add_up = _add_up, add_up
+    try:
+        yield
+    finally:
+        _add_up = before
+
+
+def are_shared() -> bool:
+    """Whether `shared_statistics` holds."""
+    return _add_up is not None
+
+
+def _over_processes(*sums: Tensor) -> tuple[Tensor, ...]:
+    if _add_up is None:
+        return sums
+    whole = _add_up(torch.cat([value.reshape(-1) for value in sums]))
+    parts = whole.split([value.numel() for value in sums])
+    return tuple(part.view_as(value) for part, value in zip(parts, sums))
+
+
 def batch_norm(rows: Tensor, norm: BatchNorm, *, training: bool, momentum: float, eps: float) -> Tensor:
     """Batch normalisation of `rows [R, C]` ; updates the running statistics when training."""
+    if training and are_shared():
+        every = rows.new_ones(len(rows), dtype=torch.bool)
+        return masked_batch_norm(rows, norm, every, training=True, momentum=momentum, eps=eps)
     dtype = torch.promote_types(rows.dtype, torch.float32)
     weight, bias, mean, var = (tensor.to(dtype).contiguous() for tensor in norm)
     out = F.batch_norm(rows.to(dtype), mean, var, weight, bias, training, momentum, eps)
@@ -62,10 +101,12 @@ def masked_batch_norm(
         return rows * scale + (norm.bias - norm.running_mean * scale)
     kept = torch.where(occupied[:, None], rows, 0.0)
     present = occupied.sum().to(rows.dtype)
-    count = present.clamp(min=1) if total is None else torch.full_like(present, total)
-    mean = kept.sum(0) / count
+    counted = present if total is None else torch.full_like(present, total)
+    summed, present, counted = _over_processes(kept.sum(0), present, counted)
+    count = counted.clamp(min=1) if total is None else counted
+    mean = summed / count
     centered = rows - mean
-    spread = torch.where(occupied[:, None], centered, 0.0).square().sum(0)
+    (spread,) = _over_processes(torch.where(occupied[:, None], centered, 0.0).square().sum(0))
     var = (spread + (count - present).clamp(min=0) * mean.square()) / count
     with torch.no_grad():
         unbiased = var * (count / (count - 1).clamp(min=1))

@@ -42,8 +42,10 @@ class TrainConfig:
         precision: "fp32", "bf16", "fp16", or "auto": bf16 where the hardware multiplies it, fp32 elsewhere.
         device: "cpu", "cuda", "cuda:1", ..., or "auto": the first GPU if there is one.
         devices: GPUs (on a CPU: processes) of this machine that share every batch; 0 for all GPUs. Under
-            torchrun its number of processes counts. Batch normalisation takes the statistics of each process'
-            own clouds, and keeps the running ones of the first.
+            torchrun its number of processes counts.
+        sync_batch_norm: several processes normalise by the statistics of the whole batch, as one process
+            would, at the price of many small exchanges (for the package's own models); otherwise each by its
+            own clouds', of which the first's running ones are kept.
         cuda_graph: on CUDA, record the step once and replay it: the launches of its many small kernels cost
             several times what the kernels do. Takes a model that never waits for the device.
         tensorboard: write the curves as TensorBoard events too, into the run folder.
@@ -89,6 +91,7 @@ class TrainConfig:
     precision: str = "auto"
     device: str = "auto"
     devices: int = 1
+    sync_batch_norm: bool = False
     cuda_graph: bool = True
     tensorboard: bool = True
     normalize: str = "sphere"
@@ -111,7 +114,7 @@ class TrainConfig:
             self._expect(name, lambda v: _is_whole(v) and v >= 1, "a whole number of 1 or more")
         for name in ("devices", "save_every_steps"):
             self._expect(name, lambda v: _is_whole(v) and v >= 0, "a whole number of 0 or more")
-        for name in ("deterministic", "cuda_graph", "tensorboard"):
+        for name in ("deterministic", "sync_batch_norm", "cuda_graph", "tensorboard"):
             self._expect(name, lambda v: isinstance(v, bool), "true or false")
         for name in (
             "min_lr",

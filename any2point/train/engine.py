@@ -2,7 +2,7 @@
 
 All randomness of a step follows from the seed and the step's number, so the state to resume from is the
 weights, the optimiser and that number: nothing about random generators can be lost. The data of a step do not
-depend on the number of processes either; dropout and the statistics of batch normalisation do.
+depend on the number of processes either; dropout does, and without `sync_batch_norm` the normalisation.
 """
 
 from __future__ import annotations
@@ -224,11 +224,12 @@ class _Run:
         return self._eager(labels, *inputs)
 
     def _eager(self, labels: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        with self.runtime.autocast():
-            logits = self.model(*inputs)
         smoothing = self.config.label_smoothing
-        loss = nn.functional.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
-        self.runtime.backward(loss)
+        with self.ranks.statistics(self.config.sync_batch_norm):
+            with self.runtime.autocast():
+                logits = self.model(*inputs)
+            loss = nn.functional.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
+            self.runtime.backward(loss)
         return loss.detach(), logits.detach()
 
     def _capture(self) -> None:

@@ -25,6 +25,8 @@ import torch
 import torch.distributed
 from torch import Tensor
 
+from any2point.reference.batch_norm import shared_statistics
+
 _BUCKET = 2**24  # elements
 _POLL, _LINGER = 0.2, 2.0  # seconds
 _KEY = "any2point/failed"
@@ -71,6 +73,12 @@ class Ranks:
         if self.world > 1:
             torch.distributed.all_reduce(tensor)
         return tensor
+
+    def statistics(self, shared: bool) -> contextlib.AbstractContextManager:
+        """For forward and backward: whether batch normalisation is by the rows of all ranks."""
+        if self.world == 1 or not shared:
+            return contextlib.nullcontext()
+        return shared_statistics(_Sum.apply)
 
     def gather(self, values: Sequence[float]) -> list[list[float]]:
         """The numbers of every rank, exactly."""
@@ -126,6 +134,20 @@ class Ranks:
             return store.compare_set(_KEY, "", mine).decode() == mine
         except RuntimeError:  # rank 0, which keeps the store, has gone
             return False
+
+
+class _Sum(torch.autograd.Function):
+    """The sum over the ranks; its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        total = value.clone()
+        torch.distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return _Sum.forward(ctx, grad.contiguous())
 
 
 def _watch(store: torch.distributed.Store, done: threading.Event) -> None:

@@ -88,13 +88,14 @@ def train(
     Args:
         rank: of this process.
         folder: with the run in `run`.
-        kind: "model" or "moments".
+        kind: "model", "still" for the one without dropout, or "moments".
         options: of the configuration.
         moment: when to end without any clean-up: ("step", n), in the n-th write ("write", n) or between the
             n-th write and its renaming ("rename", n); ("raise", n) fails at a step, in rank 1 only.
     """
-    model = tiny.model(rank) if kind == "model" else tiny.Moments()
-    seen: dict[str, Any] = {"steps": [], "batches": []}
+    still = {"dropout": 0.0, "adapter_dropout": 0.0} if kind == "still" else {}
+    model = tiny.Moments() if kind == "moments" else tiny.model(rank, **still)
+    seen: dict[str, Any] = {"steps": [], "gradients": [], "batches": []}
     _end_at(moment, rank)
     update, load = Runtime.update, engine._Run._load
 
@@ -102,6 +103,7 @@ def train(
         update(self, *arguments)
         params = arguments[1]
         seen["steps"].append([param.detach().cpu().clone() for param in params])
+        seen["gradients"].append([param.grad.cpu().clone() for param in params])
         if moment is not None and moment[0] in ("step", "raise") and len(seen["steps"]) == moment[1]:
             if moment[0] == "step":
                 os.kill(os.getpid(), signal.SIGKILL)

@@ -76,6 +76,28 @@ def test_ranks_stay_equal_bit_for_bit(pair: Path) -> None:
     assert first["history"] == second["history"]
 
 
+def test_shared_statistics_are_those_of_the_whole(tmp_path: Path) -> None:
+    """With batch normalisation over all ranks, two are one process: gradients, losses, running statistics."""
+    options = {"epochs": 1, "lr": 1e-3, "warmup_epochs": 0}
+    assert train(tmp_path / "one", 1, "still", **options) == [0]
+    assert train(tmp_path / "two", 2, "still", sync_batch_norm=True, **options) == [0, 0]
+    assert train(tmp_path / "own", 2, "still", **options) == [0, 0]
+    one, two, own = (outcome(tmp_path / name) for name in ("one", "two", "own"))
+    first = one["gradients"][0]
+    error = [max(map(distance, got["gradients"][0], first)) for got in (two, own)]
+    assert error[0] < 1e-4
+    assert error[1] > 0.01
+    assert two["history"][0]["loss"] == pytest.approx(one["history"][0]["loss"], rel=1e-3)
+    assert two["fingerprint"] == outcome(tmp_path / "two", 1)["fingerprint"]
+    models = [Any2Point.from_pretrained(tmp_path / name / "run") for name in ("one", "two")]
+    for expected, got in zip(*(model.buffers() for model in models)):
+        torch.testing.assert_close(got, expected, rtol=0.02, atol=1e-3)
+
+
+def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).abs().max())
+
+
 def test_evaluation_is_that_of_one_process(pair: Path) -> None:
     """Nine clouds in batches of 2, 4 (three batches for two processes) and 64 (one for two)."""
     model = Any2Point.from_pretrained(pair / "run")
