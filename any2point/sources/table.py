@@ -15,8 +15,9 @@ from any2point.sources.source import get_family, matching_families
 
 _COLUMNS = 100
 _NOTES = (
-    "Other widths, depths and position tables of a family are read as they are. Input norm: a LayerNorm "
-    "after token + position. Stand-in: the family has no absolute positions, and this takes their place.",
+    "Base model: channels x blocks; other sizes and position tables of a family are read as they are. "
+    "Input norm: a LayerNorm after token + position. Stand-in: the family has no absolute positions, and "
+    "this takes their place.",
     "`any2point sources PATH` tells what a checkpoint is.",
 )
 _ACTIVATIONS = {
