@@ -57,7 +57,7 @@ def scanobjectnn_dataset(
     """Read ScanObjectNN: real scans of furniture, 2048 points each, y up, in the scan's own unit.
 
     Args:
-        root: the folder that holds h5_files, that folder, or the folder of one split (main_split, ...,
+        root: ScanObjectNN/h5_files, a folder above it, or the folder of one split (main_split, ...,
             split4_nobg).
         split: "train", "test", or None for both.
         variant: "OBJ_BG" (objects with what surrounds them), "OBJ_ONLY" (without), or one of the perturbed
@@ -117,7 +117,8 @@ def _find(root: Path, background: bool, names: Sequence[str]) -> Path:
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder; expected\n\n{TREE}")
     wanted = "main_split" if background else "main_split_nobg"
-    folders = [root / wanted, root / "h5_files" / wanted, root / "ScanObjectNN" / "h5_files" / wanted]
+    tops = [root, root / "h5_files", root / "ScanObjectNN", root / "ScanObjectNN" / "h5_files"]
+    folders = [top / wanted for top in tops]
     name = root.resolve().name
     if "split" not in name:
         folders.append(root)

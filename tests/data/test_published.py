@@ -33,9 +33,9 @@ PB = "training_objectdataset_augmentedrot_scale75.h5"
 
 
 def test_scanobjectnn_is_read_as_it_is(tmp_path: Path) -> None:
-    write_scanobjectnn(tmp_path)
-    folder = tmp_path / "h5_files" / "main_split"
-    for root in (tmp_path, tmp_path / "h5_files", folder):
+    top = write_scanobjectnn(tmp_path / "ScanObjectNN")
+    folder = top / "h5_files" / "main_split"
+    for root in (tmp_path, top, top / "h5_files", folder):
         train = load_dataset("scanobjectnn", "train", root)
         with h5py.File(folder / PB) as file:
             np.testing.assert_array_equal(train.points.numpy(), file["data"][()])
