@@ -108,7 +108,7 @@ class Any2Point(PointModel):
         projected = self.projection(tokens.centers)
         encoding = projected.encoding if self.positions is None else self.positions(tokens.centers)
         cluster = voxel_cluster(tokens.centers, self.config.voxel_size).cluster
-        batch, dtype = len(points), self.cls_token.dtype
+        batch, dtype = points.shape[0], self.cls_token.dtype
         x = [self.cls_token.expand(batch, -1, -1), tokens.features.to(dtype)]
         position = [self.cls_position.expand(batch, -1, -1), encoding.to(dtype)]
         if self.registers is not None:  # with their positions in them

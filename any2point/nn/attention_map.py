@@ -29,7 +29,7 @@ def class_attention(block: Block, x: Tensor) -> Tensor:
     key = F.linear(y, weight[width : 2 * width], bias[width : 2 * width])
     own = getattr(attention, "bias_k", None)
     if own is not None:
-        key = torch.cat([key, own.to(key.dtype).expand(len(key), 1, -1)], dim=1)
+        key = torch.cat([key, own.to(key.dtype).expand(key.shape[0], 1, -1)], dim=1)
     query, key = (z.unflatten(-1, (attention.heads, -1)).transpose(1, 2).float() for z in (query, key))
     scores = (query @ key.mT)[:, :, 0] * query.shape[-1] ** -0.5
     return scores.softmax(-1)[..., : x.shape[1]].to(x.dtype)

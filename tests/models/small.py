@@ -30,6 +30,14 @@ def make(family: str = "clip-text", source: Source | None = None, **options: Any
     return model.eval()
 
 
+def tiny(family: str = "clip-text", **options: Any) -> Any2Point:
+    """One block, one stage, one view: what tracing takes least time for."""
+    positions = (7,) if family == "clip-text" else (3, 4)
+    source = Source.random(family, width=16, depth=1, heads=2, positions=positions)
+    sizes = {"num_points": 24, "num_tokens": 6, "neighbors": 4, "views": 1, "tokenizer_units": (1,)}
+    return make(source=source, **(sizes | options))
+
+
 def clouds(batch: int = 3, count: int = 96) -> Tensor:
     """Points on a grid of 1/1024, so that their differences are exact."""
     points = torch.randn(batch, count, 3, generator=torch.Generator().manual_seed(7)) / 2

@@ -389,15 +389,6 @@ def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.M
     assert len(list(tmp_path.iterdir())) == 2
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_compiles_in_one_graph(family: str) -> None:
-    torch._dynamo.reset()
-    model, points = make(family), clouds()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager" if family == "bert" else "eager")
-    with torch.no_grad():
-        close(compiled(points), model(points))
-
-
 def test_low_precision() -> None:
     model, points = make("bert"), clouds()
     want = model(points)
