@@ -102,7 +102,7 @@ def export_onnx(
     table.update(decompositions() if decompose else _symbols())
     with _quiet():
         program = export_program(model, num_points).run_decompositions(table)
-        names = [name for name in ("points", "features") if name in _inputs(program)]
+        names = ["points", "features"] if model.config.input_features else ["points"]
         exported = torch.onnx.export(
             program,
             dynamo=True,
@@ -114,10 +114,6 @@ def export_onnx(
     assert exported is not None
     exported.save(str(path))
     return path
-
-
-def _inputs(program: ExportedProgram) -> tuple[str, ...]:
-    return tuple(program.graph_signature.user_inputs)  # type: ignore[arg-type]
 
 
 @contextlib.contextmanager
@@ -195,7 +191,7 @@ def _symbols() -> dict[Any, Callable[..., Any]]:
         origin: Tensor | None,
     ) -> tuple[Tensor, ...]:
         rows = points.shape[0] * points.shape[1]
-        shapes = [*points.shape[:-1]], [rows + 1], [rows], []
+        shapes: tuple[list[int], ...] = [*points.shape[:-1]], [rows + 1], [rows], []
         inputs = points, lengths, offsets, origin
         return symbol("VoxelCluster", inputs, {"size": size}, (int64,) * 4, shapes)
 

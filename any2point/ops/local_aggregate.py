@@ -140,8 +140,10 @@ def local_aggregate(
 
 
 def _is_fused(points: Tensor, features: Tensor, units: Sequence[ResidualUnit]) -> bool:
-    """Whether the CPU's kernel for evaluation can take over."""
-    if features.device.type != "cpu" or torch.float64 in (points.dtype, features.dtype):
+    """Whether the CPU's kernel for evaluation can take over; exported graphs are for any device."""
+    if features.device.type != "cpu" or torch.compiler.is_exporting():
+        return False
+    if torch.float64 in (points.dtype, features.dtype):
         return False
     layers = [(u.in_weight, u.in_bias, *u.in_norm, u.out_weight, u.out_bias, *u.out_norm) for u in units]
     tensors = [points, features, *(tensor for layer in layers for tensor in layer if tensor is not None)]
@@ -165,7 +167,7 @@ def _evaluate(
     divisor = None
     if normalize == "mn40":
         offset = group_offsets(points, center, neighbor, group)
-        divisor = offset_deviation(offset, guard=guard).expand(len(points)).contiguous()
+        divisor = offset_deviation(offset, guard=guard).expand(points.shape[0]).contiguous()
     folded = []
     for unit in units:
         folded += _fold(unit.in_weight, unit.in_bias, unit.in_norm, eps)
