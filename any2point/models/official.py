@@ -26,9 +26,12 @@ __all__ = ["SETTINGS", "VARIANTS", "load_official", "recognise", "save_official"
 _HEADS = 12
 # What starts from a normal distribution on ModelNet40, in our names.
 _NORMAL = r"head\.|tokenizer\.embed\.|encoder\.(adapters\.\d+\.adapter\.|attention\.(qkv|proj)_)"
-# What the official code takes from its command line or needs for training alone: may differ on the way back.
-_FREE = ("num_classes", "adapter_dim", "cls_decay", "checkpointing")
-_DROPOUTS = ("adapter_dropout", "dropout", "drop_path", "attention_dropout")
+# What may differ on the way back: sizes that the official code takes from its configuration and that the
+# tensors tell, and what matters in training alone.
+_FREE = (
+    *("num_classes", "adapter_dim", "cls_decay", "checkpointing"),
+    *("adapter_dropout", "dropout", "drop_path", "attention_dropout"),
+)
 
 
 def unwrap(state: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -57,13 +60,14 @@ def load_official(
     """See `Any2Point.from_official`."""
     state = unwrap(state_dict)
     family, dataset = recognise(state, variant).split("/")
-    stem = "encoder.resblocks" if dataset == "scanobjectnn" else "resblocks"
-    stem = stem if family == "clip-text" else stem.replace("resblocks", "blocks")
-    depth = count_blocks(state, stem + ".{}.adapter.ln1.weight")
+    prefix = "encoder." if dataset == "scanobjectnn" else ""
+    blocks = "resblocks" if family == "clip-text" else "blocks"
+    depth = count_blocks(state, f"{prefix}{blocks}.{{}}.adapter.ln1.weight")
     values = variant_options(f"{family}/{dataset}", "official") | dict(options)
     units = Any2PointConfig(**values).tokenizer_units
     places = official_names(family, dataset, depth=depth, units=units)
-    missing, foreign = sorted(set(places) - set(state)), sorted(set(state) - set(places))
+    needed = {key for key, place in places.items() if not place.counter}
+    missing, foreign = sorted(needed - set(state)), sorted(set(state) - set(places))
     if missing:
         raise ValueError(f"`state_dict`: nothing in it for {', '.join(missing[:4])} ({len(missing)} in all)")
     if foreign:
@@ -139,7 +143,7 @@ def differences(model: Any2Point, variant: str) -> list[str]:
     if model.source_info.name != family:
         return [f"source {model.source_info.name} (official: {family})"]
     ours = model.config.to_dict()
-    free = {name: ours[name] for name in (*_FREE, *_DROPOUTS)}
+    free = {name: ours[name] for name in _FREE}
     try:
         official = Any2PointConfig(**(variant_options(variant, "official") | free)).resolve(model.source_info)
     except ValueError as error:  # a source that the official options do not fit, such as its width
@@ -156,11 +160,11 @@ def official_state(model: Any2Point, variant: str) -> dict[str, Tensor]:
     """The model's parameters and buffers under their official names and in their official shapes."""
     family, dataset = variant.split("/")
     depth, units = model.source_info.depth, model.config.tokenizer_units
-    tensors = model.state_dict() | dict(model.source_info.tensors)
+    trained, frozen = model.state_dict(), model.source_info.tensors
     state = {}
     for name, place in official_names(family, dataset, depth=depth, units=units).items():
-        value = tensors[place.name] if place.row is None else tensors[place.name][place.row]
-        value = value.detach().cpu()
+        tensor = frozen[place.name] if place.name.startswith("blocks.") else trained[place.name]
+        value = (tensor if place.row is None else tensor[place.row]).detach().cpu()
         state[name] = value.reshape(value.shape + (1,) * place.ones).clone()
     return state
 

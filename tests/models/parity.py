@@ -34,10 +34,11 @@ ROUNDING = r".*net[12]\.0\.bias|cls_head_finetune\.[04]\.bias|(encoder\.)?norm\.
 CLIP_ROUNDING = r"|(encoder\.)?cls_(token|pos)"
 # Keys that are not compared, and why.
 EXCEPTIONS = {"pts": "the input: the dump's own points, or those that the shipped dumps share"}
-# Allowed error, plain and with large signals, relative to the largest value of a key; the largest errors over
-# all twelve dumps are up to half of that (gradients: up to nine tenths). A training step passes a batch
-# normalisation of four nearly equal features, which magnifies rounding; one unit at the kink of its ReLU then
-# moves every gradient by a percent or so.
+# Allowed error, plain and with large signals, relative to the largest value of a key: at least half as much
+# again as the largest over all twelve dumps. A training step passes a batch normalisation of four nearly
+# equal features, which magnifies rounding. In DINOv2's plain dumps one unit lies at the kink of its ReLU:
+# gradients in float64 differ by 2e-2 (median) from the dump, those in float32 by that or by 3e-5, as the
+# threads fall.
 TOLERANCE = {
     "index": (0.0, 0.0),
     "coordinates": (1e-6, 1e-6),
@@ -45,13 +46,14 @@ TOLERANCE = {
     # Lines are read at coordinates up to 77, which float32 rounds to 4e-6.
     "encoding": (5e-5, 5e-5),
     "block": (1e-5, 1e-5),
+    "cell attention": (3e-5, 3e-5),  # small values out of weights with LayerNorm folded in
     "logits": (1e-5, 1e-5),
     "train logits": (1e-3, 2e-3),
     "train loss": (1e-4, 3e-4),
     "gradient norm, worst": (3e-2, 1e-2),
     "gradient norm, median": (2e-3, 2e-3),
-    "gradient, worst": (0.1, 0.1),
-    "gradient, median": (3e-2, 3e-2),
+    "gradient, worst": (0.15, 0.15),
+    "gradient, median": (5e-2, 5e-2),
     "rounding gradient": (1e-3, 1e-3),
     "statistics": (4e-5, 4e-5),
 }
@@ -296,7 +298,7 @@ def _inside_guided(model: Any2Point, tokens: Tensor, cell: Tensor, cluster: Tens
     every = torch.ones(count, dtype=torch.bool)
     space = F.gelu(masked_batch_norm(space, guided.space_norm.tensors(), every, **step))
     return {
-        "b0_attn1_v0": Value("block", branch.flatten(0, 1)),
+        "b0_attn1_v0": Value("cell attention", branch.flatten(0, 1)),
         "b0_binfeat_v0": Value("block", pooled),
         "b0_outv0": Value("block", view),
         "b0_out3d": Value("block", space),

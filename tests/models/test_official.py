@@ -11,6 +11,7 @@ import torch
 from any2point import Any2Point, Any2PointConfig, Source
 from any2point.models.official import VARIANTS, differences, official_state, recognise
 from any2point.models.official_names import Place, official_names
+from any2point.models.official_variants import variant_options
 from any2point.nn import Tokenizer
 from any2point.ops import farthest_point_sample, group
 
@@ -52,6 +53,26 @@ def test_way_back(variant: str, tmp_path: Path) -> None:
             assert back[name].dtype == value.dtype
             assert torch.equal(back[name], value), name
             assert back[name].is_contiguous()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_trained_here(variant: str) -> None:
+    """A model that starts from a pretrained transformer goes there and comes back as the same function."""
+    family = variant.split("/")[0]
+    source = Source.random(family, width=48, depth=2, heads=12)
+    model = Any2Point(Any2PointConfig(**variant_options(variant, "official")), source).eval()
+    with torch.no_grad():
+        for parameter in model.trainable_parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        model.norm.weight.fill_(3.0)
+    state = official_state(model, variant)
+    points = golden.points(variant)[:2]
+    again = Any2Point.from_official(state, position_table=source.position_table)
+    assert torch.equal(again(points), model(points))
+    assert differences(model, variant) == []
+    assert torch.equal(
+        state["encoder.norm.weight" if "scan" in variant else "norm.weight"], torch.full((48,), 3.0)
+    )
 
 
 def test_refused_ways_back() -> None:
