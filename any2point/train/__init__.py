@@ -1,4 +1,4 @@
-"""Fine-tuning: one small engine in plain PyTorch, its configuration, its metrics, and the demo.
+"""Fine-tuning: one small engine on Lightning Fabric, its configuration, its metrics, and the demo.
 
 fit(model, train, test, TrainConfig(epochs=30), run_dir="runs/first")
 evaluate(model, test).accuracy

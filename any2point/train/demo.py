@@ -1,13 +1,14 @@
 """`any2point demo`: a frozen language model learns furniture, next to two controls that say what it is worth.
 
 Three runs on one schedule: the pretrained encoder, the same encoder with random weights, and the tokenizer
-    alone
-with a linear layer. If the pretrained weights cannot be had, that is said, and no run is called pretrained.
+alone with a linear layer. If the pretrained weights cannot be had, that is said, and no run is called
+pretrained.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -26,7 +27,7 @@ from any2point.train.pretrained import find_pretrained
 from any2point.train.progress import default_reporter
 from any2point.train.recipe import Recipe, build_model, load_recipe, open_source
 from any2point.train.run import write_pictures
-from any2point.train.runtime import Runtime, pick_device, pick_precision
+from any2point.train.runtime import Runtime, pick_device, pick_precision, pick_processes
 
 if TYPE_CHECKING:
     from any2point.sources import Source
@@ -74,6 +75,9 @@ def run_demo(
         The run folder.
     """
     start = time.perf_counter()
+    processes = math.prod(pick_processes(1, pick_device(device)))
+    if processes > 1:
+        raise ValueError(f"demo: expected one process, got {processes}; any2point train shares its work")
     recipe = load_recipe(RECIPE).override({"train.device": device, "train.precision": precision})
     train, test = sample_set("train"), sample_set("test")
     if quick:

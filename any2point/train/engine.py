@@ -79,9 +79,9 @@ def fit(
         train: training set.
         test: test set, or None. Unless `config.select` is "test" nothing is chosen by it.
         config: how to train.
-        run_dir: folder for the run: recipe.yaml, metrics.jsonl, state.pt (to resume from), results.json, and
-            the model in hub layout (config.json, model.safetensors). None writes nothing. The first of
-            several processes writes; all of them have to see the folder.
+        run_dir: folder for the run: recipe.yaml, metrics.jsonl, TensorBoard events, state.pt (to resume
+            from), results.json, and the model in hub layout (config.json, model.safetensors). None writes
+            nothing. The first of several processes writes; all of them have to see the folder.
         resume: continue from the folder's state.pt; without one, start from the beginning.
         reporter: shows progress; by default a bar on a terminal and plain lines elsewhere.
         recipe: what to write to recipe.yaml beside the training options.
@@ -91,7 +91,9 @@ def fit(
 
     Raises:
         ValueError: a folder that already holds a run (and `resume` is False) or whose run was configured
-            otherwise, sets of different classes, too few clouds, or a loss that is no longer finite.
+            otherwise, sets of different classes, too few clouds, a batch that the processes cannot share
+            evenly, or a loss that is no longer finite.
+        ImportError: without Lightning Fabric, or without what `config.tensorboard` asks for.
     """
     runtime = Runtime(config)
     with runtime.ranks.together():
@@ -127,7 +129,7 @@ class _Run:
         self.batch = _batch_size(config, len(train), self.ranks.world)
         self.steps = len(train) // self.batch
         fixed, self.transform = config.train_transform(size, train.feature_names).split()
-        self.train = apply(fixed, train, device, None)
+        self.train = apply(fixed, train, device, None) if fixed.transforms else train
         self.test = None if test is None else prepare(test, config, size, device)
         self.model = model.to(device)
         self.ranks.copy_first([*model.parameters(), *model.buffers()])
@@ -192,7 +194,7 @@ class _Run:
             if every and self.step % every == 0 and self.step < self.steps:
                 self.seconds = time.perf_counter() - start
                 self._save_state()
-        # Statistics of batch normalisation are each rank's own; the first one's are evaluated and saved.
+        # Running statistics may be each rank's own; those of the first are evaluated and saved.
         self.ranks.copy_first(self.model.buffers())
         totals = self.ranks.gather([float(self.loss), int(self.right)])
         loss = sum(total for total, _ in totals) / (self.steps * self.ranks.world)
@@ -275,7 +277,8 @@ class _Run:
             if config.select == "last" and self.history:
                 self.history[-1]["test_accuracy"] = result.accuracy
         if self.events is not None:
-            self.events.epoch(self.history[-1])
+            if result is not None:
+                self.events.epoch({"epoch": self.epoch, "test_accuracy": result.accuracy})
             self.events.close()
         if self.folder is not None and self.ranks.first:
             files.write_lines(self.folder / files.METRICS, self.history)

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from any2point.models.hub import write_atomic
+from any2point.models.hub import CONFIG, WEIGHTS, write_atomic
 
 RECIPE = "recipe.yaml"
 METRICS = "metrics.jsonl"
@@ -44,7 +44,7 @@ def write_state(path: Path, state: Mapping[str, Any]) -> None:
 
 def remove_leftovers(folder: Path) -> None:
     """Delete the temporary files of a process that was killed while writing."""
-    for name in (RECIPE, METRICS, RESULTS, STATE):
+    for name in (RECIPE, METRICS, RESULTS, STATE, CONFIG, WEIGHTS):
         for file in folder.glob(f".{name}.*"):
             file.unlink(missing_ok=True)
 

@@ -88,9 +88,12 @@ class Ranks:
 
     def copy_first(self, tensors: Iterable[Tensor]) -> None:
         """Overwrite tensors by those of rank 0."""
-        if self.world > 1:
-            for tensor in tensors:
-                torch.distributed.broadcast(tensor.detach(), 0)
+        if self.world == 1:
+            return
+        for tensor in tensors:
+            value = tensor.detach().contiguous()
+            torch.distributed.broadcast(value, 0)
+            tensor.detach().copy_(value)
 
     def barrier(self) -> None:
         """Wait until every rank is here."""

@@ -63,10 +63,8 @@ def point_at(plan: Recipe, data: str) -> Recipe:
 def open_data(plan: Recipe, split: str, show: bool = True) -> PointDataset:
     """A recipe's training or test set; `show` counts the files on a terminal."""
     assert plan.data is not None
-    if plan.data == "sh3d15":
-        return load_dataset(plan.data, split)
     options: dict[str, Any] = {"progress": _count(split) if show else None}
-    if plan.data not in PUBLISHED:
+    if plan.data not in (*PUBLISHED, "sh3d15"):
         options |= {"num_points": plan.points, "test_fraction": plan.test_fraction, "seed": plan.train.seed}
     return load_dataset(plan.data, split, **(options | dict(plan.data_options)))
 

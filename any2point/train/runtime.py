@@ -56,7 +56,7 @@ class Runtime:
             kind |= {"devices": local, "num_nodes": nodes, "strategy": "ddp"}
         else:
             kind |= {"devices": [device.index or 0] if device.type == "cuda" else 1}
-        self.fabric = _import_fabric().Fabric(**kind)
+        self.fabric = import_fabric().Fabric(**kind)
         self.fabric.launch()
         self.device: torch.device = self.fabric.device
         self.ranks = Ranks(self.device, self.fabric.global_rank, self.fabric.world_size)
@@ -183,7 +183,8 @@ def _under_torchrun() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_torchelastic_launched()
 
 
-def _import_fabric() -> Any:
+def import_fabric() -> Any:
+    """Lightning Fabric's module, from its own package or the large one."""
     for name in ("lightning_fabric", "lightning.fabric"):
         try:
             fabric = importlib.import_module(name)

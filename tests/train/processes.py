@@ -22,9 +22,9 @@ from torch import nn
 
 from any2point.train import engine, fit
 from any2point.train.progress import SilentReporter
-from any2point.train.runtime import Runtime, _import_fabric
+from any2point.train.runtime import Runtime, import_fabric
 
-_import_fabric()
+import_fabric()
 
 
 @functools.cache
@@ -81,7 +81,7 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def train(
-    rank: int, folder: Path, kind: str, options: dict[str, Any], moment: tuple[str, int] | None
+    rank: int, folder: Path, kind: str, options: dict[str, Any], moment: tuple[str, int | str] | None
 ) -> None:
     """Train, or continue training; write what came of it to `folder`/rank.pt.
 
@@ -91,7 +91,8 @@ def train(
         kind: "model", "still" for the one without dropout, or "moments".
         options: of the configuration.
         moment: when to end without any clean-up: ("step", n), in the n-th write ("write", n) or between the
-            n-th write and its renaming ("rename", n); ("raise", n) fails at a step, in rank 1 only.
+            n-th write, or that of a file, and its renaming ("rename", n or name); ("raise", n) fails at a
+            step, in rank 1 only.
     """
     still = {"dropout": 0.0, "adapter_dropout": 0.0} if kind == "still" else {}
     model = tiny.Moments() if kind == "moments" else tiny.model(rank, **still)
@@ -131,7 +132,7 @@ def train(
     torch.save(seen | outcome | {"loss": result.test.loss}, folder / f"{rank}.pt")
 
 
-def _end_at(moment: tuple[str, int] | None, rank: int) -> None:
+def _end_at(moment: tuple[str, int | str] | None, rank: int) -> None:
     if moment is None or moment[0] not in ("write", "rename"):
         return
     counts = {"write": 0, "rename": 0}
@@ -146,7 +147,7 @@ def _end_at(moment: tuple[str, int] | None, rank: int) -> None:
 
     def counting_replace(source: Any, target: Any) -> None:
         counts["rename"] += 1
-        if moment == ("rename", counts["rename"]):
+        if moment in (("rename", counts["rename"]), ("rename", Path(target).name)):
             os.kill(os.getpid(), signal.SIGKILL)
         replace(source, target)
 

@@ -20,7 +20,7 @@ def outcome(folder: Path, rank: int = 0) -> dict[str, Any]:
     return torch.load(folder / f"{rank}.pt", weights_only=True)
 
 
-def train(folder: Path, options: dict[str, Any], moment: tuple[str, int] | None = None) -> int | None:
+def train(folder: Path, options: dict[str, Any], moment: tuple[str, int | str] | None = None) -> int | None:
     folder.mkdir(exist_ok=True)
     return processes.wait(processes.start(1, processes.train, folder, "model", options, moment))[0]
 
@@ -36,12 +36,13 @@ def check_same(cut: Path, whole: Path) -> None:
     assert not list((cut / "run").glob(".*"))
 
 
-MOMENTS = [
+MOMENTS: list[tuple[str, int | str]] = [
     ("step", 1),
     ("step", 4),  # of six epochs of three steps: after the state of step 3 or, in the middle, of step 2
     ("write", 3),
     ("rename", 4),
     ("write", 6),
+    ("rename", "model.safetensors"),
 ]
 
 
