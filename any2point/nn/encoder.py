@@ -84,6 +84,11 @@ class AdaptedEncoder(nn.Module):
         )
         return x if early else self._guide(index, x, cell, cluster)
 
+    def _is_random(self, index: int) -> bool:
+        adapter: Any = self.adapters[index].adapter
+        rates = self.dropout, self.path_rates[index], 0.0 if adapter is None else adapter.dropout
+        return self.training and any(rates)
+
     def _guide(self, index: int, x: Tensor, cell: Tensor, cluster: Tensor) -> Tensor:
         guided = self.adapters[index]
         if guided.view_norm is None:
@@ -120,7 +125,8 @@ class AdaptedEncoder(nn.Module):
                 frozen: Any = self.source.blocks[index]
                 maps.append(class_attention(frozen, seen)[..., self.prefix :])
             if self.checkpointing:
-                x = recompute(self.adapters[index], self.block, index, x, position, cell, cluster)
+                arguments = index, x, position, cell, cluster
+                x = recompute(self.adapters[index], self.block, *arguments, random=self._is_random(index))
             else:
                 x = self.block(index, x, position, cell, cluster)
         return x

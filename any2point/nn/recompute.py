@@ -15,17 +15,20 @@ from any2point.nn.batch_norm import BatchNorm
 Result = TypeVar("Result")
 
 
-def recompute(module: nn.Module, function: Callable[..., Result], *args: object) -> Result:
+def recompute(
+    module: nn.Module, function: Callable[..., Result], *args: object, random: bool = False
+) -> Result:
     """`function(*args)`, whose intermediate results are computed again for the gradient instead of kept.
 
-    Values and gradients are those of the plain call: random numbers and autocast are repeated, and the second
-    pass leaves running statistics alone. In a graph of `torch.compile` the call is plain, since there the
-    compiler decides what to keep.
+    Values and gradients are those of the plain call: the second pass repeats autocast and random numbers, and
+    leaves running statistics alone. In a graph of `torch.compile` the call is plain, since there the compiler
+    decides what to keep.
 
     Args:
         module: the module whose `BatchNorm`s the function uses.
         function: what to call.
         args: tensors and whatever else it takes.
+        random: whether it draws random numbers. Their state cannot be kept while a CUDA graph is captured.
     """
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return function(*args)
@@ -33,6 +36,7 @@ def recompute(module: nn.Module, function: Callable[..., Result], *args: object)
         function,
         *args,
         use_reentrant=False,
+        preserve_rng_state=random,
         context_fn=lambda: (contextlib.nullcontext(), _statistics_kept(module)),
     )
 

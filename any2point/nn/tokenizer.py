@@ -34,16 +34,16 @@ def stage_sizes(num_points: int, num_tokens: int, stages: int = 3) -> tuple[int,
     return tuple(round(num_points * ratio ** ((i + 1) / stages)) for i in range(stages))
 
 
-def first_centers(points: Tensor, start: str) -> Tensor | int:
+def first_centers(points: Tensor, valid: Tensor, start: str) -> Tensor | int:
     """The centre that sampling starts from: the point "farthest" from the mean `[B]`, or the "first" one.
 
     Args:
-        points: `[B, N, 3]`; those that are not finite do not count.
+        points: `[B, N, 3]`.
+        valid: `[B, N]` bool, which of them count.
         start: as above.
     """
     if start == "first":
         return 0
-    valid = points.isfinite().all(-1)
     kept = torch.where(valid[..., None], points, 0.0)
     mean = kept.sum(1, keepdim=True) / valid.sum(1).clamp(min=1)[:, None, None]
     distance = (kept - mean).square().sum(-1)
@@ -146,7 +146,7 @@ class Tokenizer(nn.Module):
         x, valid = with_features(points, features, self.embed.weight.dtype)
         x = self.embed_norm(self.embed(x).flatten(0, 1), valid.flatten()).relu().unflatten(0, (batch, -1))
 
-        first = first_centers(points, self.start)
+        first = first_centers(points, valid, self.start)
         levels = farthest_point_hierarchy(points, list(self.sizes), start=first, tie=self.tie)
         if self.tie == "lowest":  # with the official order, samples repeat by themselves
             index = repeat_centers(levels[0])
@@ -218,12 +218,12 @@ class PointNetTokenizer(nn.Module):
 
     def forward(self, points: Tensor, features: Tensor | None = None) -> Tokens:
         """`points [B, N, 3]` float32 or float64, `features [B, N, F]` -> tokens; see `Tokenizer`."""
-        first = first_centers(points, self.start)
+        x, valid = with_features(points, features, self.point.weight.dtype)
+        first = first_centers(points, valid, self.start)
         index = repeat_centers(farthest_point_sample(points, self.tokens, start=first, tie=self.tie))
         centers = group(points, index)
         neighbor = knn(centers, points, self.neighbors, sorted=False).index
         neighbor = torch.where(neighbor < 0, index[..., None], neighbor)
-        x, _ = with_features(points, features, self.point.weight.dtype)
         offset = (group(points, neighbor) - centers[:, :, None]).to(x.dtype)
         x = torch.cat([offset, group(x[..., 3:], neighbor)], dim=-1) if x.shape[-1] > 3 else offset
         tokens = recompute(self, self._embed, x) if self.checkpointing else self._embed(x)

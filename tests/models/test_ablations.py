@@ -79,7 +79,8 @@ def test_ablation(name: str, family: str) -> None:
         close(model(points[1:2]), logits[1:2])
         close(model(points[:, torch.randperm(96)]), logits)
         close(model(points + 2), logits, 1e-4)
-        assert model(torch.full_like(points, 0.3)).isfinite().all()
+        for strange in (points * 0 + 0.3, points * torch.tensor([0, 1, 0]), points * 1e6, points * 1e20):
+            assert model(strange).isfinite().all()
 
     summary = model.summary()
     assert set(summary.trained_parts) == PARTS.get(name, DEFAULT)

@@ -131,7 +131,7 @@ RANDOM = {"drop_path": 0.3, "attention_dropout": 0.2, "adapter_dropout": 0.2}
         {},
         RANDOM,
         {"pooling": "max+mean", "insertion": "attention_output", "ensemble": "max"},
-        {"tokenizer": "pointnet"},
+        {"tokenizer": "pointnet", "adapter_dropout": 0.0},
         {"tuning": "full", "position_adds": "both"},
     ],
 )

@@ -68,6 +68,8 @@ class TestGuidedAggregate(OpContract):
         yield Sample(
             "maximum and mean", Sample("", make(batch=1, views=1) | {"pooling": "max+mean"}).to(device).kwargs
         )
+        plain = {"cluster": None, "space_norm": None}
+        yield Sample("maximum of views", Sample("", make() | plain | {"ensemble": "max"}).to(device).kwargs)
         yield Sample("cells of one token", Sample("", make(s=3, cells=40)).to(device).kwargs)
         one = make(s=4)
         one["cell"][:], one["cluster"][:] = 0, 0
@@ -76,7 +78,9 @@ class TestGuidedAggregate(OpContract):
     def gradient_samples(self, device: str) -> Iterator[Sample]:
         small = make(s=4, width=3, views=2)
         for pooling in ("mean", "max+mean"):
-            yield Sample(pooling, small | {"pooling": pooling}).to(device).to(torch.float64)
+            for ensemble in ("adaptive", "mean", "max"):
+                options = {"pooling": pooling, "ensemble": ensemble}
+                yield Sample(f"{pooling}, {ensemble}", small | options).to(device).to(torch.float64)
 
     def bad_inputs(self) -> Iterator[tuple[dict[str, Any], type[Exception], str]]:
         yield {"features": torch.rand(2, 9)}, ValueError, r"features: expected shape \[B, S, C\]"
@@ -97,6 +101,13 @@ class TestGuidedAggregate(OpContract):
         yield {"view_norm": make(views=3)["view_norm"]}, ValueError, r"view_norm: expected tensors \[2, 8\]"
         yield {"space_norm": make(width=6)["space_norm"]}, ValueError, r"space_norm: expected tensors \[8\]"
         yield {"pooling": "max"}, ValueError, "pooling: expected 'mean' or 'max\\+mean'"
+        yield {"ensemble": "vote"}, ValueError, "ensemble: expected 'adaptive', 'mean' or 'max', got 'vote'"
+        yield {"cluster": None}, TypeError, "cluster: expected an int64 tensor, got NoneType"
+        yield (
+            {"space_norm": None},
+            ValueError,
+            "space_norm: expected tensors for ensemble 'adaptive', got None",
+        )
         yield {"drop_path": 1.0}, ValueError, "drop_path: expected a probability below 1"
 
 
@@ -147,16 +158,20 @@ def independent(kwargs: dict[str, Any], *, training: bool = False, empty: bool =
         rows = normalize(rows, [tensor[view] for tensor in kwargs["view_norm"]])
         guided.append(spread(groups, rows))
         agreement.append((F.cosine_similarity(guided[-1], space, dim=-1) + 1) / 2)
+    if kwargs.get("ensemble", "adaptive") != "adaptive":
+        views = torch.stack(guided)
+        return x + kwargs["coefficient"] * (views.mean(0) if kwargs["ensemble"] == "mean" else views.amax(0))
     weight = torch.stack(agreement)[..., None]
     blend = (weight * torch.stack(guided)).sum(0) / weight.sum(0)
     return x + kwargs["coefficient"] * blend
 
 
+@pytest.mark.parametrize("ensemble", ["adaptive", "mean", "max"])
 @pytest.mark.parametrize("pooling", ["mean", "max+mean"])
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("empty", [False, True])
-def test_independent_computation(pooling: str, training: bool, empty: bool) -> None:
-    kwargs = make() | {"pooling": pooling}
+def test_independent_computation(pooling: str, training: bool, empty: bool, ensemble: str) -> None:
+    kwargs = make() | {"pooling": pooling, "ensemble": ensemble}
     want = independent(kwargs, training=training, empty=empty)
     double = Sample("", kwargs).to(torch.float64).kwargs
     got = ops.guided_aggregate(**double, training=training, count_empty=empty)
