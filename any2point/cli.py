@@ -1,6 +1,7 @@
 """The command `any2point`: demo, train, eval, predict, convert, sources, bench, info.
 
-Mistakes of the user end in one line on stderr and exit code 2; ANY2POINT_DEBUG=1 shows where they arose.
+Mistakes of the user end in one line on stderr and exit code 2 (where files are missing, the tree that is
+expected follows); ANY2POINT_DEBUG=1 shows where they arose.
 Ctrl-C ends with 130. torch and the rest are imported by the command that needs them, so that --help and info
 are quick.
 """
@@ -45,7 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, OSError, ImportError) as error:
         if os.environ.get("ANY2POINT_DEBUG"):
             raise
-        return _fail(" ".join(str(error).split()) or type(error).__name__, error)
+        text, _, tree = str(error).partition("\n\n" if isinstance(error, FileNotFoundError) else "\0")
+        line = " ".join(text.split()) or type(error).__name__
+        return _fail(f"{line}\n\n{tree.rstrip()}" if tree else line, error)
 
 
 def _fail(message: str, error: BaseException | None = None) -> int:

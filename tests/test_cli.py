@@ -233,6 +233,17 @@ def test_train_refuses_and_writes_nothing(
     assert not (scene / "new").exists()
 
 
+def test_missing_files_are_shown_as_a_tree(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = ["--recipe", "clip-text/scanobjectnn", "--source", "random:clip-text", "--device", "cpu"]
+    small = ["--set", "source_options.width=48", "--set", "source_options.depth=1"]
+    options = [*recipe, *small, "--data", "/nowhere", "--output", str(tmp_path / "run")]
+    assert main(["train", *options]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[:3] == ["any2point: /nowhere: no such folder; expected", "", "ScanObjectNN/"]
+    assert lines[4].startswith("    main_split/")
+    assert not (tmp_path / "run").exists()
+
+
 def test_train_does_not_touch_an_old_run(scene: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {path: path.read_bytes() for path in (scene / "run").iterdir()}
     assert main(train(scene, scene / "run")) == 2

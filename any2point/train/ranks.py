@@ -105,7 +105,7 @@ class Ranks:
 
         Ranks wait for each other at its end. An exception in one of them ends the others, wherever they wait,
         within seconds: the first to fail raises it, with its rank in the attribute `rank`; the others exit
-        without a word. May be nested.
+        without a word. If one is killed, the first to notice raises ConnectionError. May be nested.
         """
         global _together
         if self.world == 1 or _together:
@@ -123,9 +123,13 @@ class Ranks:
             if not self._fails_first(store):
                 time.sleep(_LINGER)  # a launcher would end the one that reports when it sees another end
                 os._exit(1)
-            error.rank = self.rank  # type: ignore[attr-defined]
             if self.device.type == "cuda":  # destroying a communicator would wait for the others
                 torch.distributed.distributed_c10d._abort_process_group()
+            error.rank = self.rank  # type: ignore[attr-defined]
+            if isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error):
+                gone: Any = ConnectionError("another process of this run was killed")
+                gone.rank = self.rank
+                raise gone from error
             raise
         finally:
             _together = False

@@ -141,6 +141,9 @@ def test_no_rank_outlives_another(tmp_path: Path, rank: int) -> None:
     assert codes[rank] == -9
     assert codes[1 - rank] not in (None, 0)
     assert time.time() - started < 15
+    if codes[1 - rank] == 7:
+        told = (tmp_path / f"error{1 - rank}.txt").read_text()
+        assert told == f"{1 - rank}: another process of this run was killed"
 
 
 def test_an_error_in_one_rank_ends_all_with_one_message(tmp_path: Path) -> None:
