@@ -43,6 +43,11 @@ STABLE_TORCH_LIBRARY(any2point, m) {
       "_local_aggregate(Tensor points, Tensor features, Tensor center, Tensor neighbor, Tensor? divisor, "
       "Tensor wavelength, Tensor[] units, float beta, bool guard) -> Tensor");
 
+  // Which kernels farthest point sampling would launch on a GPU of these limits, as JSON, for tests.
+  m.def(
+      "_farthest_point_launches(int capability, int processors, int shared, bool cooperative, int clouds, "
+      "int most, bool packed, bool ragged, int samples) -> str");
+
   // The SIMD level in use ("scalar", "avx2", "avx512"); a non-empty argument sets it, for tests.
   m.def("_simd(str level) -> str");
 }

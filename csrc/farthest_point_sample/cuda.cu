@@ -24,37 +24,11 @@
 #include "farthest_point_sample/kernel.h"
 
 #include "common/distance.h"
+#include "farthest_point_sample/batched.h"
+#include "farthest_point_sample/device.cuh"
 
 namespace any2point {
 namespace {
-
-constexpr unsigned kAll = 0xffffffffu;
-
-__device__ __forceinline__ unsigned warp_max(unsigned value) {
-#if __CUDA_ARCH__ >= 800
-  return __reduce_max_sync(kAll, value);
-#else
-  for (int d = 16; d; d >>= 1) value = max(value, __shfl_xor_sync(kAll, value, d));
-  return value;
-#endif
-}
-
-__device__ __forceinline__ unsigned warp_min(unsigned value) {
-#if __CUDA_ARCH__ >= 800
-  return __reduce_min_sync(kAll, value);
-#else
-  for (int d = 16; d; d >>= 1) value = min(value, __shfl_xor_sync(kAll, value, d));
-  return value;
-#endif
-}
-
-template <typename T>
-__device__ bool finite(const T* point, int64_t dim) {
-  for (int64_t d = 0; d < dim; d++) {
-    if (!(point[d] - point[d] == 0)) return false;
-  }
-  return true;
-}
 
 // The wanted start if it is a finite point of the cloud, else the lowest finite point, else -1. Whole block.
 template <typename T>
@@ -73,14 +47,6 @@ __device__ int64_t first_pick(const T* points, int64_t count, int64_t dim, int64
   const int64_t found = static_cast<int64_t>(lowest);  // -1 if untouched
   __syncthreads();
   return found;
-}
-
-template <typename T>
-__device__ void fill_rest(const FarthestPointSample<T>& run, int64_t cloud, int64_t from) {
-  for (int64_t j = from + threadIdx.x; j < run.samples; j += blockDim.x) {
-    run.index[cloud * run.samples + j] = -1;
-    run.distance[cloud * run.samples + j] = T(0);
-  }
 }
 
 // Registers.
@@ -347,7 +313,6 @@ __global__ void __launch_bounds__(kStreamThreads, 1)
 
 // Launches.
 
-constexpr int64_t kRegisters = 8192;  // points that one block holds in registers at most
 constexpr int kPartWarps = 8, kPartPoints = 16;
 constexpr int64_t kPart = kPartWarps * 32 * kPartPoints;
 
@@ -368,8 +333,26 @@ int64_t parts_of(const FarthestPointSample<T>& run) {
   return (most_points(run) + kPart - 1) / kPart;
 }
 
-bool in_registers(const FarthestPointSample<float>& run) { return run.dim == 3 && !run.pointnet2; }
-bool in_registers(const FarthestPointSample<double>&) { return false; }
+// The runs that have kernels other than the streaming one.
+bool has_choice(const FarthestPointSample<float>& run) { return run.dim == 3 && !run.pointnet2; }
+bool has_choice(const FarthestPointSample<double>&) { return false; }
+
+DeviceLimits device_limits() {
+  int device = 0, major = 0, minor = 0, processors = 1, shared = 0, cooperative = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  cudaDeviceGetAttribute(&cooperative, cudaDevAttrCooperativeLaunch, device);
+  return {10 * major + minor, processors, shared, cooperative != 0};
+}
+
+Launches launches_of(const FarthestPointSample<float>& run) {
+  return farthest_point_launches(device_limits(), run.rows.clouds, most_points(run), run.rows.packed(),
+                                 ragged(run), run.samples);
+}
+Launches launches_of(const FarthestPointSample<double>&) { return {}; }
 
 // Blocks that wait for each other must all be resident.
 bool parts_fit(const FarthestPointSample<float>& run) {
@@ -418,35 +401,54 @@ cudaError_t launch(const FarthestPointSample<double>& run, void* workspace, cuda
 cudaError_t launch(const FarthestPointSample<float>& run, void* workspace, cudaStream_t stream) {
   if (run.pointnet2) return launch_stream<float, 3, true>(run, -1, workspace, stream);
   if (run.dim != 3) return launch_stream<float, 0, false>(run, -1, workspace, stream);
-  const int64_t most = most_points(run);
-  if (most <= 1024) return launch_registers<4, 8>(run, -1, stream);
-  if (most <= 2048) return launch_registers<8, 8>(run, -1, stream);
-  if (most <= 4096) return launch_registers<8, 16>(run, -1, stream);
-  if (most <= kRegisters) return launch_registers<8, 32>(run, -1, stream);
-  // Ragged batches: each launch takes the clouds of its range of sizes, the other blocks leave at once.
-  int64_t above = -1;
-  if (ragged(run)) {
-    if (run.rows.packed()) {
-      const cudaError_t error = launch_registers<8, 8>(run, -1, stream);
-      if (error != cudaSuccess) return error;
-      above = 2048;
+  const Launches all = launches_of(run);
+  for (int i = 0; i < all.count; i++) {
+    const Launch& next = all.launch[i];
+    int error = cudaSuccess;
+    if (next.kernel == Launch::batched) {
+      error = launch_batched(run, next.above, next.plan, workspace, stream);
+    } else if (next.kernel == Launch::large) {
+      error = parts_fit(run) ? launch_parts(run, next.above, workspace, stream)
+                             : launch_stream<float, 3, false>(run, next.above, workspace, stream);
+    } else if (next.up_to <= 1024) {
+      error = launch_registers<4, 8>(run, next.above, stream);
+    } else if (next.up_to <= 2048) {
+      error = launch_registers<8, 8>(run, next.above, stream);
+    } else if (next.up_to <= 4096) {
+      error = launch_registers<8, 16>(run, next.above, stream);
+    } else {
+      error = launch_registers<8, 32>(run, next.above, stream);
     }
-    const cudaError_t error = launch_registers<8, 32>(run, above, stream);
-    if (error != cudaSuccess) return error;
-    above = kRegisters;
+    if (error != cudaSuccess) return static_cast<cudaError_t>(error);
   }
-  if (parts_fit(run)) return launch_parts(run, above, workspace, stream);
-  return launch_stream<float, 3, false>(run, above, workspace, stream);
+  return cudaSuccess;
 }
 
 }  // namespace
 
+namespace {
+int64_t workspace_of(const FarthestPointSample<float>& run, const BatchedPlan& plan) {
+  return batched_workspace(run, plan);
+}
+int64_t workspace_of(const FarthestPointSample<double>&, const BatchedPlan&) { return 0; }
+}  // namespace
+
 template <typename T>
 int64_t farthest_point_sample_workspace(const FarthestPointSample<T>& run) {
-  if (in_registers(run) && most_points(run) <= kRegisters) return 0;
   const int64_t levels = run.rows.total * static_cast<int64_t>(sizeof(T));
-  const int64_t words = run.rows.clouds * 2 * parts_of(run) * 8;
-  return in_registers(run) && words > levels ? words : levels;
+  if (!has_choice(run)) return levels;
+  const Launches all = launches_of(run);
+  int64_t most = 0;
+  for (int i = 0; i < all.count; i++) {
+    int64_t bytes = 0;
+    if (all.launch[i].kernel == Launch::batched) bytes = workspace_of(run, all.launch[i].plan);
+    if (all.launch[i].kernel == Launch::large) {
+      const int64_t words = run.rows.clouds * 2 * parts_of(run) * 8;
+      bytes = words > levels ? words : levels;
+    }
+    most = bytes > most ? bytes : most;
+  }
+  return most;
 }
 
 template <typename T>

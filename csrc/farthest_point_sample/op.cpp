@@ -1,8 +1,11 @@
 // any2point::farthest_point_sample for torch: checks, outputs, parallel loop over clouds.
+#include <sstream>
+#include <string>
 #include <tuple>
 
 #include "common/tensor.h"
 #include "farthest_point_sample/kernel.h"
+#include "farthest_point_sample/plan.h"
 
 namespace any2point {
 namespace {
@@ -86,8 +89,31 @@ std::tuple<Tensor, Tensor> sample_cuda(const Tensor& points, int64_t samples, co
 }
 #endif
 
+std::string launches(int64_t capability, int64_t processors, int64_t shared, bool cooperative, int64_t clouds,
+                     int64_t most, bool packed, bool ragged, int64_t samples) {
+  const DeviceLimits device{static_cast<int>(capability), static_cast<int>(processors), shared, cooperative};
+  const Launches all = farthest_point_launches(device, clouds, most, packed, ragged, samples);
+  std::ostringstream text;
+  text << "[";
+  for (int i = 0; i < all.count; i++) {
+    const Launch& next = all.launch[i];
+    const char* names[] = {"registers", "batched", "large"};
+    text << (i ? ", " : "") << "{\"kernel\": \"" << names[next.kernel] << "\", \"above\": " << next.above
+         << ", \"up_to\": " << next.up_to << ", \"parts\": " << next.plan.parts
+         << ", \"held\": " << next.plan.held << ", \"capacity\": " << next.plan.capacity
+         << ", \"most\": " << next.plan.most << ", \"wanted\": " << next.plan.wanted
+         << ", \"shared\": " << next.plan.shared << "}";
+  }
+  text << "]";
+  return text.str();
+}
+
 }  // namespace
 }  // namespace any2point
+
+STABLE_TORCH_LIBRARY_IMPL(any2point, CompositeExplicitAutograd, m) {
+  m.impl("_farthest_point_launches", TORCH_BOX(&any2point::launches));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(any2point, CPU, m) {
   m.impl("farthest_point_sample", TORCH_BOX(&any2point::sample_cpu));

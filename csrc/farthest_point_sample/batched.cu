@@ -1,0 +1,565 @@
+// Exact batched farthest point sampling on CUDA: the picks of the sequential algorithm, bit for bit, in its
+// order, but many a round. (docs/fps.md has the proof, the rounds and the measurements.)
+//
+// The level of a point is its squared distance to the picks so far; the next pick has the largest level, the
+// lowest index among equals. Say that a point's key is (level, index), larger levels and then lower indices
+// first. A point need not wait for its turn. Let c be a point such that no undecided point j of larger key
+// lies in its reach (d(c, j) < level of c). All that is picked before c has a larger key than c, so none of
+// it lowers the level of c: c will be picked, at this very level. Levels never rise along the sequence, so
+// sorting picks by key gives the order.
+//
+// A round: (1) candidates, all points above a threshold that is steered to a useful number of them; (2) the
+// candidates within each candidate's reach; (3) settling: a candidate waits while a larger one in its reach
+// is undecided, takes over the distance to a larger one that is picked (and is out once it falls to the
+// threshold), and else is a pick. There is no barrier in this: each polls the states of the others, a word
+// each, level and a bit for picks. The largest undecided key can always move, so it ends; levels only fall,
+// so an old state delays but never deceives. (4) Ranks by key; (5) all points are lowered by all picks, block
+// by block of 32 points along a Morton curve: a pick not closer to a block's box than its largest level
+// changes nothing in it, which is exact without a margin as rounding is monotonic. The first picks, and a few
+// after a poor round, come one by one. When all levels are 0, what is left goes by index.
+//
+// Grid: one block of 1,024 threads a cloud for up to 2,048 points, else several, resident together
+// (cooperative launch), that meet twice a round through words in L2. Points lie in shared memory (in L2 from
+// 4 a thread on), levels in registers.
+//
+// H200, us a call, uniform ball, sorting included; rounds; and the sequential kernel of cuda.cu:
+//   32 x 1,024 -> 512         135    14 + 36 single picks      153
+//   32 x 2,048 -> 512         170    16 + 44                   205
+//   32 x 8,192 -> 2,048       465    23 + 52                 1,482    4 blocks a cloud
+//   8 x 16,384 -> 4,096       500    29 + 36                 5,165   16 blocks a cloud
+//   1 x 100,000 -> 25,000   1,310    40 + 52                35,680
+//   1 x 1,000,000 -> 250,000  12,900  130 + 84                   -
+// The floor is unknown; updating all points by all picks without pruning is 0.56 ms of arithmetic at 100,000.
+// Limits: one block, latency and instruction issue of a round (~9,000 cycles, of which candidates 3,000,
+// settling 2,800, neighbours and ranks 2,000 each); many blocks, waiting at the two meetings (60 % of the
+// time with 98 blocks).
+// CUDA, not Triton: polling, ballots and words between blocks.
+#include "farthest_point_sample/batched.cuh"
+
+namespace any2point {
+namespace {
+
+struct Workspace {
+  BatchedHeader* headers;     // [B]
+  unsigned long long* words;  // [B, 6, kBatchedParts]
+  unsigned* cells;            // [B, 8^bits]
+  float4* sorted;             // [total + capacity] x, y, z, index bits
+  float4* candidates;         // [B, 2, parts, segment] x, y, z, index bits
+  unsigned* states;           // [B, 2, parts, segment]
+  float4* picks;              // [B, 2, parts, segment] x, y, z, bits of the level
+  unsigned* pick_index;       // [B, 2, parts, segment]
+  unsigned* taken;            // a bit a row, padded to words a cloud
+};
+
+struct Shared {
+  BatchedHeader header;  // unless kParts
+  float4 slot[2][32];    // x, y, z, bits of a warp's largest level
+  unsigned slot_index[2][32];
+  unsigned found[4], most[4], accepted[4];  // by round % 4: candidates, bits of the largest level, picks
+  unsigned offset[kBatchedParts + 1];
+  unsigned sums[32];
+  unsigned largest;
+};
+
+// Grid: `parts` blocks a cloud, kBatchedThreads threads. Clouds of at most `above` points, or of more than
+// the blocks hold, belong to another launch.
+template <int kHeld, bool kParts>
+__global__ void __launch_bounds__(kBatchedThreads, 1)
+    farthest_point_batched_kernel(FarthestPointSample<float> run, int64_t above, BatchedPlan plan,
+                                  Workspace work) {
+  constexpr bool kStreams = kParts && kHeld >= 4;
+  constexpr int kBoxes = kBoxesOf<kHeld>;
+  extern __shared__ float4 dynamic[];
+  const int parts = kParts ? plan.parts : 1;
+  const int64_t cloud = blockIdx.x / parts;
+  const int part = blockIdx.x % parts;
+  const int64_t wide_count = run.rows.count(cloud);
+  if (wide_count <= above || wide_count > plan.capacity) return;
+
+  const int count = static_cast<int>(wide_count), most = plan.most, listed = plan.listed;
+  float4* held_points = dynamic;  // [kHeld * kBatchedThreads] x, y, z, index bits
+  float4* boxes = held_points + (kStreams ? 0 : kHeld * kBatchedThreads);  // [2, kBatchedWarps, kBoxes]
+  float4* candidate = boxes + 2 * kBatchedWarps * kBoxes;                  // [most + 8]
+  float4* pick = candidate + most + 8;                                     // [most + 8]
+  float2* list = reinterpret_cast<float2*>(pick + most + 8);               // [kBatchedWarps * slots, listed]
+  unsigned* state = reinterpret_cast<unsigned*>(list + kBatchedWarps * plan.slots * listed);  // [most]
+  unsigned* place = state + most;            // [most] where its state is between blocks
+  unsigned* pick_index = place + most;       // [most]
+  unsigned* neighbours = pick_index + most;  // [most] (kParts: by warp and slot)
+  Shared& s = *reinterpret_cast<Shared*>(neighbours + most + kBatchedWarps * plan.slots);
+  unsigned* scratch = reinterpret_cast<unsigned*>(candidate);  // for the sort and the rest
+
+  const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
+  const float* points = run.points + run.rows.begin(cloud) * 3;
+  if constexpr (!kParts) {
+    for (int i = tid; i < 1 << 3 * plan.bits; i += kBatchedThreads) scratch[i] = 0;
+    if (tid < static_cast<int>(sizeof(BatchedHeader) / 4)) reinterpret_cast<unsigned*>(&s.header)[tid] = 0;
+  }
+  if (tid < 4) s.found[tid] = s.most[tid] = s.accepted[tid] = 0;
+  __syncthreads();
+  Team<kParts> team{part, parts, kParts ? work.headers + cloud : &s.header};
+  float4* sorted = kParts ? work.sorted + run.rows.begin(cloud) : held_points;
+  unsigned* cells = kParts ? work.cells + (cloud << 3 * plan.bits) : scratch;
+  sort_cloud(points, count, plan.bits, team, cells, sorted, s.sums);
+
+  const volatile BatchedHeader* header = team.header;
+  const int finite_points = static_cast<int>(header->finite);
+  if (finite_points == 0) {
+    if (part == 0) fill_rest(run, cloud, 0);
+    return;
+  }
+  const int64_t wanted = run.start ? run.start[cloud] : 0;
+  int first = static_cast<int>(~header->limit[6]);
+  if (wanted >= 0 && wanted < count && finite(points + wanted * 3, 3)) first = static_cast<int>(wanted);
+
+  // The warp's blocks are spread over the cloud, or, if there are many, in a row.
+  Levels<kHeld> held;
+  bool present[kHeld];
+  const int row = (warp * parts + part) * kHeld;
+#pragma unroll
+  for (int q = 0; q < kHeld; q++) {
+    const int block = kHeld >= 4 ? row + q : (q * kBatchedWarps + warp) * parts + part;
+    const int at = block * 32 + lane;
+    present[q] = at < finite_points;
+    if (kParts && !kStreams) {
+      held_points[q * kBatchedThreads + tid] = present[q] ? __ldcg(&sorted[at]) : make_float4(0, 0, 0, 0);
+    }
+  }
+  __syncthreads();
+  const Held own{kStreams     ? sorted + row * 32 + lane
+                 : kHeld >= 4 ? held_points + row * 32 + lane
+                              : held_points + tid,
+                 kHeld >= 4 ? 32 : kBatchedThreads, boxes + warp * kBoxes,
+                 boxes + (kBatchedWarps + warp) * kBoxes};
+  start_levels(held, own, present);
+  __syncthreads();
+
+  int64_t* index = run.index + cloud * run.samples;
+  float* distance = run.distance + cloud * run.samples;
+  const int64_t base = run.rows.index_base(cloud);
+  const int samples = static_cast<int>(run.samples < wide_count ? run.samples : wide_count);
+  if (part == 0 && tid == 0) {
+    index[0] = base + first;
+    distance[0] = infinity();
+  }
+  apply_one(held, own, make_float4(points[first * 3], points[first * 3 + 1], points[first * 3 + 2], 0));
+
+  unsigned long long* words = kParts ? work.words + cloud * 6 * kBatchedParts : nullptr;
+  const int64_t segments = cloud * 2 * parts * plan.segment;  // of this cloud, in the workspace
+  unsigned step = 0, round = 0, settled = 0;
+  int done = 1, plain = done + plan.steps;  // picks up to `plain` are made one by one
+  float level = infinity();                 // no level is above it
+  Aim aim{static_cast<unsigned>(count), static_cast<float>(plan.wanted)};
+
+  // One pick of the sequential algorithm. A warp whose box is out of the last pick's reach keeps its best.
+  float warp_level = -1;
+  unsigned warp_index = kAll;
+  int warp_owner = -1;  // the lane that knows the best point; -1: look again
+  float4 warp_point = make_float4(0, 0, 0, 0);
+  auto sequential_step = [&] {
+    if (warp_owner < 0) {
+      float best = -1;
+      unsigned best_index = kAll;
+#pragma unroll
+      for (int q = 0; q < kHeld; q++) {
+        if (held.level[q] < best || held.level[q] < 0) continue;
+        const float4 p = own.at(q);
+        if (held.level[q] > best || index_of(p) < best_index) {
+          best = held.level[q];
+          best_index = index_of(p);
+          warp_point = p;
+        }
+      }
+      warp_level = warp_most(best);
+      warp_index = warp_min(best == warp_level ? best_index : kAll);
+      warp_owner = __ffs(__ballot_sync(kAll, best == warp_level && best_index == warp_index)) - 1;
+    }
+    const unsigned parity = step & 1;
+    if (lane == warp_owner) {
+      s.slot[parity][warp] = make_float4(warp_point.x, warp_point.y, warp_point.z, warp_level);
+      s.slot_index[parity][warp] = warp_index;
+    }
+    __syncthreads();
+    const float4 other = s.slot[parity][lane];
+    const unsigned other_index = s.slot_index[parity][lane];
+    float largest = warp_most(other.w);
+    unsigned lowest = warp_min(other.w == largest ? other_index : kAll);
+    float4 chosen = make_float4(0, 0, 0, 0);
+    if constexpr (kParts) {
+      // One word a block: level, inverted index (30 bits) and a tag, all that is exchanged, so no fence is
+      // needed. A block without points sends level 0.
+      constexpr unsigned kMask = 0x3fffffffu;
+      const unsigned tag = ((step >> 1) & 1) + 1;
+      unsigned long long* slots = words + parity * kBatchedParts;
+      if (tid == 0) {
+        const unsigned long long bits = __float_as_uint(fmaxf(largest, 0.0f));
+        *static_cast<volatile unsigned long long*>(&slots[part]) =
+            bits << 32 | (kMask - (lowest & kMask)) << 2 | tag;
+      }
+      if (warp == 0) {
+        unsigned long long best = 0;
+        for (int p = lane; p < parts; p += 32) {
+          unsigned long long word;
+          do {
+            word = load_relaxed(&slots[p]);
+          } while ((word & 3) != tag);
+          best = word > best ? word : best;
+        }
+        __syncwarp();
+        const unsigned high = static_cast<unsigned>(best >> 32), bits = warp_max(high);
+        const unsigned low = warp_max(high == bits ? static_cast<unsigned>(best) : 0u);
+        if (lane == 0) {
+          s.largest = bits;
+          s.offset[0] = kMask - (low >> 2);
+        }
+      }
+      __syncthreads();
+      largest = __uint_as_float(s.largest);
+      lowest = s.offset[0];
+      if (largest > 0) {
+        const float* p = points + static_cast<size_t>(lowest) * 3;
+        chosen = make_float4(__ldg(p), __ldg(p + 1), __ldg(p + 2), 0);
+      }
+    } else {
+      chosen = s.slot[parity][__ffs(__ballot_sync(kAll, other.w == largest && other_index == lowest)) - 1];
+    }
+    step++;
+    level = largest;
+    if (!(level > 0)) return;
+    if (part == 0 && tid == 0) {
+      index[done] = base + lowest;
+      distance[done] = level;
+    }
+    done++;
+    if (apply_one(held, own, chosen)) warp_owner = -1;
+  };
+
+  while (done < samples && level > 0) {
+    if (done < plain) {
+      sequential_step();
+      continue;
+    }
+    // Candidates.
+    aim.start(level);
+    int found = 0;
+    bool fits = false;
+#pragma unroll 1
+    for (int attempt = 0; attempt < 8 && !fits && level > 0; attempt++) {
+      const unsigned turn = round & 3;
+      unsigned votes[kHeld];
+      unsigned total = 0;
+      float largest = 0;
+#pragma unroll
+      for (int q = 0; q < kHeld; q++) {
+        largest = fmaxf(largest, held.top[q]);
+        votes[q] = 0;
+        if (held.top[q] < aim.at.level) continue;
+        bool in = held.level[q] > aim.at.level;
+        if (aim.at.before) in = aim.at.admits(held.level[q], index_of(own.at(q)));
+        votes[q] = __ballot_sync(kAll, in);
+        total += __popc(votes[q]);
+      }
+      unsigned at = 0;
+      if (lane == 0) {  // the largest level is of use only if there is no candidate
+        if (total) {
+          at = atomicAdd(&s.found[turn], total);
+        } else if (largest > 0) {
+          atomicMax(&s.most[turn], __float_as_uint(largest));
+        }
+      }
+      at = __shfl_sync(kAll, at, 0);
+      const int64_t segment = segments + (static_cast<int64_t>(round & 1) * parts + part) * plan.segment;
+#pragma unroll
+      for (int q = 0; q < kHeld; q++) {
+        const unsigned k = at + __popc(votes[q] & ((1u << lane) - 1));
+        at += __popc(votes[q]);
+        if (!(votes[q] >> lane & 1) || static_cast<int>(k) >= (kParts ? plan.segment : most)) continue;
+        if constexpr (kParts) {
+          __stcg(&work.candidates[segment + k], own.at(q));
+          __stcg(&work.states[segment + k], __float_as_uint(held.level[q]));
+        } else {
+          candidate[k] = own.at(q);
+          state[k] = __float_as_uint(held.level[q]);
+          neighbours[k] = 0;
+        }
+      }
+      unsigned bits;
+      if constexpr (kParts) {
+        __syncthreads();
+        // A segment that overflows makes the sum too large.
+        const unsigned number = static_cast<int>(s.found[turn]) > plan.segment ? 0xffffu : s.found[turn];
+        exchange(words + 2 * kBatchedParts, round, part, parts, number, s.most[turn], s.offset, &s.largest);
+        found = s.offset[parts];
+        bits = s.largest;
+      } else {
+        __syncthreads();
+        found = s.found[turn];
+        bits = s.most[turn];
+      }
+      fits = found > 0 && found <= most;
+      if (found == 0) level = __uint_as_float(bits);
+      if (tid == 0) s.found[(round + 2) & 3] = s.most[(round + 2) & 3] = s.accepted[(round + 2) & 3] = 0;
+      round++;
+      if (!fits && level > 0) aim.again(level, found, attempt);
+    }
+    if (!(level > 0)) break;
+    if (!fits) {
+      plain = done + 1;
+      continue;
+    }
+    const Threshold threshold = aim.at;
+    unsigned* accepted = &s.accepted[(round - 1) & 3];
+    const int64_t parity = segments + static_cast<int64_t>((round - 1) & 1) * parts * plan.segment;
+    if constexpr (kParts) {
+      for (int p = warp; p < parts; p += kBatchedWarps) {
+        const int begin = s.offset[p], size = s.offset[p + 1] - begin;
+        for (int k = lane; k < size; k += 32) {
+          const int from = p * plan.segment + k;
+          candidate[begin + k] = __ldcg(&work.candidates[parity + from]);
+          state[begin + k] = __ldcg(&work.states[parity + from]);  // perhaps newer already: still exact
+          place[begin + k] = from;
+        }
+      }
+      __syncthreads();
+    }
+
+    // Neighbours.
+    const int team_warps = kBatchedWarps * parts, mine = warp * parts + part;
+    unsigned open = 0;
+    if constexpr (kParts) {  // a warp a candidate, its lanes over the others
+#pragma unroll 1
+      for (int i = 0; i * team_warps + mine < found; i++) {
+        const int c = i * team_warps + mine;
+        unsigned size = 0;
+        open |= 1u << i;
+        const float4 p = candidate[c];
+        const float reach = __uint_as_float(state[c]);
+        float2* entries = list + (warp * plan.slots + i) * listed;
+#pragma unroll 4
+        for (int from = 0; from < found; from += 32) {
+          const int j = from + lane;
+          const float d = squared_distance(p, candidate[min(j, found - 1)]);
+          const unsigned hits = __ballot_sync(kAll, d < reach && j < found && j != c);
+          const unsigned k = size + __popc(hits & ((1u << lane) - 1));
+          if ((hits >> lane & 1) && static_cast<int>(k) < listed)
+            entries[k] = make_float2(d, __int_as_float(j));
+          size += __popc(hits);
+        }
+        if (lane == 0) neighbours[warp * plan.slots + i] = size;
+      }
+      __syncwarp();
+    } else {  // a lane a candidate, a warp 32 of them against 8 others at a time
+      const int tiles = (found + 31) / 32, groups = (found + 7) / 8;
+#pragma unroll 1
+      for (int t = warp; t < tiles * groups; t += kBatchedWarps) {
+        const int c = t % tiles * 32 + lane, from = t / tiles * 8;
+        const float4 p = candidate[min(c, found - 1)];
+        const float reach = c < found ? __uint_as_float(state[c]) : -1.0f;
+        unsigned hits = 0;
+#pragma unroll
+        for (int i = 0; i < 8; i++) hits |= (squared_distance(p, candidate[from + i]) < reach ? 1u : 0u) << i;
+        hits &= (1u << min(8, found - from)) - 1;
+        if (static_cast<unsigned>(c - from) < 8) hits &= ~(1u << (c - from));
+        if (!hits) continue;
+        unsigned k = atomicAdd(&neighbours[c], static_cast<unsigned>(__popc(hits)));
+#pragma unroll 1
+        for (; hits; hits &= hits - 1, k++) {
+          const int j = from + __ffs(hits) - 1;
+          if (static_cast<int>(k) < listed)
+            list[c * listed + k] = make_float2(squared_distance(p, candidate[j]), __int_as_float(j));
+        }
+      }
+      __syncthreads();
+      for (int i = 0; i * team_warps + mine < found; i++) open |= 1u << i;
+    }
+
+    // Settle: a candidate without a larger open neighbour in its reach is a pick.
+    const int64_t segment = parity + static_cast<int64_t>(part) * plan.segment;
+    volatile unsigned* states = kParts ? work.states + parity : state;
+#pragma unroll 1
+    while (open) {
+#pragma unroll 1
+      for (unsigned todo = open; todo; todo &= todo - 1) {
+        const int i = __ffs(todo) - 1, c = i * team_warps + mine, row = kParts ? warp * plan.slots + i : c;
+        const float reach = __uint_as_float(static_cast<volatile unsigned*>(state)[c]);
+        const float4 p = candidate[c];
+        const int known = neighbours[row];
+        const bool all = known > listed;  // too many to list
+        const int size = all ? found : known;
+        float least = reach;
+        bool blocked = false;
+#pragma unroll 1
+        for (int k = lane; k < size; k += 32) {
+          const int j = all ? k : __float_as_int(list[row * listed + k].y);
+          const float d = all ? squared_distance(p, candidate[k]) : list[row * listed + k].x;
+          const unsigned other = states[kParts ? place[j] : j];
+          const float other_level = __uint_as_float(other & ~kAccepted);
+          if (j == c || d >= reach || other_level < reach) continue;
+          if (other_level == reach && index_of(candidate[j]) > index_of(p)) continue;
+          if (other & kAccepted) {
+            least = fminf(least, d);
+          } else {
+            blocked = true;
+          }
+        }
+        __syncwarp();
+        const unsigned now = warp_min(__float_as_uint(least));
+        const float level_now = __uint_as_float(now);
+        unsigned word = now;
+        if (level_now < reach) {
+          if (!threshold.admits(level_now, index_of(p))) open &= ~(1u << i);
+        } else if (!__any_sync(kAll, blocked)) {
+          open &= ~(1u << i);
+          word |= kAccepted;
+          if (lane == 0) {
+            const unsigned k = atomicAdd(accepted, 1u);
+            const float4 entry = make_float4(p.x, p.y, p.z, level_now);
+            if constexpr (kParts) {
+              __stcg(&work.picks[segment + k], entry);
+              __stcg(&work.pick_index[segment + k], index_of(p));
+            } else {
+              pick[k] = entry;
+              pick_index[k] = index_of(p);
+            }
+          }
+        } else {
+          continue;
+        }
+        if (lane == 0) {
+          static_cast<volatile unsigned*>(state)[c] = word;
+          if (kParts) states[place[c]] = word;
+        }
+        __syncwarp();
+      }
+    }
+    int picks;
+    if constexpr (kParts) {
+      __syncthreads();
+      exchange(words + 4 * kBatchedParts, settled++, part, parts, *accepted, 0, s.offset, &s.largest);
+      picks = s.offset[parts];
+      for (int p = warp; p < parts; p += kBatchedWarps) {
+        const int begin = s.offset[p], size = s.offset[p + 1] - begin;
+        for (int k = lane; k < size; k += 32) {
+          pick[begin + k] = __ldcg(&work.picks[parity + p * plan.segment + k]);
+          pick_index[begin + k] = __ldcg(&work.pick_index[parity + p * plan.segment + k]);
+        }
+      }
+      __syncthreads();
+    } else {
+      __syncthreads();
+      picks = *static_cast<volatile unsigned*>(accepted);
+    }
+
+    // The order of the picks: by level, falling, then by index.
+#pragma unroll 1
+    for (int a = mine; a < picks; a += team_warps) {
+      const float a_level = pick[a].w;
+      const unsigned a_index = pick_index[a];
+      unsigned before = 0;
+#pragma unroll 4
+      for (int b = 0; b < picks; b += 32) {
+        const bool in = b + lane < picks;
+        const float b_level = in ? pick[b + lane].w : -1;
+        before += b_level > a_level || (b_level == a_level && pick_index[b + lane] < a_index);
+      }
+      for (int d = 16; d; d >>= 1) before += __shfl_xor_sync(kAll, before, d);
+      if (lane == 0 && done + static_cast<int>(before) < samples) {
+        index[done + before] = base + a_index;
+        distance[done + before] = a_level;
+      }
+    }
+    done += picks;
+    if (picks < plan.few) plain = done + plan.few;
+    if (done >= samples) break;
+    apply_picks(held, own, pick, picks);
+    warp_owner = -1;
+    level = threshold.level;
+    aim.settled(found, picks);
+  }
+  if (kParts && done < samples) team.sync();  // other blocks wrote picks too
+  if (part != 0) return;
+  if (done < samples) {
+    take_rest(run, cloud, done, kParts ? work.taken + run.rows.begin(cloud) / 32 + cloud : scratch, s.sums);
+  } else {
+    fill_rest(run, cloud, samples);
+  }
+}
+
+// Hands out pieces of the workspace; with a null start it only measures.
+struct Arena {
+  uintptr_t at;
+  template <typename T>
+  T* take(int64_t count) {
+    const uintptr_t piece = (at + 255) & ~uintptr_t(255);
+    at = piece + count * sizeof(T);
+    return reinterpret_cast<T*>(piece);
+  }
+};
+
+// `zeroed`: the bytes at the start that must be zero.
+Workspace carve(const FarthestPointSample<float>& run, const BatchedPlan& plan, Arena* arena,
+                int64_t* zeroed) {
+  Workspace work{};
+  if (plan.parts == 1) return work;
+  const int64_t clouds = run.rows.clouds, segments = clouds * 2 * plan.parts * plan.segment;
+  const uintptr_t begin = arena->at;
+  work.headers = arena->take<BatchedHeader>(clouds);
+  work.words = arena->take<unsigned long long>(clouds * 6 * kBatchedParts);
+  work.cells = arena->take<unsigned>(clouds << 3 * plan.bits);
+  *zeroed = static_cast<int64_t>(arena->at - begin);
+  work.sorted = arena->take<float4>(run.rows.total + plan.capacity);
+  work.candidates = arena->take<float4>(segments);
+  work.states = arena->take<unsigned>(segments);
+  work.picks = arena->take<float4>(segments);
+  work.pick_index = arena->take<unsigned>(segments);
+  work.taken = arena->take<unsigned>(run.rows.total / 32 + clouds + 1);
+  return work;
+}
+
+template <int kHeld, bool kParts>
+cudaError_t launch(FarthestPointSample<float> run, int64_t above, BatchedPlan plan, Workspace work,
+                   cudaStream_t stream) {
+  const auto kernel = farthest_point_batched_kernel<kHeld, kParts>;
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                 static_cast<int>(plan.shared));
+  if (error != cudaSuccess) return error;
+  const dim3 grid(static_cast<unsigned>(run.rows.clouds * plan.parts));
+  if (!kParts) {
+    kernel<<<grid, kBatchedThreads, plan.shared, stream>>>(run, above, plan, work);
+    return cudaGetLastError();
+  }
+  void* arguments[] = {&run, &above, &plan, &work};
+  return cudaLaunchCooperativeKernel(kernel, grid, dim3(kBatchedThreads), arguments, plan.shared, stream);
+}
+
+template <bool kParts>
+cudaError_t launch_held(const FarthestPointSample<float>& run, int64_t above, const BatchedPlan& plan,
+                        const Workspace& work, cudaStream_t stream) {
+  if (plan.held == 1) return launch<1, kParts>(run, above, plan, work, stream);
+  if (plan.held == 2) return launch<2, kParts>(run, above, plan, work, stream);
+  if (plan.held == 4) return launch<4, kParts>(run, above, plan, work, stream);
+  return launch<8, kParts>(run, above, plan, work, stream);
+}
+
+}  // namespace
+
+int64_t batched_workspace(const FarthestPointSample<float>& run, const BatchedPlan& plan) {
+  Arena arena{0};
+  int64_t zeroed = 0;
+  carve(run, plan, &arena, &zeroed);
+  return arena.at ? static_cast<int64_t>(arena.at) + 256 : 0;
+}
+
+int launch_batched(const FarthestPointSample<float>& run, int64_t above, const BatchedPlan& plan,
+                   void* workspace, void* stream) {
+  Arena arena{reinterpret_cast<uintptr_t>(workspace)};
+  int64_t zeroed = 0;
+  const Workspace work = carve(run, plan, &arena, &zeroed);
+  const auto on = static_cast<cudaStream_t>(stream);
+  if (plan.parts == 1) return launch_held<false>(run, above, plan, work, on);
+  const cudaError_t error = cudaMemsetAsync(workspace, 0, zeroed, on);
+  if (error != cudaSuccess) return error;
+  return launch_held<true>(run, above, plan, work, on);
+}
+
+}  // namespace any2point

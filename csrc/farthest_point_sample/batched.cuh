@@ -1,0 +1,417 @@
+// The parts that both batched kernels are made of; the algorithm and its proof are in batched.h.
+#pragma once
+
+#include "common/distance.h"
+#include "farthest_point_sample/batched.h"
+#include "farthest_point_sample/device.cuh"
+#include "farthest_point_sample/exchange.cuh"
+
+namespace any2point {
+
+constexpr unsigned kAccepted = 0x80000000u;  // in a candidate's state, beside the bits of its level
+constexpr float kFewWanted = 40;
+
+__device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000); }
+__device__ __forceinline__ unsigned index_of(float4 point) { return __float_as_uint(point.w); }
+__device__ __forceinline__ float squared_distance(float4 a, float4 b) {
+  return squared_distance3(a.x - b.x, a.y - b.y, a.z - b.z);
+}
+
+// A float's order as an unsigned's, and back.
+__device__ __forceinline__ unsigned ordered(float value) {
+  const unsigned bits = __float_as_uint(value);
+  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+__device__ __forceinline__ float unordered(unsigned bits) {
+  return __uint_as_float(bits & 0x80000000u ? bits & 0x7fffffffu : ~bits);
+}
+
+__device__ __forceinline__ unsigned spread3(unsigned v) {  // the bits of v (10 at most) to every third place
+  v = (v | (v << 16)) & 0x030000ffu;
+  v = (v | (v << 8)) & 0x0300f00fu;
+  v = (v | (v << 4)) & 0x030c30c3u;
+  return (v | (v << 2)) & 0x09249249u;
+}
+
+// Sums of `value` over the threads before this one; `total` over all. Whole block; `sums`: kBatchedWarps.
+__device__ __forceinline__ unsigned sum_before(unsigned value, unsigned* sums, unsigned* total) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  unsigned sum = value;
+  for (int d = 1; d < 32; d *= 2) {
+    const unsigned other = __shfl_up_sync(kAll, sum, d);
+    if (lane >= d) sum += other;
+  }
+  if (lane == 31) sums[warp] = sum;
+  __syncthreads();
+  unsigned before = sum - value;
+  *total = 0;
+  for (int w = 0; w < kBatchedWarps; w++) {
+    before += w < warp ? sums[w] : 0;
+    *total += sums[w];
+  }
+  __syncthreads();
+  return before;
+}
+
+// What the blocks of one cloud count together; zero at the start.
+struct BatchedHeader {
+  unsigned arrived;   // at barriers
+  unsigned limit[7];  // largest ~low and high coordinate, largest ~index, of the finite points
+  unsigned finite;    // how many
+  unsigned pad[7];
+};
+
+// The blocks of one cloud.
+template <bool kParts>
+struct Team {
+  int part, parts;
+  BatchedHeader* header;  // in shared memory unless kParts
+  unsigned arrivals = 0;
+
+  __device__ void sync() {
+    __syncthreads();
+    if constexpr (kParts) {
+      arrivals += parts;
+      if (threadIdx.x == 0) {
+        add_release(&header->arrived);
+        while (load_acquire(&header->arrived) < arrivals) continue;
+      }
+      __syncthreads();
+    }
+  }
+};
+
+// A barrier over the blocks of a cloud at which each tells a number and the bits of a float: afterwards
+// `offset` holds the sums of the numbers before each block, `largest` the largest float. One word a block; a
+// block that finds all of a round's words knows that what was written before them is there. No block can be
+// two rounds ahead of another, so two sets of words suffice; the tag tells a round's words from older ones.
+__device__ __forceinline__ void exchange(unsigned long long* words, unsigned round, int part, int parts,
+                                         unsigned number, unsigned bits, unsigned* offset,
+                                         unsigned* largest) {
+  const int lane = threadIdx.x % 32;
+  __syncthreads();
+  if (threadIdx.x < 32) {
+    const unsigned tag = ((round >> 1) + 1) & 0xffff;
+    words += (round & 1) * kBatchedParts;
+    if (lane == 0) {
+      store_release(&words[part],
+                    static_cast<unsigned long long>(bits) << 32 | min(number, 0xffffu) << 16 | tag);
+    }
+    __syncwarp();
+    const int each = (parts + 31) / 32, from = lane * each, end = min(from + each, parts);
+    unsigned sum = 0, most = 0;
+    for (int p = from; p < end; p++) {
+      unsigned long long word;
+      do {
+        word = load_acquire(&words[p]);
+      } while ((word & 0xffff) != tag);
+      sum += static_cast<unsigned>(word) >> 16;
+      offset[p + 1] = sum;
+      most = max(most, static_cast<unsigned>(word >> 32));
+    }
+    __syncwarp();
+    unsigned before = sum;
+    for (int d = 1; d < 32; d *= 2) {
+      const unsigned other = __shfl_up_sync(kAll, before, d);
+      if (lane >= d) before += other;
+    }
+    before -= sum;
+    for (int p = from; p < end; p++) offset[p + 1] += before;
+    most = warp_max(most);
+    if (lane == 0) {
+      offset[0] = 0;
+      *largest = most;
+    }
+  }
+  __syncthreads();
+}
+
+// The finite points of a cloud in the order of Morton cells (2^bits a side), in `sorted`, each with its
+// index; the order inside a cell is arbitrary, and no pick depends on it. `cells` (8^bits) and the header
+// are zero at the start. Points are scaled down by 4 so that no extent overflows.
+template <bool kParts>
+__device__ void sort_cloud(const float* points, int count, int bits, Team<kParts>& team, unsigned* cells,
+                           float4* sorted, unsigned* sums) {
+  const int from = team.part * kBatchedThreads + threadIdx.x, step = team.parts * kBatchedThreads;
+  const int lane = threadIdx.x % 32;
+  BatchedHeader* header = team.header;
+  unsigned limit[7] = {};  // of ~low, high, ~index: 0 is none
+  for (int i = from; i < count; i += step) {
+    const float* p = points + static_cast<size_t>(i) * 3;
+    if (!finite(p, 3)) continue;
+    for (int a = 0; a < 3; a++) {
+      limit[a] = max(limit[a], ~ordered(p[a]));
+      limit[3 + a] = max(limit[3 + a], ordered(p[a]));
+    }
+    limit[6] = max(limit[6], ~static_cast<unsigned>(i));
+  }
+#pragma unroll
+  for (int a = 0; a < 7; a++) {
+    const unsigned most = warp_max(limit[a]);
+    if (lane == 0 && most) atomicMax(&header->limit[a], most);
+  }
+  team.sync();
+  const volatile unsigned* bounds = header->limit;
+  float origin[3], extent = 0;
+  for (int a = 0; a < 3; a++) {
+    origin[a] = 0.25f * unordered(~bounds[a]);
+    extent = fmaxf(extent, 0.25f * unordered(bounds[3 + a]) - origin[a]);
+  }
+  const float scale = extent > 0 ? (static_cast<float>(1 << bits) - 0.01f) / extent : 0.0f;
+  const int last = (1 << bits) - 1;
+  auto cell = [&](const float* p) {
+    unsigned code = 0;
+    for (int a = 0; a < 3; a++) {
+      const int at = __float2int_rz((0.25f * p[a] - origin[a]) * scale);  // a NaN becomes 0
+      code |= spread3(min(max(at, 0), last)) << a;
+    }
+    return code;
+  };
+  for (int i = from; i < count; i += step) {
+    const float* p = points + static_cast<size_t>(i) * 3;
+    if (finite(p, 3)) atomicAdd(&cells[cell(p)], 1u);
+  }
+  team.sync();
+  if (team.part == 0) {  // from sizes to starts
+    const int each = ((1 << 3 * bits) + kBatchedThreads - 1) / kBatchedThreads;
+    const int begin = min(static_cast<int>(threadIdx.x) * each, 1 << 3 * bits);
+    const int end = min(begin + each, 1 << 3 * bits);
+    volatile unsigned* sizes = cells;
+    unsigned sum = 0, total;
+#pragma unroll 8
+    for (int c = begin; c < end; c++) sum += sizes[c];
+    unsigned start = sum_before(sum, sums, &total);
+    for (int c = begin; c < end; c++) {
+      const unsigned size = sizes[c];
+      sizes[c] = start;
+      start += size;
+    }
+    if (threadIdx.x == 0) header->finite = total;
+  }
+  team.sync();
+  for (int i = from; i < count; i += step) {
+    const float* p = points + static_cast<size_t>(i) * 3;
+    if (!finite(p, 3)) continue;
+    const float4 point = make_float4(p[0], p[1], p[2], __uint_as_float(i));
+    const unsigned at = atomicAdd(&cells[cell(p)], 1u);
+    if constexpr (kParts) {
+      __stcg(&sorted[at], point);
+    } else {
+      sorted[at] = point;
+    }
+  }
+  team.sync();
+}
+
+// A warp's blocks of 32 points: the levels in registers, a point a lane, and the largest of each block.
+template <int kHeld>
+struct Levels {
+  float level[kHeld];  // -1: no point
+  float top[kHeld];
+};
+
+// This lane's points, block q's at [q * stride], and the boxes of the warp's blocks.
+struct Held {
+  const float4* points;
+  int stride;
+  float4 *low, *high;  // [kHeld]; then, if kHeld >= 4, one box around all
+
+  __device__ float4 at(int q) const { return points[q * stride]; }
+};
+template <int kHeld>
+constexpr int kBoxesOf = kHeld >= 4 ? kHeld + 1 : kHeld;
+
+// Fills levels and boxes.
+template <int kHeld>
+__device__ void start_levels(Levels<kHeld>& held, Held own, const bool (&present)[kHeld]) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll
+  for (int q = 0; q < kHeld; q++) {
+    const bool in = present[q];
+    const float4 p = in ? own.at(q) : make_float4(0, 0, 0, 0);
+    held.level[q] = in ? infinity() : -1.0f;
+    held.top[q] = __any_sync(kAll, in) ? infinity() : -1.0f;
+    const unsigned x = ordered(p.x), y = ordered(p.y), z = ordered(p.z);
+    const unsigned x0 = warp_min(in ? x : kAll), x1 = warp_max(in ? x : 0);
+    const unsigned y0 = warp_min(in ? y : kAll), y1 = warp_max(in ? y : 0);
+    const unsigned z0 = warp_min(in ? z : kAll), z1 = warp_max(in ? z : 0);
+    if (lane == 0) {
+      own.low[q] = make_float4(unordered(x0), unordered(y0), unordered(z0), 0);
+      own.high[q] = make_float4(unordered(x1), unordered(y1), unordered(z1), 0);
+    }
+  }
+  __syncwarp();
+  if (kHeld >= 4 && lane == 0) {
+    float4 l = own.low[0], h = own.high[0];
+#pragma unroll
+    for (int q = 1; q < kHeld; q++) {
+      if (held.top[q] <= 0) continue;
+      const float4 a = own.low[q], b = own.high[q];
+      l = make_float4(fminf(l.x, a.x), fminf(l.y, a.y), fminf(l.z, a.z), 0);
+      h = make_float4(fmaxf(h.x, b.x), fmaxf(h.y, b.y), fmaxf(h.z, b.z), 0);
+    }
+    own.low[kHeld] = l;
+    own.high[kHeld] = h;
+  }
+}
+
+__device__ __forceinline__ float warp_most(float level) {  // levels and -1 are ordered like ints
+#if __CUDA_ARCH__ >= 800
+  return __int_as_float(__reduce_max_sync(kAll, __float_as_int(level)));
+#else
+  return __int_as_float(static_cast<int>(warp_max(__float_as_uint(level) ^ 0x80000000u) ^ 0x80000000u));
+#endif
+}
+
+// The squared distance from a point to a box, roundings in the order of squared_distance3: by the
+// monotonicity of rounding it is at most that to any point in the box, exactly, so no margin is needed.
+__device__ __forceinline__ float box_distance(float4 low, float4 high, float4 p) {
+  return squared_distance3(fmaxf(fmaxf(low.x - p.x, p.x - high.x), 0.0f),
+                           fmaxf(fmaxf(low.y - p.y, p.y - high.y), 0.0f),
+                           fmaxf(fmaxf(low.z - p.z, p.z - high.z), 0.0f));
+}
+
+// Lowers the levels by `count` picks in shared memory: a lane tests one pick against a block's box.
+template <int kHeld>
+__device__ __forceinline__ void apply_picks(Levels<kHeld>& held, Held own, const float4* picks, int count) {
+  const int lane = threadIdx.x % 32;
+#pragma unroll 1
+  for (int a = 0; a < count; a += 32) {
+    const float4 pick = picks[min(a + lane, count - 1)];
+    if (kHeld >= 4) {
+      float most = held.top[0];
+#pragma unroll
+      for (int q = 1; q < kHeld; q++) most = fmaxf(most, held.top[q]);
+      if (!__any_sync(kAll, box_distance(own.low[kHeld], own.high[kHeld], pick) < most)) continue;
+    }
+#pragma unroll
+    for (int q = 0; q < kHeld; q++) {
+      if (held.top[q] <= 0) continue;
+      const float reach = box_distance(own.low[q], own.high[q], pick);
+      unsigned hits = __ballot_sync(kAll, a + lane < count && reach < held.top[q]);
+      if (!hits) continue;
+      const float4 p = own.at(q);
+      float level = held.level[q];
+#pragma unroll 1
+      for (; hits; hits &= hits - 1) level = fminf(level, squared_distance(p, picks[a + __ffs(hits) - 1]));
+      held.level[q] = level;
+      held.top[q] = warp_most(level);
+    }
+  }
+}
+
+// Lowers the levels by one pick; whether that changed any.
+template <int kHeld>
+__device__ __forceinline__ bool apply_one(Levels<kHeld>& held, Held own, float4 pick) {
+  bool changed = false;
+#pragma unroll
+  for (int q = 0; q < kHeld; q++) {
+    if (held.top[q] <= 0 || box_distance(own.low[q], own.high[q], pick) >= held.top[q]) continue;
+    held.level[q] = fminf(held.level[q], squared_distance(own.at(q), pick));
+    held.top[q] = warp_most(held.level[q]);
+    changed = true;
+  }
+  return changed;
+}
+
+// Candidates: the points whose level is above `level`, or equal to it with an index below `before`.
+struct Threshold {
+  float level;
+  unsigned before;
+  __device__ bool admits(float other, unsigned index) const {
+    return other > level || (other == level && index < before);
+  }
+};
+
+// Steers thresholds to a number of candidates. The same in every thread of a cloud.
+//
+// Of candidates that lie in reach of each other few are picks, and settling them takes long. How many can be
+// far enough apart grows with the number of picks there are, and depends on the cloud; so the number wanted
+// follows the picks of the round before.
+struct Aim {
+  unsigned count;  // of the cloud's points
+  float most;      // wanted at most
+  float wanted = kFewWanted;
+  float exponent = -0.1f;  // log2 of the threshold's ratio to the largest level
+  float tie_level = -1;    // all points of this level have an index of at least tie_from
+  unsigned tie_from = 0, tie_step = 0;
+  Threshold at{0, 0};
+
+  __device__ void start(float level) {
+    at = {level * rough_exp2(exponent), 0};
+    if (level == tie_level || level == infinity()) {
+      if (level != tie_level) tie_step = static_cast<unsigned>(wanted);
+      at = {level, min(from(level) + tie_step, count)};
+    }
+  }
+
+  // After `found` candidates, none or too many; `level` is the largest of all points.
+  __device__ void again(float level, unsigned found, int attempt) {
+    if (found == 0) {
+      if (at.before && level == at.level && at.before < count) {  // ties of higher index are left
+        at.before = min(at.before + 3 * (at.before - from(level)) + 64, count);
+      } else {
+        at = {level * rough_exp2(exponent), 0};
+        if (!(at.level < level)) at = {level, count};
+      }
+    } else if (!at.before && attempt < 2) {  // closer to the largest level
+      exponent *= 0.5f;
+      at.level = fmaxf(at.level, level * rough_exp2(exponent));
+      if (!(at.level < level)) at = {level, count};
+    } else {  // ties at the largest level: the lowest indices among them
+      const unsigned end = at.level < level || !at.before ? count : at.before, begin = from(level);
+      at = {level, begin + static_cast<unsigned>((end - begin) * wanted / found * 0.7f) + 1};
+    }
+  }
+
+  // After a round with `picks` among `found` candidates.
+  __device__ void settled(unsigned found, unsigned picks) {
+    if (at.before) {
+      tie_step = at.before - from(at.level);
+      if (found * 2 < wanted) tie_step = min(tie_step * 2, count);
+      tie_from = at.before;
+      tie_level = at.level;
+    }
+    wanted = fminf(fmaxf(6.0f * picks, kFewWanted), most);
+    const float factor = rough_exp2(0.5f * __log2f(__fdividef(wanted, static_cast<float>(found))));
+    exponent = fminf(fmaxf(exponent * fminf(fmaxf(factor, 0.7f), 1.4f), -2.0f), -1e-3f);
+  }
+
+ private:
+  __device__ unsigned from(float level) const { return level == tie_level ? tie_from : 0; }
+};
+
+// All levels are 0: the finite points that are left go by index, at distance 0. One block; `taken`: a bit a
+// point. `done` picks of the cloud are out already.
+__device__ __forceinline__ void take_rest(const FarthestPointSample<float>& run, int64_t cloud, int done,
+                                          unsigned* taken, unsigned* sums) {
+  const unsigned count = static_cast<unsigned>(run.rows.count(cloud)), samples = run.samples;
+  const int64_t base = run.rows.index_base(cloud);
+  const float* points = run.points + run.rows.begin(cloud) * 3;
+  int64_t* index = run.index + cloud * run.samples;
+  float* distance = run.distance + cloud * run.samples;
+  __syncthreads();
+  for (unsigned w = threadIdx.x; w < (count + 31) / 32; w += kBatchedThreads) taken[w] = 0;
+  __syncthreads();
+  for (int j = threadIdx.x; j < done; j += kBatchedThreads) {
+    const unsigned i = static_cast<unsigned>(static_cast<volatile int64_t*>(index)[j] - base);
+    atomicOr(&taken[i / 32], 1u << i % 32);
+  }
+  __syncthreads();
+  unsigned next = done;
+  for (unsigned begin = 0; begin < count && next < samples; begin += kBatchedThreads) {
+    const unsigned i = begin + threadIdx.x;
+    const bool left = i < count && !(static_cast<volatile unsigned*>(taken)[i / 32] >> i % 32 & 1) &&
+                      finite(points + static_cast<size_t>(i) * 3, 3);
+    unsigned total;
+    const unsigned at = next + sum_before(left, sums, &total);
+    if (left && at < samples) {
+      index[at] = base + i;
+      distance[at] = 0;
+    }
+    next += total;
+  }
+  fill_rest(run, cloud, min(next, samples));
+}
+
+}  // namespace any2point
