@@ -14,7 +14,7 @@
 // threshold), and else is a pick. There is no barrier in this: each polls the states of the others, a word
 // each, level and a bit for picks. The largest undecided key can always move, so it ends; levels only fall,
 // so an old state delays but never deceives. (4) Ranks by key; (5) all points are lowered by all picks, block
-// by block of 32 points along a Morton curve: a pick not closer to a block's box than its largest level
+// by block of 32 points along a Hilbert curve: a pick not closer to a block's box than its largest level
 // changes nothing in it, which is exact without a margin as rounding is monotonic. The first picks, and a few
 // after a poor round, come one by one. When all levels are 0, what is left goes by index.
 //
@@ -22,18 +22,24 @@
 // (cooperative launch), that meet twice a round through words in L2. Points lie in shared memory (in L2 from
 // 4 a thread on), levels in registers.
 //
-// H200, us a call, uniform ball, sorting included; rounds; and the sequential kernel of cuda.cu:
-//   32 x 1,024 -> 512         135    14 + 36 single picks      153
-//   32 x 2,048 -> 512         170    16 + 44                   205
-//   32 x 8,192 -> 2,048       465    23 + 52                 1,482    4 blocks a cloud
-//   8 x 16,384 -> 4,096       500    29 + 36                 5,165   16 blocks a cloud
-//   1 x 100,000 -> 25,000   1,310    40 + 52                35,680
-//   1 x 1,000,000 -> 250,000  12,900  130 + 84                   -
-// The floor is unknown; updating all points by all picks without pruning is 0.56 ms of arithmetic at 100,000.
-// Limits: one block, latency and instruction issue of a round (~9,000 cycles, of which candidates 3,000,
-// settling 2,800, neighbours and ranks 2,000 each); many blocks, waiting at the two meetings (60 % of the
-// time with 98 blocks).
-// CUDA, not Triton: polling, ballots and words between blocks.
+// H200, us a call, uniform ball, everything included; rounds + single picks; the sequential kernel of
+// cuda.cu:
+//   32 x 1,024 -> 512           123     15 + 28       152
+//   32 x 2,048 -> 512           152     17 + 24       216
+//   32 x 8,192 -> 2,048         411     27 + 24     1,482    4 blocks a cloud
+//   8 x 16,384 -> 4,096         416     27 + 28     5,165   16
+//   1 x 100,000 -> 25,000     1,084     45 + 24    35,680   98
+//   1 x 1,000,000 -> 250,000  7,900    183 + 40         -  132
+// A bound for one kind of work: updating all points by all picks without pruning would be 0.56 ms of
+// arithmetic at 100,000, 56 ms at 1,000,000. What limits: one block, the latency and issue of a round (about
+// 12,000 cycles for 30 picks: settling 3,000, ranks 1,900, neighbours 2,000, candidates 1,500, update 1,300);
+// many blocks, waiting at the two meetings of a round (40 % of the time with 98 blocks, of which the second,
+// at the end of the longest chain of settling, is the larger part); at a million, those and the box tests.
+// Tried and slower: a lane a candidate walking bit rows of neighbours (518 us at 8,192, and 10 times that
+// where many candidates are in reach of each other), settling all candidates in each block to save the second
+// meeting (518), points read from L2 at a million (12,900), a Morton curve (465 at 8,192; 12,650 at a
+// million). Next: fewer instructions a round in one block; clusters and distributed shared memory for 2 to 16
+// blocks. CUDA, not Triton: polling, ballots and words between blocks.
 #include "farthest_point_sample/batched.cuh"
 
 namespace any2point {
@@ -52,7 +58,7 @@ struct Workspace {
 };
 
 struct Shared {
-  BatchedHeader header;  // unless kParts
+  BatchedHeader header;  // the cloud's, or (kParts) the block's share of it
   float4 slot[2][32];    // x, y, z, bits of a warp's largest level
   unsigned slot_index[2][32];
   unsigned found[4], most[4], accepted[4];  // by round % 4: candidates, bits of the largest level, picks
@@ -67,7 +73,6 @@ template <int kHeld, bool kParts>
 __global__ void __launch_bounds__(kBatchedThreads, 1)
     farthest_point_batched_kernel(FarthestPointSample<float> run, int64_t above, BatchedPlan plan,
                                   Workspace work) {
-  constexpr bool kStreams = kParts && kHeld >= 4;
   constexpr int kBoxes = kBoxesOf<kHeld>;
   extern __shared__ float4 dynamic[];
   const int parts = kParts ? plan.parts : 1;
@@ -77,30 +82,31 @@ __global__ void __launch_bounds__(kBatchedThreads, 1)
   if (wide_count <= above || wide_count > plan.capacity) return;
 
   const int count = static_cast<int>(wide_count), most = plan.most, listed = plan.listed;
-  float4* held_points = dynamic;  // [kHeld * kBatchedThreads] x, y, z, index bits
-  float4* boxes = held_points + (kStreams ? 0 : kHeld * kBatchedThreads);  // [2, kBatchedWarps, kBoxes]
-  float4* candidate = boxes + 2 * kBatchedWarps * kBoxes;                  // [most + 8]
-  float4* pick = candidate + most + 8;                                     // [most + 8]
-  float2* list = reinterpret_cast<float2*>(pick + most + 8);               // [kBatchedWarps * slots, listed]
+  float4* held_points = dynamic;                           // [kHeld * kBatchedThreads] x, y, z, index bits
+  float4* boxes = held_points + kHeld * kBatchedThreads;   // [2, kBatchedWarps, kBoxes]
+  float4* candidate = boxes + 2 * kBatchedWarps * kBoxes;  // [most + 8]
+  // Between blocks, picks come when the candidates have gone: the same place serves both.
+  float4* pick = kParts ? candidate : candidate + most + 8;   // [most + 8]
+  float2* list = reinterpret_cast<float2*>(pick + most + 8);  // [warps * slots, listed]
   unsigned* state = reinterpret_cast<unsigned*>(list + kBatchedWarps * plan.slots * listed);  // [most]
-  unsigned* place = state + most;            // [most] where its state is between blocks
-  unsigned* pick_index = place + most;       // [most]
-  unsigned* neighbours = pick_index + most;  // [most] (kParts: by warp and slot)
-  Shared& s = *reinterpret_cast<Shared*>(neighbours + most + kBatchedWarps * plan.slots);
+  unsigned* place = state + most;       // [most] where the state is between blocks
+  unsigned* pick_index = place;         // [most]
+  unsigned* neighbours = place + most;  // [warps * slots], at least `most`
+  Shared& s = *reinterpret_cast<Shared*>(neighbours + kBatchedWarps * plan.slots);
   unsigned* scratch = reinterpret_cast<unsigned*>(candidate);  // for the sort and the rest
 
   const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
   const float* points = run.points + run.rows.begin(cloud) * 3;
   if constexpr (!kParts) {
     for (int i = tid; i < 1 << 3 * plan.bits; i += kBatchedThreads) scratch[i] = 0;
-    if (tid < static_cast<int>(sizeof(BatchedHeader) / 4)) reinterpret_cast<unsigned*>(&s.header)[tid] = 0;
   }
+  if (tid < static_cast<int>(sizeof(BatchedHeader) / 4)) reinterpret_cast<unsigned*>(&s.header)[tid] = 0;
   if (tid < 4) s.found[tid] = s.most[tid] = s.accepted[tid] = 0;
   __syncthreads();
   Team<kParts> team{part, parts, kParts ? work.headers + cloud : &s.header};
   float4* sorted = kParts ? work.sorted + run.rows.begin(cloud) : held_points;
   unsigned* cells = kParts ? work.cells + (cloud << 3 * plan.bits) : scratch;
-  sort_cloud(points, count, plan.bits, team, cells, sorted, s.sums);
+  sort_cloud(points, count, plan.bits, team, cells, sorted, s.sums, &s.header);
 
   const volatile BatchedHeader* header = team.header;
   const int finite_points = static_cast<int>(header->finite);
@@ -115,22 +121,21 @@ __global__ void __launch_bounds__(kBatchedThreads, 1)
   // The warp's blocks are spread over the cloud, or, if there are many, in a row.
   Levels<kHeld> held;
   bool present[kHeld];
-  const int row = (warp * parts + part) * kHeld;
+  const int row = warp * kHeld;  // its first block in held_points, if they are in a row
 #pragma unroll
   for (int q = 0; q < kHeld; q++) {
-    const int block = kHeld >= 4 ? row + q : (q * kBatchedWarps + warp) * parts + part;
+    const int block =
+        kHeld >= 4 ? (warp * parts + part) * kHeld + q : (q * kBatchedWarps + warp) * parts + part;
     const int at = block * 32 + lane;
     present[q] = at < finite_points;
-    if (kParts && !kStreams) {
-      held_points[q * kBatchedThreads + tid] = present[q] ? __ldcg(&sorted[at]) : make_float4(0, 0, 0, 0);
+    if (kParts) {
+      held_points[kHeld >= 4 ? row * 32 + q * 32 + lane : q * kBatchedThreads + tid] =
+          present[q] ? __ldcg(&sorted[at]) : make_float4(0, 0, 0, 0);
     }
   }
   __syncthreads();
-  const Held own{kStreams     ? sorted + row * 32 + lane
-                 : kHeld >= 4 ? held_points + row * 32 + lane
-                              : held_points + tid,
-                 kHeld >= 4 ? 32 : kBatchedThreads, boxes + warp * kBoxes,
-                 boxes + (kBatchedWarps + warp) * kBoxes};
+  const Held own{held_points + (kHeld >= 4 ? row * 32 + lane : tid), kHeld >= 4 ? 32 : kBatchedThreads,
+                 boxes + warp * kBoxes, boxes + (kBatchedWarps + warp) * kBoxes};
   start_levels(held, own, present);
   __syncthreads();
 
@@ -142,7 +147,8 @@ __global__ void __launch_bounds__(kBatchedThreads, 1)
     index[0] = base + first;
     distance[0] = infinity();
   }
-  apply_one(held, own, make_float4(points[first * 3], points[first * 3 + 1], points[first * 3 + 2], 0));
+  apply_one(held, own, make_float4(points[first * 3], points[first * 3 + 1], points[first * 3 + 2], 0),
+            false);
 
   unsigned long long* words = kParts ? work.words + cloud * 6 * kBatchedParts : nullptr;
   const int64_t segments = cloud * 2 * parts * plan.segment;  // of this cloud, in the workspace
@@ -231,7 +237,7 @@ __global__ void __launch_bounds__(kBatchedThreads, 1)
       distance[done] = level;
     }
     done++;
-    if (apply_one(held, own, chosen)) warp_owner = -1;
+    if (apply_one(held, own, chosen, done > kBoxedSteps)) warp_owner = -1;
   };
 
   while (done < samples && level > 0) {
@@ -462,7 +468,7 @@ __global__ void __launch_bounds__(kBatchedThreads, 1)
         const float b_level = in ? pick[b + lane].w : -1;
         before += b_level > a_level || (b_level == a_level && pick_index[b + lane] < a_index);
       }
-      for (int d = 16; d; d >>= 1) before += __shfl_xor_sync(kAll, before, d);
+      before = warp_sum(before);
       if (lane == 0 && done + static_cast<int>(before) < samples) {
         index[done + before] = base + a_index;
         distance[done + before] = a_level;
@@ -507,7 +513,7 @@ Workspace carve(const FarthestPointSample<float>& run, const BatchedPlan& plan, 
   work.words = arena->take<unsigned long long>(clouds * 6 * kBatchedParts);
   work.cells = arena->take<unsigned>(clouds << 3 * plan.bits);
   *zeroed = static_cast<int64_t>(arena->at - begin);
-  work.sorted = arena->take<float4>(run.rows.total + plan.capacity);
+  work.sorted = arena->take<float4>(run.rows.total);
   work.candidates = arena->take<float4>(segments);
   work.states = arena->take<unsigned>(segments);
   work.picks = arena->take<float4>(segments);

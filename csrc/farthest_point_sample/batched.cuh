@@ -33,6 +33,26 @@ __device__ __forceinline__ unsigned spread3(unsigned v) {  // the bits of v (10 
   return (v | (v << 2)) & 0x09249249u;
 }
 
+// Where a cell (2^bits a side) lies along a Hilbert curve, by Skilling's transform. Unlike along a Morton
+// curve, neighbours along it are neighbours in space, so that boxes around stretches of it are small.
+__device__ __forceinline__ unsigned hilbert(unsigned x, unsigned y, unsigned z, int bits) {
+  for (unsigned bit = 1u << (bits - 1); bit > 1; bit >>= 1) {
+    const unsigned low = bit - 1;
+    if (x & bit) x ^= low;
+    unsigned swap = y & bit ? 0 : (x ^ y) & low;
+    x ^= y & bit ? low : swap;
+    y ^= swap;
+    swap = z & bit ? 0 : (x ^ z) & low;
+    x ^= z & bit ? low : swap;
+    z ^= swap;
+  }
+  y ^= x;
+  z ^= y;
+  unsigned flip = 0;
+  for (unsigned bit = 1u << (bits - 1); bit > 1; bit >>= 1) flip ^= z & bit ? bit - 1 : 0;
+  return spread3(x ^ flip) << 2 | spread3(y ^ flip) << 1 | spread3(z ^ flip);
+}
+
 // Sums of `value` over the threads before this one; `total` over all. Whole block; `sums`: kBatchedWarps.
 __device__ __forceinline__ unsigned sum_before(unsigned value, unsigned* sums, unsigned* total) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -126,12 +146,13 @@ __device__ __forceinline__ void exchange(unsigned long long* words, unsigned rou
   __syncthreads();
 }
 
-// The finite points of a cloud in the order of Morton cells (2^bits a side), in `sorted`, each with its
-// index; the order inside a cell is arbitrary, and no pick depends on it. `cells` (8^bits) and the header
-// are zero at the start. Points are scaled down by 4 so that no extent overflows.
+// The finite points of a cloud in the order of cells (2^bits a side) along a curve, in `sorted`, each with
+// its index; the order inside a cell is arbitrary, and no pick depends on it. `cells` (8^bits), the header
+// and the block's `own` (the same as the header unless kParts) are zero at the start. Points are scaled down
+// by 4 so that no extent overflows.
 template <bool kParts>
 __device__ void sort_cloud(const float* points, int count, int bits, Team<kParts>& team, unsigned* cells,
-                           float4* sorted, unsigned* sums) {
+                           float4* sorted, unsigned* sums, BatchedHeader* own) {
   const int from = team.part * kBatchedThreads + threadIdx.x, step = team.parts * kBatchedThreads;
   const int lane = threadIdx.x % 32;
   BatchedHeader* header = team.header;
@@ -148,7 +169,11 @@ __device__ void sort_cloud(const float* points, int count, int bits, Team<kParts
 #pragma unroll
   for (int a = 0; a < 7; a++) {
     const unsigned most = warp_max(limit[a]);
-    if (lane == 0 && most) atomicMax(&header->limit[a], most);
+    if (lane == 0 && most) atomicMax(&own->limit[a], most);
+  }
+  if constexpr (kParts) {
+    __syncthreads();
+    if (threadIdx.x < 7) atomicMax(&header->limit[threadIdx.x], own->limit[threadIdx.x]);
   }
   team.sync();
   const volatile unsigned* bounds = header->limit;
@@ -160,12 +185,12 @@ __device__ void sort_cloud(const float* points, int count, int bits, Team<kParts
   const float scale = extent > 0 ? (static_cast<float>(1 << bits) - 0.01f) / extent : 0.0f;
   const int last = (1 << bits) - 1;
   auto cell = [&](const float* p) {
-    unsigned code = 0;
+    unsigned at[3];
     for (int a = 0; a < 3; a++) {
-      const int at = __float2int_rz((0.25f * p[a] - origin[a]) * scale);  // a NaN becomes 0
-      code |= spread3(min(max(at, 0), last)) << a;
+      const int place = __float2int_rz((0.25f * p[a] - origin[a]) * scale);  // a NaN becomes 0
+      at[a] = min(max(place, 0), last);
     }
-    return code;
+    return hilbert(at[0], at[1], at[2], bits);
   };
   for (int i = from; i < count; i += step) {
     const float* p = points + static_cast<size_t>(i) * 3;
@@ -176,15 +201,30 @@ __device__ void sort_cloud(const float* points, int count, int bits, Team<kParts
     const int each = ((1 << 3 * bits) + kBatchedThreads - 1) / kBatchedThreads;
     const int begin = min(static_cast<int>(threadIdx.x) * each, 1 << 3 * bits);
     const int end = min(begin + each, 1 << 3 * bits);
-    volatile unsigned* sizes = cells;
     unsigned sum = 0, total;
+    if constexpr (kParts) {  // of several blocks there are 4 cells a thread or more
+      uint4* sizes = reinterpret_cast<uint4*>(cells);
 #pragma unroll 8
-    for (int c = begin; c < end; c++) sum += sizes[c];
-    unsigned start = sum_before(sum, sums, &total);
-    for (int c = begin; c < end; c++) {
-      const unsigned size = sizes[c];
-      sizes[c] = start;
-      start += size;
+      for (int c = begin / 4; c < end / 4; c++) {
+        const uint4 size = __ldcg(&sizes[c]);
+        sum += size.x + size.y + size.z + size.w;
+      }
+      unsigned start = sum_before(sum, sums, &total);
+#pragma unroll 8
+      for (int c = begin / 4; c < end / 4; c++) {
+        const uint4 size = __ldcg(&sizes[c]);
+        const unsigned y = start + size.x, z = y + size.y, w = z + size.z;
+        __stcg(&sizes[c], make_uint4(start, y, z, w));
+        start = w + size.w;
+      }
+    } else {
+      for (int c = begin; c < end; c++) sum += cells[c];
+      unsigned start = sum_before(sum, sums, &total);
+      for (int c = begin; c < end; c++) {
+        const unsigned size = cells[c];
+        cells[c] = start;
+        start += size;
+      }
     }
     if (threadIdx.x == 0) header->finite = total;
   }
@@ -300,13 +340,16 @@ __device__ __forceinline__ void apply_picks(Levels<kHeld>& held, Held own, const
   }
 }
 
-// Lowers the levels by one pick; whether that changed any.
+// Lowers the levels by one pick; whether that may have changed any. The first picks reach everywhere: testing
+// boxes would be a waste.
+constexpr int kBoxedSteps = 64;
 template <int kHeld>
-__device__ __forceinline__ bool apply_one(Levels<kHeld>& held, Held own, float4 pick) {
+__device__ __forceinline__ bool apply_one(Levels<kHeld>& held, Held own, float4 pick, bool boxed) {
   bool changed = false;
 #pragma unroll
   for (int q = 0; q < kHeld; q++) {
-    if (held.top[q] <= 0 || box_distance(own.low[q], own.high[q], pick) >= held.top[q]) continue;
+    if (held.top[q] <= 0) continue;
+    if (boxed && box_distance(own.low[q], own.high[q], pick) >= held.top[q]) continue;
     held.level[q] = fminf(held.level[q], squared_distance(own.at(q), pick));
     held.top[q] = warp_most(held.level[q]);
     changed = true;

@@ -9,6 +9,9 @@
 // D, double, more blocks than fit the device, the order of pointnet2): one block a cloud streams points and
 // levels from L1/L2.
 //
+// From 384 picks on (256 for more than 8,192 points) the batched kernel of batched.cu takes over, where the
+// GPU allows it; plan.h says which launch gets which clouds.
+//
 // The chain of dependent steps is the limit, not memory or arithmetic: a block-wide argmax with its barrier
 // alone takes 0.15 to 0.18 us a step, so that 32 x 1,024 -> 512 cannot go below about 0.08-0.10 ms this way.
 // CUDA, not Triton: tile-level reductions would put several barriers into each step.
@@ -20,7 +23,6 @@
 //   32 x 8,192 -> 2,048  1,466 (716)  3,739
 //   8 x 16,384 -> 4,096  5,165 (1,261)  16,949   cooperative: two exchanges through L2 bound a step
 //   1 x 100,000 -> 25,000  35,680 (1,427)  487,367
-// The next step is the batched algorithm of batched.simd.cpp, which is not bound by a chain of steps.
 #include "farthest_point_sample/kernel.h"
 
 #include "common/distance.h"

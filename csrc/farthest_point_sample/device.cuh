@@ -27,6 +27,15 @@ __device__ __forceinline__ unsigned warp_min(unsigned value) {
 #endif
 }
 
+__device__ __forceinline__ unsigned warp_sum(unsigned value) {
+#if __CUDA_ARCH__ >= 800
+  return __reduce_add_sync(kAll, value);
+#else
+  for (int d = 16; d; d >>= 1) value += __shfl_xor_sync(kAll, value, d);
+  return value;
+#endif
+}
+
 template <typename T>
 __device__ __forceinline__ bool finite(const T* point, int64_t dim) {
   for (int64_t d = 0; d < dim; d++) {

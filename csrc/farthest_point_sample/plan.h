@@ -20,7 +20,7 @@ constexpr int kBatchedParts = 256;  // blocks a cloud at most
 struct BatchedPlan {
   int parts = 0;   // blocks a cloud; 0: do not use this kernel
   int held = 1;    // points a thread: 1, 2, 4 or 8
-  int bits = 3;    // of a Morton cell, an axis
+  int bits = 3;    // of a cell of the sort, an axis
   int most = 0;    // candidates a round at most
   int wanted = 0;  // aimed at, at most
   int slots = 0;   // candidates a warp settles
@@ -31,9 +31,6 @@ struct BatchedPlan {
   int64_t capacity = 0;  // points that a cloud may have
   int segment = 0;       // candidates that one of several blocks may have in a round
   int64_t shared = 0;    // bytes a block
-
-  // Whether blocks read their points from L2, not from shared memory.
-  bool streams() const { return parts > 1 && held >= 4; }
 };
 
 inline BatchedPlan finish_plan(BatchedPlan plan) {
@@ -41,30 +38,30 @@ inline BatchedPlan finish_plan(BatchedPlan plan) {
   plan.slots = (plan.most + kBatchedWarps * plan.parts - 1) / (kBatchedWarps * plan.parts);
   const int spread = 4 * plan.most / plan.parts + 64;
   plan.segment = plan.most < spread ? plan.most : spread;
-  const int64_t points = plan.streams() ? 0 : int64_t(plan.held) * kBatchedThreads;
+  const int64_t points = int64_t(plan.held) * kBatchedThreads;
   const int64_t boxes = 2 * kBatchedWarps * (plan.held >= 4 ? plan.held + 1 : plan.held);
-  const int64_t lists = int64_t(kBatchedWarps) * plan.slots * plan.listed * 8;
-  // points, boxes, candidates and picks, lists, four words a candidate, one a warp's candidate, the rest
-  plan.shared = 16 * (points + boxes + 2 * (plan.most + 8)) + lists + 16 * plan.most +
-                4 * kBatchedWarps * plan.slots + 4096;
+  const int64_t places = (plan.parts > 1 ? 1 : 2) * (plan.most + 8);  // of candidates and picks
+  const int64_t settling = int64_t(kBatchedWarps) * plan.slots;
+  plan.shared = 16 * (points + boxes + places) + settling * (plan.listed * 8 + 4) + 8 * plan.most + 4096;
   return plan;
 }
 
 // `count`: points of the largest cloud to serve (plan.capacity may be less); `samples`: picks. A thread holds
-// at most 8 points. Below 256 picks the sequential kernels are faster: the sort and the first picks, which
-// come one by one, cost as much as that.
+// at most 8 points. For few picks the sequential kernels are faster: the sort and the first
+// picks, which come one by one, cost as much as that.
 inline BatchedPlan batched_plan(const DeviceLimits& device, int64_t clouds, int64_t count, int64_t samples) {
   BatchedPlan plan;
-  if (device.capability < 80 || clouds < 1 || samples < 256) return plan;
+  if (device.capability < 80 || clouds < 1 || samples < (count <= 8192 ? 384 : 256)) return plan;
+  if (count <= 2048 && clouds > device.processors) return plan;  // sequential blocks share processors
   int64_t parts = device.cooperative ? device.processors / clouds : 1;
-  const int64_t useful = count <= 2048 ? 1 : count <= 8192 ? (count + 2047) / 2048 : (count + 1023) / 1024;
+  const int64_t useful = count <= 2048 ? 1 : (count + 1023) / 1024;
   if (parts > useful) parts = useful;
   if (parts > kBatchedParts) parts = kBatchedParts;
   if (parts < 1) parts = 1;
   const int64_t held = (count + parts * kBatchedThreads - 1) / (parts * kBatchedThreads);
   plan.held = held <= 1 ? 1 : held <= 2 ? 2 : held <= 4 ? 4 : 8;
   plan.steps = 20;
-  plan.few = 8;
+  plan.few = 4;
   plan.parts = static_cast<int>(parts);
   if (parts == 1) {
     plan.bits = count <= 2048 ? 3 : 4;
@@ -74,6 +71,7 @@ inline BatchedPlan batched_plan(const DeviceLimits& device, int64_t clouds, int6
   } else {
     plan.bits = count <= 16384 ? 4 : 5;
     plan.most = count <= 8192 ? 256 : count <= 16384 ? 512 : count <= 135168 ? 2048 : 4096;
+    if (plan.held == 8 && plan.most > 2560) plan.most = 2560;      // shared memory
     if (plan.most > 64 * plan.parts) plan.most = 64 * plan.parts;  // two a warp
     plan.wanted = count <= 16384 ? plan.most * 5 / 8 : plan.most * 3 / 4;
     plan.listed = 64;

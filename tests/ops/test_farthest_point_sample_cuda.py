@@ -117,3 +117,29 @@ def test_cuda_offsets_beyond_2_to_the_31() -> None:
     points[-1] = torch.rand(1024, 3)
     got = farthest_point_sample(points, 16)[-1:]
     assert_same(got, farthest_point_sample(points[-1:].cpu(), 16))
+
+
+@pytest.mark.parametrize("n", [400, 1024, 2048, 2500, 9000, 20_000, 70_000])
+def test_cuda_batches_on_hard_clouds(n: int) -> None:
+    """Every kind of cloud in one call, of different sizes and starts: many picks a round, in one block or more."""
+    kinds = [cloud for _, cloud in clouds(torch.Generator().manual_seed(n), n)]
+    for few in range(0, len(kinds), 6):
+        points = torch.stack(kinds[few : few + 6])
+        lengths = torch.tensor([n - 37 * b for b in range(len(points))])
+        start = torch.tensor([b * n // 3 for b in range(len(points))])
+        num_samples = min(n, 3000)
+        want = farthest_point_sample(points, num_samples, lengths=lengths, start=start, return_distance=True)
+        got = farthest_point_sample(
+            points.cuda(), num_samples, lengths=lengths.cuda(), start=start.cuda(), return_distance=True
+        )
+        assert_same(got, want, f"kinds from {few}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n", [1024, 3000, 10_000])
+def test_cuda_equals_cpu_on_thousands_of_clouds(n: int) -> None:
+    for seed in range(120):
+        generator = torch.Generator().manual_seed(seed)
+        points = torch.stack([cloud for _, cloud in clouds(generator, n)])
+        want = farthest_point_sample(points, 600, return_distance=True)
+        assert_same(farthest_point_sample(points.cuda(), 600, return_distance=True), want, f"seed {seed}")

@@ -48,7 +48,7 @@ def test_launches_are_legal_and_serve_every_cloud(gpu: str, packed: bool, cooper
     capability, processors, shared = GPUS[gpu]
     for clouds in (1, 2, 3, 8, 32, 100, 132, 133, 1000):
         for most in SIZES:
-            for samples in (1, 255, 256, 5000):
+            for samples in (1, 255, 256, 384, 5000):
                 found = launches(gpu, clouds, most, samples, packed=packed, cooperative=cooperative)
                 where = (clouds, most, samples, found)
                 assert found, where
@@ -74,6 +74,9 @@ def test_launches_are_legal_and_serve_every_cloud(gpu: str, packed: bool, cooper
 @pytest.mark.parametrize(
     ("clouds", "most", "samples", "parts", "held"),
     [
+        (32, 1024, 512, 1, 1),
+        (32, 2048, 512, 1, 2),
+        (32, 4096, 1024, 4, 1),
         (32, 8192, 2048, 4, 2),
         (8, 16_384, 4096, 16, 1),
         (1, 100_000, 25_000, 98, 1),
@@ -89,7 +92,8 @@ def test_blocks_of_the_batched_kernel(clouds: int, most: int, samples: int, part
 
 
 def test_few_picks_and_old_gpus_stay_sequential() -> None:
-    assert [one["kernel"] for one in launches("sm_90", 32, 8192, 255)] == ["registers"]
+    assert [one["kernel"] for one in launches("sm_90", 32, 8192, 383)] == ["registers"]
+    assert [one["kernel"] for one in launches("sm_90", 133, 1024, 512)] == ["registers"]
     assert [one["kernel"] for one in launches("sm_75", 32, 8192, 2048)] == ["registers"]
     assert [one["kernel"] for one in launches("sm_75", 1, 100_000, 25_000)] == ["large"]
 
