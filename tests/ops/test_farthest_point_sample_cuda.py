@@ -121,7 +121,7 @@ def test_cuda_offsets_beyond_2_to_the_31() -> None:
 
 @pytest.mark.parametrize("n", [400, 1024, 2048, 2500, 9000, 20_000, 70_000])
 def test_cuda_batches_on_hard_clouds(n: int) -> None:
-    """Every kind of cloud in one call, of different sizes and starts: many picks a round, in one block or more."""
+    """Every kind of cloud in one call, of different sizes and starts, in one block or in several."""
     kinds = [cloud for _, cloud in clouds(torch.Generator().manual_seed(n), n)]
     for few in range(0, len(kinds), 6):
         points = torch.stack(kinds[few : few + 6])
