@@ -34,7 +34,8 @@ def export_program(model: PointModel, num_points: int | None = None) -> Exported
 
     Returns:
         A program that takes `points [B, N, 3]` and, for a model with `input_features`, `features [B, N, F]`,
-        and gives logits. `torch.export.save` writes it to a file.
+        and gives logits. `torch.export.save` writes it to a file. There are no lengths: a cloud of fewer
+        points is filled up with NaN, which says the same.
 
     Example:
         >>> program = export_program(model)

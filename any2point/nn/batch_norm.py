@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -33,9 +35,12 @@ class BatchNorm(nn.Module):
             mean, var = mean.clone(), var.clone()
         return BatchNormTensors(self.weight, self.bias, mean, var)
 
-    def forward(self, rows: Tensor, valid: Tensor) -> Tensor:
-        """Normalise `rows [R, C]`; only those that are `valid [R]` count in the statistics."""
-        return masked_batch_norm(rows, self.tensors(), valid, training=self.training, momentum=0.1, eps=1e-5)
+    def forward(self, rows: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Normalise `rows [R, C]`; those that are `valid [R]`, by default all, count in the statistics."""
+        step: dict[str, Any] = {"training": self.training, "momentum": 0.1, "eps": 1e-5}
+        if valid is None:
+            return batch_norm(rows, self.tensors(), **step)
+        return masked_batch_norm(rows, self.tensors(), valid, **step)
 
     def extra_repr(self) -> str:
         return ", ".join(map(str, self.weight.shape))

@@ -232,8 +232,7 @@ class PointNetTokenizer(nn.Module):
     def _embed(self, x: Tensor) -> Tensor:
         """The network: `[B, T, K, 3 + F]` -> `[B, T, C]`."""
         shape = x.shape[:3]
-        valid = torch.ones(shape.numel(), dtype=torch.bool, device=x.device)
-        x = self.local(self.point_norm(self.point(x).flatten(0, 2), valid).relu()).view(*shape, -1)
+        x = self.local(self.point_norm(self.point(x).flatten(0, 2)).relu()).view(*shape, -1)
         x = torch.cat([x.amax(2, keepdim=True).expand_as(x), x], dim=-1)
-        x = self.token(self.both_norm(self.both(x).flatten(0, 2), valid).relu()).view(*shape, -1)
+        x = self.token(self.both_norm(self.both(x).flatten(0, 2)).relu()).view(*shape, -1)
         return x.amax(2)

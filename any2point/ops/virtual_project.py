@@ -69,7 +69,8 @@ def virtual_project(
     Deterministic: yes.
     Complexity: O(B V S C) time, O(B S C) memory.
 
-    Source: Any2Point (Tang et al., ECCV 2024), 3D-to-any virtual projection.
+    Source: Any2Point (Tang et al., ECCV 2024), 3D-to-any virtual projection; the perspective images follow
+        PointCLIP (Zhang et al., CVPR 2022).
 
     Example:
         >>> out = virtual_project(torch.rand(2, 128, 3), torch.rand(77, 64), torch.eye(3), cell=2)

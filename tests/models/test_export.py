@@ -150,3 +150,12 @@ def test_without_onnx(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(builtins, "__import__", refuse)
     with pytest.raises(ImportError, match=r"needs onnxscript: pip install any2point\[onnx\]"):
         export_onnx(tiny(), tmp_path / "model.onnx")
+
+
+def test_padding_of_an_exported_model() -> None:
+    """Points that are NaN say what lengths would."""
+    model = tiny()
+    points, lengths = clouds(2)[:, :24].contiguous(), torch.tensor([24, 9])
+    want = model(points, lengths=lengths)
+    points[1, 9:] = torch.nan
+    close(export_program(model).module()(points), want, 1e-5)
