@@ -21,7 +21,10 @@ struct Box {
 struct Extent {
   uint32_t low[3], high[3];  // high: inverted
   uint32_t count;            // of finite points, less one
-  uint32_t unused;
+  // Where all but a few points lie, by a sample; NaN if that is one place. The curve is drawn here, so that
+  // points far off do not coarsen it.
+  float usual_low[3], usual_high[3];
+  uint32_t unused[3];
 
   __device__ int64_t points() const { return uint32_t(count + 1); }
 };

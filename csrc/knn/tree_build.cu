@@ -35,9 +35,54 @@ __device__ uint32_t warp_min(uint32_t value) {
 #endif
 }
 
+// By the whole block: kThreads rows of a cloud, sorted along each axis. Between 1/32 and 31/32 of them the
+// cloud has its usual extent; the box is larger by the longest side of that.
+__device__ void find_usual_extent(const float* cloud, int64_t count, int64_t dim, Extent* extent) {
+  __shared__ float sample[3][kThreads];
+  __shared__ int finite_samples;
+  if (threadIdx.x == 0) finite_samples = 0;
+  __syncthreads();
+  const int thread = threadIdx.x;
+  const float3 p = row_of(cloud, dim, thread * count / kThreads);
+  const bool usable = finite_point(p);
+  sample[0][thread] = usable ? p.x : infinite();
+  sample[1][thread] = usable ? p.y : infinite();
+  sample[2][thread] = usable ? p.z : infinite();
+  if (usable) atomicAdd(&finite_samples, 1);
+  for (int size = 2; size <= kThreads; size *= 2) {
+    for (int stride = size / 2; stride > 0; stride /= 2) {
+      __syncthreads();
+      const int other = stride == size / 2 ? thread ^ (size - 1) : thread ^ stride;
+      if (other > thread) {
+        for (int c = 0; c < 3; c++) {
+          const float a = sample[c][thread], b = sample[c][other];
+          sample[c][thread] = fminf(a, b);
+          sample[c][other] = fmaxf(a, b);
+        }
+      }
+    }
+  }
+  __syncthreads();
+  if (thread != 0 || finite_samples == 0) return;
+  const int last = finite_samples - 1, low = finite_samples / 32;
+  float side = 0;
+  for (int c = 0; c < 3; c++) side = fmaxf(side, sample[c][last - low] - sample[c][low]);
+  if (side == 0) return;
+  for (int c = 0; c < 3; c++) {
+    extent->usual_low[c] = sample[c][low] - side;
+    extent->usual_high[c] = sample[c][last - low] + side;
+  }
+}
+
+// A block per cloud for its usual extent, the others for all rows.
 __global__ __launch_bounds__(kThreads) void extent_kernel(Rows rows, const float* points, int64_t dim,
                                                           Extent* extent) {
-  const Tile tile = tile_of(rows, kChunk, blockIdx.x);
+  if (blockIdx.x < rows.clouds) {
+    const int64_t number = blockIdx.x, count = rows.count(number);
+    if (count > 0) find_usual_extent(points + rows.begin(number) * dim, count, dim, extent + number);
+    return;
+  }
+  const Tile tile = tile_of(rows, kChunk, blockIdx.x - rows.clouds);
   if (tile.first < 0 || tile.first >= tile.last) return;
   const float* cloud = points + rows.begin(tile.cloud) * dim;
   uint32_t least[6] = {~0u, ~0u, ~0u, ~0u, ~0u, ~0u};
@@ -136,8 +181,9 @@ __device__ uint64_t place_in(const Extent& extent, float3 p, int bits) {
   float low[3], longest = 0;
 #pragma unroll
   for (int c = 0; c < 3; c++) {
-    low[c] = 0.5f * from_rising_bits(extent.low[c]);
-    longest = fmaxf(longest, 0.5f * from_rising_bits(~extent.high[c]) - low[c]);
+    low[c] = 0.5f * fmaxf(from_rising_bits(extent.low[c]), extent.usual_low[c]);
+    const float high = 0.5f * fminf(from_rising_bits(~extent.high[c]), extent.usual_high[c]);
+    longest = fmaxf(longest, high - low[c]);
   }
   const float scale = float(1u << bits) / longest;
   const uint32_t last = (1u << bits) - 1;
@@ -193,13 +239,13 @@ __device__ __forceinline__ void unite_lanes(Box* box, int d) {
 }
 
 // Points in order, their leaves and the level above: a block has the points of a node of level 1.
-__global__ __launch_bounds__(kThreads) void leaf_kernel(PointTree tree, const float* points, int64_t dim,
-                                                        const uint32_t* order) {
+__device__ void make_leaves(const PointTree& tree, const float* points, int64_t dim, const uint32_t* order,
+                            int64_t number) {
   __shared__ Box of_warp[kThreads / 32];
-  if (blockIdx.x == 0 && threadIdx.x < kLeaf) {
+  if (number == 0 && threadIdx.x < kLeaf) {
     tree.point[int64_t(tree.blank) * kLeaf + threadIdx.x] = {not_a_number(), 0, 0, 0};
   }
-  const Tile tile = tile_of(tree.rows, kThreads, blockIdx.x);
+  const Tile tile = tile_of(tree.rows, kThreads, number);
   if (tile.first < 0 || tile.first >= tile.last) return;
   const int64_t begin = tree.rows.begin(tile.cloud), count = tree.extent[tile.cloud].points();
   const int64_t i = tile.first + threadIdx.x, leaf = tree.first_node(0, tile.cloud) + i / kLeaf;
@@ -230,27 +276,10 @@ __global__ __launch_bounds__(kThreads) void leaf_kernel(PointTree tree, const fl
   tree.box[1][tree.first_node(1, tile.cloud) + tile.first / kThreads] = box;
 }
 
-// A warp per node of a higher level.
-__global__ __launch_bounds__(kThreads) void node_kernel(PointTree tree, int level) {
-  const int64_t number = int64_t(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
-  if (number >= PointTree::nodes(tree.rows, level)) return;
-  const int64_t size = PointTree::size(level), below = PointTree::size(level - 1);
-  const Tile tile = tile_of(tree.rows, size, number);
-  if (tile.first < 0) return;
-  const int lane = threadIdx.x % 32;
-  const int64_t count = tree.extent[tile.cloud].points(), child = tile.first / below + lane;
-  if (tile.first >= count) return;
-  Box box = empty_box();
-  if (child * below < count) box = tree.box[level - 1][tree.first_node(level - 1, tile.cloud) + child];
-  for (int d = 1; d < 32; d *= 2) unite_lanes(&box, d);
-  if (lane == 0) tree.box[level][tree.first_node(level, tile.cloud) + tile.first / size] = box;
-}
-
 // Queries in order, and where each would stand among the points of its cloud.
-__global__ __launch_bounds__(kThreads) void query_kernel(Keys keys, const uint64_t* key,
-                                                         const uint32_t* order, float4* query,
-                                                         uint32_t* nearest) {
-  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x, points = keys.rows.total;
+__device__ void place_query(const Keys& keys, const uint64_t* key, const uint32_t* order, float4* query,
+                            uint32_t* nearest, int64_t i) {
+  const int64_t points = keys.rows.total;
   if (i >= keys.query_rows.total) return;
   const int64_t row = order[points + i], cloud = cloud_of(keys.query_rows, row);
   const uint64_t from_key = key[points + i], wanted = from_key & ~(uint64_t(1) << (keys.total() - 1));
@@ -269,6 +298,42 @@ __global__ __launch_bounds__(kThreads) void query_kernel(Keys keys, const uint64
     }
   }
   nearest[i] = uint32_t(low - begin);
+}
+
+struct Ordered {
+  Keys keys;
+  const uint64_t* key;
+  const uint32_t* order;
+  float4* query;
+  uint32_t* nearest;
+  unsigned leaf_blocks;
+};
+
+// The first blocks make leaves, the others place queries.
+__global__ __launch_bounds__(kThreads) void leaf_kernel(PointTree tree, Ordered sorted) {
+  const Keys& keys = sorted.keys;
+  if (blockIdx.x < sorted.leaf_blocks) {
+    make_leaves(tree, keys.points, keys.dim, sorted.order, blockIdx.x);
+  } else {
+    const int64_t i = int64_t(blockIdx.x - sorted.leaf_blocks) * kThreads + threadIdx.x;
+    place_query(keys, sorted.key, sorted.order, sorted.query, sorted.nearest, i);
+  }
+}
+
+// A warp per node of a higher level.
+__global__ __launch_bounds__(kThreads) void node_kernel(PointTree tree, int level) {
+  const int64_t number = int64_t(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
+  if (number >= PointTree::nodes(tree.rows, level)) return;
+  const int64_t size = PointTree::size(level), below = PointTree::size(level - 1);
+  const Tile tile = tile_of(tree.rows, size, number);
+  if (tile.first < 0) return;
+  const int lane = threadIdx.x % 32;
+  const int64_t count = tree.extent[tile.cloud].points(), child = tile.first / below + lane;
+  if (tile.first >= count) return;
+  Box box = empty_box();
+  if (child * below < count) box = tree.box[level - 1][tree.first_node(level - 1, tile.cloud) + child];
+  for (int d = 1; d < 32; d *= 2) unite_lanes(&box, d);
+  if (lane == 0) tree.box[level][tree.first_node(level, tile.cloud) + tile.first / size] = box;
 }
 
 // Takes pieces of a workspace, or, without one, counts the bytes.
@@ -358,31 +423,31 @@ int build_tree(TreeSearch* search, void* workspace, cudaStream_t stream) {
 
   Keys keys{run.rows, run.query_rows, run.points, same ? nullptr : run.query, run.dim, plan.extent, 0, 0};
   keys.cloud_bits = bits_for(run.rows.clouds);
-  // All of the bits of the digits that are sorted by anyway.
+  // Enough to tell points apart that are several times closer than in a uniform cloud, and all of the bits of
+  // the digits that are sorted by for it.
   const int64_t most = run.rows.packed() ? run.rows.total : run.rows.padded;
-  const int other = keys.total(), digits = (other + bits_for(most) + 18 + 7) / 8;
+  const int other = keys.total(), finer = most <= 1 << 15 ? 11 : most <= 1 << 18 ? 18 : 25;
+  const int digits = (other + bits_for(most) + finer + 7) / 8;
   keys.bits = (8 * (digits < 8 ? digits : 8) - other) / 3;
   if (keys.bits > 20) keys.bits = 20;
 
   cudaError_t error = cudaMemsetAsync(plan.extent, 0xff, run.rows.clouds * sizeof(Extent), stream);
   if (error != cudaSuccess) return error;
-  extent_kernel<<<static_cast<unsigned>(tiles_of(run.rows, kChunk)), kThreads, 0, stream>>>(
-      run.rows, run.points, run.dim, plan.extent);
+  const auto extent_blocks = static_cast<unsigned>(run.rows.clouds + tiles_of(run.rows, kChunk));
+  extent_kernel<<<extent_blocks, kThreads, 0, stream>>>(run.rows, run.points, run.dim, plan.extent);
   key_kernel<<<blocks_for(plan.items, kThreads), kThreads, 0, stream>>>(keys, plan.sort.keys[0],
                                                                         plan.sort.values[0]);
   if (const int failed = radix_sort(&plan.sort, plan.items, 0, keys.total(), plan.scratch,
                                     static_cast<size_t>(plan.scratch_bytes), stream)) {
     return failed;
   }
-  leaf_kernel<<<static_cast<unsigned>(tiles_of(run.rows, kThreads)), kThreads, 0, stream>>>(
-      tree, run.points, run.dim, plan.sort.values[0]);
+  const Ordered sorted{keys,       plan.sort.keys[0], plan.sort.values[0],
+                       plan.query, plan.nearest,      static_cast<unsigned>(tiles_of(run.rows, kThreads))};
+  const unsigned query_blocks = same ? 0 : blocks_for(run.query_rows.total, kThreads);
+  leaf_kernel<<<sorted.leaf_blocks + query_blocks, kThreads, 0, stream>>>(tree, sorted);
   for (int level = 2; level <= tree.top; level++) {
     node_kernel<<<blocks_for(PointTree::nodes(run.rows, level), kThreads / 32), kThreads, 0, stream>>>(tree,
                                                                                                        level);
-  }
-  if (!same) {
-    query_kernel<<<blocks_for(run.query_rows.total, kThreads), kThreads, 0, stream>>>(
-        keys, plan.sort.keys[0], plan.sort.values[0], plan.query, plan.nearest);
   }
   return cudaGetLastError();
 }

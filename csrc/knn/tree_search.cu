@@ -43,16 +43,15 @@ __device__ __forceinline__ float least_float(float value) {
   for (int d = 16; d; d >>= 1) value = fminf(value, __shfl_xor_sync(kAll, value, d));
   return value;
 }
-__device__ __forceinline__ float most_float(float value) {
-  for (int d = 16; d; d >>= 1) value = fmaxf(value, __shfl_xor_sync(kAll, value, d));
-  return value;
-}
 
 // Lists and queues of a warp.
 struct WarpMemory {
   uint2 list[kEach][32];               // candidates of each lane: what they are ordered by, and the other one
   uint32_t near[kQueue];               // leaves that the walk has found
   uint32_t open[kQueue + 4 * kSteps];  // and those that are to be searched
+  float box[6];                        // of the queries: low, high
+  const Box* boxes[kMaxLevels];        // of the cloud, by level
+  int nodes[kMaxLevels];
 };
 
 // Sum, largest value over the lanes of a query.
@@ -194,8 +193,8 @@ struct Lane {
 };
 
 // Sorts the keys of the kLanes lanes of each query: lane l ends with those of rank l * kEach + r.
-template <int kLanes>
-__device__ __forceinline__ void sort(Key (&key)[kEach], int lane) {
+template <int kLanes, typename T>
+__device__ __forceinline__ void sort(T (&key)[kEach], int lane) {
 #pragma unroll
   for (int size = 2; size <= kEach * kLanes; size *= 2) {
 #pragma unroll
@@ -205,29 +204,64 @@ __device__ __forceinline__ void sort(Key (&key)[kEach], int lane) {
       if (stride < kEach) {
 #pragma unroll
         for (int r = 0; r < kEach; r++) {
-          const int other = mirrored ? r ^ (size - 1) % kEach : r ^ stride;
-          if (other < r || (mirrored && size > kEach)) continue;
-          const Key a = key[r], b = key[other];
-          const bool swap = b < a;
-          key[r] = swap ? b : a;
-          key[other] = swap ? a : b;
+          const int other = mirrored ? r ^ (size - 1) : r ^ stride;
+          if (other < r) continue;
+          const T a = key[r], b = key[other];
+          key[r] = min(a, b);
+          key[other] = max(a, b);
         }
       } else {
         const int mask = mirrored ? size / kEach - 1 : stride / kEach;
         const bool lower = (lane & (stride / kEach)) == 0;
-        Key given[kEach];
+        T given[kEach];
 #pragma unroll
         for (int r = 0; r < kEach; r++) {
           given[r] = __shfl_xor_sync(kAll, key[mirrored ? kEach - 1 - r : r], mask);
         }
 #pragma unroll
-        for (int r = 0; r < kEach; r++) {
-          const bool less = given[r] < key[r];
-          key[r] = less == lower ? given[r] : key[r];
-        }
+        for (int r = 0; r < kEach; r++) key[r] = lower ? min(given[r], key[r]) : max(given[r], key[r]);
       }
     }
   }
+}
+
+// Sorts the candidates of each query, `total` of them, by (distance, row): into `key`, as `sort` does.
+//
+// A network over 32 bits: the distance in 2^b steps of the largest one, then the place in the list. That does
+// not tell rows, and may confuse distances closer than a step (floats have finer ones near 0), so the result
+// is checked and, in that rare case, sorted by all bits.
+template <int kLanes>
+__device__ __forceinline__ void sort_by_distance(const WarpMemory& memory, int count, int total, int lane,
+                                                 Key (&key)[kEach]) {
+  constexpr unsigned kPlaces = kEach * kLanes, kStepsOfLargest = 0xffffffffu / kPlaces;
+  const int within = lane % kLanes;
+  float d[kEach], largest = 0;
+#pragma unroll
+  for (int r = 0; r < kEach; r++) {
+    d[r] = r < count ? __uint_as_float(memory.list[r][lane].x) : 0.0f;
+    largest = fmaxf(largest, d[r]);
+  }
+#pragma unroll
+  for (int s = 1; s < kLanes; s *= 2) largest = fmaxf(largest, __shfl_xor_sync(kAll, largest, s));
+  const float scale = float(kStepsOfLargest) / fminf(largest, 3.4028235e38f);
+  unsigned sorted[kEach];
+#pragma unroll
+  for (int r = 0; r < kEach; r++) {
+    const unsigned step = min(__float2uint_rz(d[r] * scale), kStepsOfLargest);
+    sorted[r] = r < count ? step * kPlaces + (r * kLanes + within) : 0xffffffffu;
+  }
+  sort<kLanes>(sorted, lane);
+#pragma unroll
+  for (int r = 0; r < kEach; r++) {
+    const int place = int(sorted[r] % kPlaces);
+    const uint2 next = memory.list[place / kLanes][lane - within + place % kLanes];
+    key[r] = within * kEach + r < total ? key_of(next.x, next.y) : ~Key(0);
+  }
+  const Key of_next_lane = __shfl_down_sync(kAll, key[0], 1);
+  bool wrong = within + 1 < kLanes && key[kEach - 1] > of_next_lane;
+#pragma unroll
+  for (int r = 1; r < kEach; r++) wrong |= key[r - 1] > key[r];
+  if (__any_sync(kAll, wrong)) sort<kLanes>(key, lane);
 }
 
 template <int kLanes, bool kFirst>
@@ -235,14 +269,17 @@ __device__ __forceinline__ void write(const Neighbours<float>& run, WarpMemory& 
                                       int64_t base, int64_t row, bool has_row) {
   Key key[kEach];
   __syncwarp();
+  const int total = sum_of_query<kLanes>(count), found = min(int(run.k), total), within = lane % kLanes;
+  if (kFirst) {
 #pragma unroll
-  for (int r = 0; r < kEach; r++) {
-    const uint2 next = memory.list[r][lane];
-    key[r] = r < count ? key_of(next.x, next.y) : ~Key(0);
+    for (int r = 0; r < kEach; r++) {
+      const uint2 next = memory.list[r][lane];
+      key[r] = r < count ? key_of(next.x, next.y) : ~Key(0);
+    }
+    sort<kLanes>(key, lane);
+  } else {
+    sort_by_distance<kLanes>(memory, count, total, lane, key);
   }
-  const int found = min(int(run.k), sum_of_query<kLanes>(count));
-  sort<kLanes>(key, lane);
-  const int within = lane % kLanes;
   bool by_distance = !kFirst;
   if (run.choice == Choice::set) {
 #pragma unroll
@@ -305,32 +342,31 @@ __global__ __launch_bounds__(32 * kWarps, 6) void tree_search_kernel(TreeSearch 
   WarpMemory& memory = memory_of[threadIdx.x / 32];
   Lane<kLanes, kFirst> self{memory, lane, int(run.k), most, {given.x, given.y, given.z}, limit, 0, 0, 0};
 
+  if (lane <= tree.top) {
+    memory.boxes[lane] = tree.box[lane] + tree.first_node(lane, tile.cloud);
+    memory.nodes[lane] = int((points + PointTree::size(lane) - 1) / PointTree::size(lane));
+  }
+
   while (true) {
     // Queries that are far from each other on the curve are answered one after the other.
     const unsigned waiting = __ballot_sync(kAll, pending);
     if (waiting == 0) break;
     const int leader = __shfl_sync(kAll, place, __ffs(waiting) - 1);
-    const bool active = pending && abs(place - leader) < kReach;
-    pending = pending && !active;
-    const float low_x = least_float(active ? given.x : infinite()),
-                high_x = most_float(active ? given.x : -infinite());
-    const float low_y = least_float(active ? given.y : infinite()),
-                high_y = most_float(active ? given.y : -infinite());
-    const float low_z = least_float(active ? given.z : infinite()),
-                high_z = most_float(active ? given.z : -infinite());
-    const int last_place = int(most_of_warp(active ? place : 0));
-    self.bound = !active ? 0 : kFirst ? key_of(0x80000000u, 0) : key_of(limit + 1, 0);
-    self.find_all_bounds();
+    bool walking = pending && abs(place - leader) < kReach;
+    pending = pending && !walking;
+    const int last_place = int(most_of_warp(walking ? place : 0));
+    self.bound = !walking ? 0 : kFirst ? key_of(0x80000000u, 0) : key_of(limit + 1, 0);
 
     // The leaves around them.
-    const int around = min(min(kQueue, run.k > 240 ? kQueue : int(run.k) / 4 + 2), leaves);
+    const int around = min(min(kQueue, int(run.k) * 3 / 8 + 2), leaves);
     const int window = max(0, min(leaves - around, (leader + last_place) / (2 * kLeaf) - around / 2));
     int open = around;
     for (int j = lane; j < around; j += 32) memory.open[j] = uint32_t(first_leaf) + window + j;
 
     int level = tree.top + 1, first = 0, kept_first = 0;
-    unsigned mask = 0, kept_mask = 0;  // lane l keeps those of level l
-    bool begun = false, done = false;
+    unsigned mask = 0, kept_mask = 0;  // of boxes of a level to walk to; lane l keeps those of level l
+    bool begun = false;
+    Key bound_so_far = 0;
     while (true) {
       // Search the leaves in memory.open.
       if (lane < kBatch) memory.open[open + lane] = tree.blank;
@@ -347,16 +383,19 @@ __global__ __launch_bounds__(32 * kWarps, 6) void tree_search_kernel(TreeSearch 
           for (int s = 0; s < kSteps; s++) self.append(point[s]);
         }
         const bool last = j + kBatch >= open;
-        if ((last && !begun) || __any_sync(kAll, self.bound != 0 && self.count > kEach - kSteps))
+        if ((last && !begun) || __any_sync(kAll, self.bound != 0 && self.count > kEach - kSteps)) {
           self.shorten();
+        }
         if (last) break;
       }
-      if (done) break;
+      if (!begun) bound_so_far = self.bound;
+      begun = true;
 
       // Walk on until there are leaves enough.
       int near = 0;
+      bool done = false;
       while (true) {
-        if (begun && level == 0) {
+        if (level == 0) {
           const int leaf = first + lane;
           const bool wanted = (mask >> lane & 1) && (leaf < window || leaf >= window + around);
           const unsigned lanes = __ballot_sync(kAll, wanted);
@@ -365,38 +404,58 @@ __global__ __launch_bounds__(32 * kWarps, 6) void tree_search_kernel(TreeSearch 
           mask = 0;
           if (near > kQueue - 32) break;
         }
-        if (begun && mask == 0) {
-          level++;
-          if (level > tree.top) {
-            done = true;
-            break;
-          }
-          mask = __shfl_sync(kAll, kept_mask, level);
-          first = __shfl_sync(kAll, kept_first, level);
-          continue;
-        }
         int node = 0;
-        if (begun) {
+        if (mask != 0) {
           node = first + __ffs(mask) - 1;
           mask &= mask - 1;
           if (lane == level) {
             kept_mask = mask;
             kept_first = first;
           }
+          level--;
+        } else if (level < tree.top) {
+          level++;
+          mask = __shfl_sync(kAll, kept_mask, level);
+          first = __shfl_sync(kAll, kept_first, level);
+          continue;
+        } else {
+          // From the top, for queries that are near to each other for the size of their balls.
+          if (near > 0) break;
+          const unsigned left = __ballot_sync(kAll, walking);
+          done = left == 0;
+          if (done) break;
+          const int from = __ffs(left) - 1;
+          const uint32_t ball = kFirst ? limit : first_of(__shfl_sync(kAll, bound_so_far, from));
+          const float reach = 4 * sqrtf(__uint_as_float(min(ball, 0x7f800000u)));
+          const float apart_x = fabsf(given.x - __shfl_sync(kAll, given.x, from));
+          const float apart_y = fabsf(given.y - __shfl_sync(kAll, given.y, from));
+          const float apart_z = fabsf(given.z - __shfl_sync(kAll, given.z, from));
+          const bool together = walking && fmaxf(apart_x, fmaxf(apart_y, apart_z)) <= reach;
+          walking = walking && !together;
+          self.bound = together ? bound_so_far : 0;
+          self.find_all_bounds();
+          float box[6] = {given.x, given.y, given.z, -given.x, -given.y, -given.z};
+#pragma unroll
+          for (int c = 0; c < 6; c++) box[c] = least_float(together ? box[c] : infinite());
+#pragma unroll
+          for (int c = 0; c < 6; c++) {
+            if (lane == c) memory.box[c] = c < 3 ? box[c] : -box[c];
+          }
+          __syncwarp();
+          level = tree.top;
         }
-        begun = true;
-        level--;
         first = node * kFanout;
         const int child = first + lane;
         bool wanted = false;
-        if (child * PointTree::size(level) < points) {
-          const Box box = tree.box[level][tree.first_node(level, tile.cloud) + child];
-          wanted =
-              self.wants(box.low.x - high_x, box.low.y - high_y, box.low.z - high_z, low_x - box.high.x,
-                         low_y - box.high.y, low_z - box.high.z, __float_as_uint(box.low.w), self.all_bounds);
+        if (child < memory.nodes[level]) {
+          const Box box = memory.boxes[level][child];
+          wanted = self.wants(box.low.x - memory.box[3], box.low.y - memory.box[4], box.low.z - memory.box[5],
+                              memory.box[0] - box.high.x, memory.box[1] - box.high.y,
+                              memory.box[2] - box.high.z, __float_as_uint(box.low.w), self.all_bounds);
         }
         mask = __ballot_sync(kAll, wanted);
       }
+      if (done) break;
       __syncwarp();
       // Of those the ones that a query wants.
       open = 0;
@@ -407,11 +466,13 @@ __global__ __launch_bounds__(32 * kWarps, 6) void tree_search_kernel(TreeSearch 
 #pragma unroll
         for (int d = 16; d >= kLanes; d /= 2) lanes |= lanes >> d;
         if (kLanes < 32) lanes &= (1u << kLanes % 32) - 1;
-        if (lane < kLanes && (lanes >> lane & 1))
+        if (lane < kLanes && (lanes >> lane & 1)) {
           memory.open[open + __popc(lanes & ((1u << lane) - 1))] = leaf;
+        }
         open += __popc(lanes);
       }
     }
+    self.bound = 0;
   }
   const int64_t row = query_begin + __float_as_uint(given.w);
   write<kLanes, kFirst>(run, memory, self.count, lane, run.rows.index_base(tile.cloud), row, has_row);
@@ -436,8 +497,8 @@ int neighbours_tree_cuda(const Neighbours<float>& run, void* workspace, void* st
   TreeSearch search{};
   search.run = run;
   if (const int error = build_tree(&search, workspace, stream)) return error;
-  const int k = static_cast<int>(run.k), slack = k + k / 4 + 1;
-  if (k <= 32) return launch<4>(search, slack, stream);
+  const int k = static_cast<int>(run.k), slack = k + k / 6 + 1;
+  if (k <= 20) return launch<4>(search, slack, stream);
   if (k <= 68) return launch<8>(search, slack < 80 ? slack : 80, stream);
   if (k <= 140) return launch<16>(search, slack < 160 ? slack : 160, stream);
   return launch<32>(search, slack < 320 ? slack : 320, stream);
