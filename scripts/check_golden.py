@@ -29,7 +29,9 @@ def main() -> int:
     for variant in names:
         for hot in (False, True):
             dump = golden.load_complete(folder, variant, hot=hot)
-            rows = parity.compare(variant, dump, torch.from_numpy(dump.values["pts"]), hot=hot)
+            model = parity.build(variant, golden.state_dict(variant, hot=hot), hot=hot)
+            points = torch.from_numpy(dump.values["pts"])
+            rows = parity.compare(model, variant, dump, points, hot=hot)
             kind = "hot" if hot else "plain"
             print(f"\n{variant}, {kind}: {len(dump.values)} arrays, {len(rows)} comparisons")
             for group in dict.fromkeys(row.group for row in rows):

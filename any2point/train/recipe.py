@@ -105,15 +105,16 @@ class Recipe:
     def override(self, options: Mapping[str, Any]) -> Recipe:
         """A recipe with options replaced, named as in `--set`: "data", "model.views", "train.lr", ...
 
-        A new `data` drops the options of the old one. With `parity`, whatever its place, the training section
-        becomes the official one before anything else is replaced.
+        In whatever order: with `parity` the training section becomes the official one before anything else is
+        replaced, and a new `data` drops the options of the old one before others are set.
         """
         values = self.to_dict()
         if options.get("parity") == "official":
             values["parity"], values["train"] = "official", {}
             values = Recipe.from_dict(values).to_dict()
-        for name, value in options.items():
+        for name in sorted(options, key=lambda name: name != "data"):
             part, _, rest = name.partition(".")
+            value = options[name]
             if rest and part in _PARTS:
                 values[part][rest] = value
             elif not rest and part not in _PARTS and part in values:
@@ -141,9 +142,9 @@ def load_recipe(name: str | Path) -> Recipe:
     import yaml
 
     path = Path(name)
-    if not path.exists() and (RECIPES / f"{name}.yaml").exists():
+    if not path.is_file() and (RECIPES / f"{name}.yaml").is_file():
         path = RECIPES / f"{name}.yaml"
-    if not path.exists():
+    if not path.is_file():
         shipped = ", ".join(shipped_recipes())
         raise FileNotFoundError(
             f"{name}: no such file, and no recipe of this name; the package has {shipped}"

@@ -14,7 +14,8 @@ import parity
 import pytest
 import torch
 
-from any2point.models.official import VARIANTS, differences, official_state
+from any2point import Any2Point
+from any2point.models.official import VARIANTS
 
 MAIN = ("clip-text/scanobjectnn", "dinov2/scanobjectnn")
 OTHERS = tuple(name for name in VARIANTS if name not in MAIN)
@@ -45,32 +46,15 @@ def test_nothing_is_missing(variant: str, hot: bool) -> None:
     assert set(dump.buffer_norms) == {p.name for p in golden.parameters(variant) if "running" in p.name}
 
 
-def check(variant: str, *, hot: bool) -> None:
-    rows = parity.compare(variant, golden.load(variant, hot=hot), golden.points(variant), hot=hot)
+def check(variant: str, device: str, *, hot: bool) -> None:
+    state = golden.state_dict(variant, hot=hot)
+    model = parity.build(variant, state, hot=hot)
+    check_size(model, variant)
+    check_way_back(model, variant, state)
+    model, points = model.to(device), golden.points(variant).to(device)
+    rows = parity.compare(model, variant, golden.load(variant, hot=hot), points, hot=hot)
     wrong = [f"{row.key}: {row.error:.2e}, allowed {row.allowed:.0e}" for row in rows if row.wrong]
     assert not wrong, "\n".join(wrong)
-
-
-@pytest.mark.parametrize("variant", MAIN)
-@pytest.mark.parametrize("hot", [False, True], ids=["plain", "hot"])
-def test_official(variant: str, hot: bool) -> None:
-    check(variant, hot=hot)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("variant", OTHERS)
-@pytest.mark.parametrize("hot", [False, True], ids=["plain", "hot"])
-def test_official_others(variant: str, hot: bool) -> None:
-    check(variant, hot=hot)
-
-
-def test_unknown_values_are_an_error() -> None:
-    values = {"tokens": parity.Value("tokenizer", torch.zeros(4, 128, 16))}
-    assert parity.select(values, "tokens_full01_c8")[1].shape == (2, 128, 2)
-    with pytest.raises(AssertionError, match="tokens2_c8: the dump has it"):
-        parity.select(values, "tokens2_c8")
-    assert parity.Row("nan", "block", float("nan"), 1.0).wrong
-    assert golden.relative_error(torch.zeros(2), np.ones((2, 1))) == float("inf")
 
 
 PUBLISHED = {  # trained without the head, trained, all
@@ -83,30 +67,40 @@ PUBLISHED = {  # trained without the head, trained, all
 }
 
 
-def check_size_and_way_back(variant: str) -> None:
-    """The published counts of parameters; and the official state dict comes back bit for bit."""
-    model = parity.build(variant)
+def check_size(model: Any2Point, variant: str) -> None:
     summary = model.summary()
     without, trained, total = PUBLISHED[variant]
     assert (summary.trained_without_head, summary.trained) == (without, trained)
     assert summary.trained + summary.frozen == total
 
-    state = golden.state_dict(variant)
-    assert differences(model, variant) == []
-    wrapper = "model" if variant.endswith("scanobjectnn") else "base_model"
-    prefix = "" if wrapper == "model" else "module."
-    back = model.to_official()
-    assert back[wrapper].keys() == {prefix + name for name in state}
-    assert all(torch.equal(back[wrapper][prefix + name], value) for name, value in state.items())
-    assert official_state(model, variant).keys() == state.keys()
+
+def check_way_back(model: Any2Point, variant: str, state: dict[str, torch.Tensor]) -> None:
+    """The official state dict comes back bit for bit, in the wrapper that the official loaders expect."""
+    scan = variant.endswith("scanobjectnn")
+    back = model.to_official()["model" if scan else "base_model"]
+    prefix = "" if scan else "module."
+    assert back.keys() == {prefix + name for name in state}
+    for name, value in state.items():
+        assert torch.equal(back[prefix + name], value), name
 
 
 @pytest.mark.parametrize("variant", MAIN)
-def test_size_and_way_back(variant: str) -> None:
-    check_size_and_way_back(variant)
+@pytest.mark.parametrize("hot", [False, True], ids=["plain", "hot"])
+def test_official(variant: str, hot: bool, device: str) -> None:
+    check(variant, device, hot=hot)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", OTHERS)
-def test_size_and_way_back_of_others(variant: str) -> None:
-    check_size_and_way_back(variant)
+@pytest.mark.parametrize("hot", [False, True], ids=["plain", "hot"])
+def test_official_others(variant: str, hot: bool, device: str) -> None:
+    check(variant, device, hot=hot)
+
+
+def test_unknown_values_are_an_error() -> None:
+    values = {"tokens": parity.Value("tokenizer", torch.zeros(4, 128, 16))}
+    assert parity.select(values, "tokens_full01_c8")[1].shape == (2, 128, 2)
+    with pytest.raises(AssertionError, match="tokens2_c8: the dump has it"):
+        parity.select(values, "tokens2_c8")
+    assert parity.Row("nan", "block", float("nan"), 1.0).wrong
+    assert golden.relative_error(torch.zeros(2), np.ones((2, 1))) == float("inf")

@@ -45,7 +45,10 @@ def test_shipped(name: str) -> None:
     assert Recipe.from_dict(recipe.to_dict()) == recipe
 
 
-def test_names() -> None:
+def test_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "clip-text" / "modelnet40").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert load_recipe("clip-text/modelnet40").data == "modelnet40"  # a folder of that name is no recipe
     assert set(shipped_recipes()) == {"sh3d15-minilm", *VARIANTS}
     with pytest.raises(
         FileNotFoundError, match="the package has clip-text/modelnet40, clip-text/scanobjectnn"
@@ -95,6 +98,8 @@ def test_overrides() -> None:
     placed = recipe.override({"data_options.root": "/data"})
     assert placed.data_options == {"variant": "PB_T50_RS", "root": "/data"}
     assert placed.override({"data": "sh3d15"}).data_options == {}
+    other = placed.override({"data_options.layout": "h5", "data": "modelnet40"})
+    assert other.data_options == {"layout": "h5"}
     assert placed.override({"data": "scanobjectnn"}).data_options == placed.data_options
     for options, message in (
         ({"parity": "exact"}, "`parity`: expected official or none, got 'exact'"),
@@ -181,9 +186,9 @@ def clip_checkpoint(path: Path, width: int = 64, depth: int = 2) -> Path:
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """ScanObjectNN in its published layout with 8 clouds in each file, and a tiny CLIP."""
+    """ScanObjectNN in its published layout with 4 clouds in each file, and a tiny CLIP."""
     root = tmp_path_factory.mktemp("published")
-    return write_scanobjectnn(root / "data", 2, classes=4), clip_checkpoint(root / "ViT-L-14.pt")
+    return write_scanobjectnn(root / "data", 2, classes=2), clip_checkpoint(root / "ViT-L-14.pt")
 
 
 @pytest.mark.filterwarnings("ignore:.*clouds of the published file")
@@ -193,7 +198,7 @@ def test_train_command(
 ) -> None:
     data, clip = map(str, files)
     run = tmp_path / "run"
-    arguments = ["--data", data, "--source", clip, "--epochs", "1", "--batch-size", "4", "--device", "cpu"]
+    arguments = ["--data", data, "--source", clip, "--epochs", "1", "--batch-size", "2", "--device", "cpu"]
     switch = ["--parity", "official"] if parity else []
     assert (
         main(["train", "--recipe", "clip-text/scanobjectnn", *arguments, *switch, "--output", str(run)]) == 0
@@ -205,9 +210,10 @@ def test_train_command(
     assert saved.train.select == ("test" if parity else "validation")
     config = json.loads((run / "config.json").read_text())["config"]
     assert (config["attention_axis"], config["neighbors"]) == ("batch" if parity else "tokens", 81)
-    assert main(["eval", str(run), "--device", "cpu"]) == 0
-    assert "accuracy" in capsys.readouterr().out
-    assert main(["train", "--resume", "--output", str(run)]) == 0
+    if parity:
+        assert main(["train", "--resume", "--output", str(run)]) == 0  # its recipe is read as it was written
+        assert main(["eval", str(run), "--device", "cpu"]) == 0
+        assert "accuracy" in capsys.readouterr().out
 
 
 def test_train_refuses_other_sources(
