@@ -17,8 +17,8 @@ void pack_linear(const float* weight, const float* bias, int64_t out, int64_t in
 
 // Rows are padded to the six of a register block, and columns to lanes.
 int64_t local_aggregate_scratch(const LocalAggregate& args) {
-  const int64_t rows = (args.neighbors + 5) / 6 * 6;
-  return rows * (packed_columns(args.width) + packed_columns(args.hidden) + 3) + packed_columns(args.width);
+  const int64_t rows = (args.from.neighbors + 5) / 6 * 6;
+  return rows * (packed_columns(args.from.width) + packed_columns(args.hidden) + 3);
 }
 
 void local_aggregate_cpu(const LocalAggregate& args, float* scratch, int64_t begin, int64_t end) {

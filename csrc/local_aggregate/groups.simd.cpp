@@ -5,182 +5,11 @@
 // (1024 points, K = 81) that is 13.2 GFLOP per cloud, and 12 million pairs of sine and cosine beside it.
 // Measured on one AVX-512 core (AMD Zen 5): 59 ms per cloud, 225 GFLOP/s over all, of which the sines take 6
 // ms; the composition of torch ops takes 680 ms. What is left is half precision: products of bfloat16 pairs.
-#include <float.h>
-#include <math.h>
-#include <string.h>
-
-#include "common/simd.h"
-#include "local_aggregate/kernel.h"
+#include "local_aggregate/tile.h"
 
 namespace any2point {
 namespace A2P_ISA {
 namespace {
-
-// A register block is kRows rows by up to kVectors vectors: 24 (12) accumulators of the 32 (16) registers.
-constexpr int kRows = 6;
-#if defined(__AVX512F__)
-constexpr int kVectors = 4;
-#else
-constexpr int kVectors = 2;
-#endif
-constexpr int64_t kPanel = kVectors * kLanes;
-
-int64_t padded(int64_t columns) { return (columns + kLanes - 1) / kLanes * kLanes; }
-
-// Polynomials of least largest error on [-pi, pi], found by Lawson's iteration: 1e-9 and 1e-8.
-constexpr float kSine[] = {1.0f,
-                           -0.166666641831398f,
-                           0.00833331048488617f,
-                           -0.00019840153981931508f,
-                           2.752944055828266e-06f,
-                           -2.467684723228558e-08f,
-                           1.345107636385734e-10f};
-constexpr float kCosine[] = {1.0f,
-                             -0.49999988079071045f,
-                             0.04166648909449577f,
-                             -0.0013887807726860046f,
-                             2.4769957235548645e-05f,
-                             -2.707968462800636e-07f,
-                             1.724727471952292e-09f};
-// Beyond this many radians the reduction below would lose digits.
-constexpr float kFar = 1e5f;
-
-struct SineCosine {
-  Float sine, cosine;
-};
-
-// Within 6e-7 of the exact values.
-A2P_INLINE SineCosine sine_cosine(Float angle) {
-  if (less(splat(kFar), angle) | less(angle, splat(-kFar))) {
-    float lane[kLanes], sine[kLanes], cosine[kLanes];
-    store(lane, angle);
-    for (int i = 0; i < kLanes; i++) {
-      sine[i] = sinf(lane[i]);
-      cosine[i] = cosf(lane[i]);
-    }
-    return {load(sine), load(cosine)};
-  }
-  // Adding and taking away 1.5 * 2^23 rounds to a whole number of turns; 2 pi is subtracted in two parts.
-  const Float round = splat(12582912.0f);
-  const Float turns = sub(add(mul(angle, splat(0.15915494309189535f)), round), round);
-  const Float minus = sub(splat(0.0f), turns);
-  Float r = fma(minus, splat(6.2831854820251465f), angle);
-  r = fma(minus, splat(-1.7484556000744883e-07f), r);
-  const Float square = mul(r, r);
-  Float s = splat(kSine[6]), c = splat(kCosine[6]);
-#pragma GCC unroll 8
-  for (int i = 5; i >= 0; i--) {
-    s = fma(s, square, splat(kSine[i]));
-    c = fma(c, square, splat(kCosine[i]));
-  }
-  return {mul(s, r), c};
-}
-
-// acc = x [kRows, depth] w [depth, V lanes].
-template <int V>
-A2P_INLINE void multiply(const float* x, int64_t stride, const float* w, int64_t depth, Float acc[kRows][V]) {
-  for (int64_t d = 0; d < depth; d++, w += V * kLanes) {
-    Float column[V];
-#pragma GCC unroll 8
-    for (int v = 0; v < V; v++) column[v] = load(w + v * kLanes);
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; r++) {
-      const Float value = splat(x[r * stride + d]);
-#pragma GCC unroll 8
-      for (int v = 0; v < V; v++) acc[r][v] = fma(value, column[v], acc[r][v]);
-    }
-  }
-}
-
-// y [rows, out] = ReLU(x [rows, in] w + bias), or with `kResidual` ReLU(y + x w + bias); one panel.
-template <int V, bool kResidual>
-void panel(const float* x, int64_t x_stride, const float* w, const float* bias, int64_t depth, float* y,
-           int64_t y_stride, int64_t rows) {
-  const Float zero = splat(0.0f);
-  for (int64_t row = 0; row < rows; row += kRows) {
-    Float acc[kRows][V];
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; r++) {
-#pragma GCC unroll 8
-      for (int v = 0; v < V; v++) acc[r][v] = load(bias + v * kLanes);
-    }
-    multiply<V>(x + row * x_stride, x_stride, w, depth, acc);
-    for (int r = 0; r < kRows; r++) {
-      float* to = y + (row + r) * y_stride;
-#pragma GCC unroll 8
-      for (int v = 0; v < V; v++) {
-        const Float value = kResidual ? add(acc[r][v], load(to + v * kLanes)) : acc[r][v];
-        store(to + v * kLanes, max(zero, value));  // in this order a NaN stays
-      }
-    }
-  }
-}
-
-template <bool kResidual>
-void layer(const float* x, int64_t x_stride, const PackedLinear& weights, int64_t in, int64_t out, float* y,
-           int64_t y_stride, int64_t rows) {
-  const int64_t columns = padded(out);
-  const float* w = weights.weight;
-  for (int64_t first = 0; first < columns; first += kPanel) {
-    const int64_t vectors = (columns - first < kPanel ? columns - first : kPanel) / kLanes;
-    const float* bias = weights.bias + first;
-    float* to = y + first;
-    switch (vectors) {
-#if defined(__AVX512F__)
-      case 4:
-        panel<4, kResidual>(x, x_stride, w, bias, in, to, y_stride, rows);
-        break;
-      case 3:
-        panel<3, kResidual>(x, x_stride, w, bias, in, to, y_stride, rows);
-        break;
-#endif
-      case 2:
-        panel<2, kResidual>(x, x_stride, w, bias, in, to, y_stride, rows);
-        break;
-      default:
-        panel<1, kResidual>(x, x_stride, w, bias, in, to, y_stride, rows);
-    }
-    w += in * vectors * kLanes;
-  }
-}
-
-// The largest |offset| of each axis; NaN if there is one.
-void largest_offsets(const float* offset, int64_t count, float largest[3]) {
-  largest[0] = largest[1] = largest[2] = 0;
-  for (int64_t k = 0; k < count; k++) {
-    for (int axis = 0; axis < 3; axis++) {
-      const float size = fabsf(offset[3 * k + axis]);
-      if (size > largest[axis] || size != size) largest[axis] = size;
-    }
-  }
-}
-
-A2P_INLINE void add_lanes(float* to, Float value, int64_t lanes) {
-  if (lanes >= kLanes) {
-    store(to, add(load(to), value));
-    return;
-  }
-  float lane[kLanes];
-  store(lane, value);
-  for (int64_t j = 0; j < lanes; j++) to[j] += lane[j];
-}
-
-// x [K, stride] += sine and cosine of the offsets, C / 6 of each per axis. `wavelength` is padded to lanes.
-void add_encoding(const LocalAggregate& args, const float* wavelength, const float* offset, float* x,
-                  int64_t stride) {
-  const int64_t count = args.width / 6;
-  for (int64_t k = 0; k < args.neighbors; k++) {
-    for (int axis = 0; axis < 3; axis++) {
-      const Float scaled = splat(args.beta * offset[3 * k + axis]);
-      float* to = x + k * stride + axis * 2 * count;
-      for (int64_t i = 0; i < count; i += kLanes) {
-        const SineCosine value = sine_cosine(div(scaled, load(wavelength + i)));
-        add_lanes(to + i, value.sine, count - i);
-        add_lanes(to + count + i, value.cosine, count - i);
-      }
-    }
-  }
-}
 
 // out [C] = the largest of the rows x [K, stride], NaN if one of them is.
 void largest_rows(const float* x, int64_t stride, int64_t rows, int64_t width, float* out) {
@@ -222,60 +51,21 @@ void pack_panels(const float* weight, const float* bias, int64_t out, int64_t in
 }
 
 void aggregate_groups(const LocalAggregate& args, float* scratch, int64_t begin, int64_t end) {
-  const int64_t count = args.neighbors, half = args.width / 2;
-  const int64_t rows = (count + kRows - 1) / kRows * kRows, columns = padded(args.width);
+  const int64_t count = args.from.neighbors, width = args.from.width;
+  const int64_t rows = (count + kRows - 1) / kRows * kRows, columns = padded(width);
   const int64_t hidden_stride = padded(args.hidden);
   float* x = scratch;
   float* hidden = x + rows * columns;
-  float* wavelength = hidden + rows * hidden_stride;
-  float* offset = wavelength + columns;
+  float* offset = hidden + rows * hidden_stride;
   memset(x, 0, sizeof(float) * rows * columns);  // padding, which the products read
-  for (int64_t i = 0; i < columns; i++) wavelength[i] = i < args.width / 6 ? args.wavelength[i] : 1.0f;
-  const float origin[3] = {0, 0, 0};
-
   for (int64_t group = begin; group < end; group++) {
-    const int64_t cloud = group / args.centers, base = cloud * args.rows;
-    const int64_t middle = args.center[group];
-    const float* here = middle < 0 ? origin : args.points + 3 * (base + middle);
-    const float* own = middle < 0 ? nullptr : args.features + half * (base + middle);
-    const int64_t* neighbor = args.neighbor + group * count;
-    for (int64_t k = 0; k < count; k++) {
-      const int64_t row = neighbor[k] < 0 ? middle : neighbor[k];
-      const float* there = row < 0 ? origin : args.points + 3 * (base + row);
-      for (int axis = 0; axis < 3; axis++) offset[3 * k + axis] = there[axis] - here[axis];
-      float* to = x + k * columns;
-      if (row < 0) {
-        memset(to, 0, sizeof(float) * half);
-      } else {
-        memcpy(to, args.features + half * (base + row), sizeof(float) * half);
-      }
-      if (own) {
-        memcpy(to + half, own, sizeof(float) * half);
-      } else {
-        memset(to + half, 0, sizeof(float) * half);
-      }
-    }
-
-    float divisor[3];
-    if (args.divisor) {
-      divisor[0] = divisor[1] = divisor[2] = args.divisor[cloud];
-    } else {
-      largest_offsets(offset, count, divisor);
-      for (int axis = 0; axis < 3; axis++) {
-        // Written so that NaN stays.
-        if (args.guard && divisor[axis] <= FLT_MIN) divisor[axis] = 1;
-      }
-    }
-    for (int64_t i = 0; i < 3 * count; i++) offset[i] /= divisor[i % 3];
-    add_encoding(args, wavelength, offset, x, columns);
-
+    build_rows(args.from, group, offset, x, columns);
     for (int64_t u = 0; u < args.unit_count; u++) {
       const FoldedUnit& unit = args.units[u];
-      layer<false>(x, columns, unit.in, args.width, unit.hidden, hidden, hidden_stride, rows);
-      layer<true>(hidden, hidden_stride, unit.out, unit.hidden, args.width, x, columns, rows);
+      layer<Into::relu>(x, columns, unit.in, width, unit.hidden, hidden, hidden_stride, rows);
+      layer<Into::add_relu>(hidden, hidden_stride, unit.out, unit.hidden, width, x, columns, rows);
     }
-
-    largest_rows(x, columns, count, args.width, args.out + group * args.width);
+    largest_rows(x, columns, count, width, args.out + group * width);
   }
 }
 

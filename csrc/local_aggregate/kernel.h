@@ -1,16 +1,38 @@
-// Local aggregation in evaluation mode, in one pass over each group of neighbours. Torch-free.
+// Local aggregation on the CPU, a few groups of neighbours at a time. Torch-free.
 #pragma once
 
 #include <stdint.h>
 
 namespace any2point {
 
-// A linear layer as the kernel reads it: panels of panel_width columns (fewer, in lanes, for the last), each
+// Where the rows x [B S K, C] come from.
+struct Neighborhoods {
+  const float* points;      // [B, N, 3]
+  const float* features;    // [B, N, C / 2]
+  const int64_t* center;    // [B, S], in -1..N-1; -1: a point at the origin without features
+  const int64_t* neighbor;  // [B, S, K], below N; below 0: the centre itself
+  const float* divisor;     // [B], or null: the largest offset of a group, axis by axis
+  const float* wavelength;  // [C / 6], and ones up to a multiple of 16
+  int64_t rows;             // N
+  int64_t centers;          // S
+  int64_t neighbors;        // K > 0
+  int64_t width;            // C, even
+  float beta;               // factor on the offset before it is divided by the wavelengths
+  bool guard;               // a group that is flat along an axis has offset 0 there, instead of 0/0
+};
+
+// A linear layer as the kernels read it: panels of a few vectors of columns (fewer in the last), each
 // [in, columns]. Columns beyond `out` are zero, up to a whole number of lanes.
 struct PackedLinear {
   const float* weight;
   const float* bias;  // [packed_columns(out)]
 };
+
+// Floats that a layer with `out` columns takes up when packed, per row of its input.
+int64_t packed_columns(int64_t out);
+// weight [out, in] and bias [out] (or null) into packed [in * packed_columns(out)] and packed_bias.
+void pack_linear(const float* weight, const float* bias, int64_t out, int64_t in, float* packed,
+                 float* packed_bias);
 
 // x -> ReLU(x + out(ReLU(in(x)))), the batch normalisations folded into the layers.
 struct FoldedUnit {
@@ -18,30 +40,14 @@ struct FoldedUnit {
   int64_t hidden;  // H
 };
 
+// Evaluation.
 struct LocalAggregate {
-  const float* points;      // [B, N, 3]
-  const float* features;    // [B, N, C / 2]
-  const int64_t* center;    // [B, S], in -1..N-1; -1: a point at the origin without features
-  const int64_t* neighbor;  // [B, S, K], below N; below 0: the centre itself
-  const float* divisor;     // [B], or null: the largest offset of a group, axis by axis
-  const float* wavelength;  // [C / 6], ascending
+  Neighborhoods from;
   const FoldedUnit* units;
-  float* out;  // [B, S, C]
   int64_t unit_count;
-  int64_t rows;       // N
-  int64_t centers;    // S
-  int64_t neighbors;  // K > 0
-  int64_t width;      // C, even
-  int64_t hidden;     // the largest H
-  float beta;         // factor on the offset before it is divided by the wavelengths
-  bool guard;         // a group that is flat along an axis has offset 0 there, instead of 0/0
+  int64_t hidden;  // the largest H
+  float* out;      // [B, S, C]
 };
-
-// Floats that a layer with `out` columns takes up when packed, per row of its input.
-int64_t packed_columns(int64_t out);
-// weight [out, in] and bias [out] into packed [in * packed_columns(out)] and packed_bias.
-void pack_linear(const float* weight, const float* bias, int64_t out, int64_t in, float* packed,
-                 float* packed_bias);
 
 // What one thread needs, in floats.
 int64_t local_aggregate_scratch(const LocalAggregate& args);

@@ -27,33 +27,54 @@ const int64_t* rows_below(const char* name, const Tensor& index, int64_t lowest,
   return values;
 }
 
-Tensor local_aggregate(const Tensor& points, const Tensor& features, const Tensor& center_,
-                       const Tensor& neighbor_, const OptionalTensor& divisor, const Tensor& wavelength,
-                       std::vector<Tensor> tensors, double beta, bool guard) {
+// The checked arguments, with what their pointers point into.
+struct From {
+  Neighborhoods rows;
+  int64_t clouds;
+  Tensor center, neighbor;
+  std::vector<float> wavelength;
+};
+
+From neighborhoods(const Tensor& points, const Tensor& features, const Tensor& center_,
+                   const Tensor& neighbor_, const OptionalTensor& divisor, const Tensor& wavelength,
+                   double beta, bool guard) {
   A2P_CHECK(features.dim() == 3 && center_.dim() == 2 && neighbor_.dim() == 3,
             "features, center, neighbor: expected [B, N, C / 2], [B, S] and [B, S, K]");
   const int64_t clouds = features.size(0), rows = features.size(1), width = 2 * features.size(2);
   const int64_t centers = center_.size(1), neighbors = neighbor_.size(2);
   A2P_CHECK(neighbors > 0, "neighbor: expected [B, S, K] with K > 0");
-  A2P_CHECK(tensors.size() % 4 == 0, "units: expected four tensors each");
-  const Tensor center = index_tensor("center", center_, {clouds, centers}, features);
-  const Tensor neighbor = index_tensor("neighbor", neighbor_, {clouds, centers, neighbors}, features);
-  Tensor out = torch::stable::new_empty(features, {clouds, centers, width});
-
-  LocalAggregate args{};
+  From from{{},
+            clouds,
+            index_tensor("center", center_, {clouds, centers}, features),
+            index_tensor("neighbor", neighbor_, {clouds, centers, neighbors}, features),
+            {}};
+  const float* lengths = floats("wavelength", wavelength, {width / 6});
+  from.wavelength.assign(lengths, lengths + width / 6);
+  from.wavelength.resize(packed_columns(width / 6), 1.0f);
+  Neighborhoods& args = from.rows;
   args.points = floats("points", points, {clouds, rows, 3});
   args.features = floats("features", features, {clouds, rows, width / 2});
-  args.center = rows_below("center", center, -1, rows);
-  args.neighbor = rows_below("neighbor", neighbor, INT64_MIN, rows);
+  args.center = rows_below("center", from.center, -1, rows);
+  args.neighbor = rows_below("neighbor", from.neighbor, INT64_MIN, rows);
   args.divisor = divisor ? floats("divisor", *divisor, {clouds}) : nullptr;
-  args.wavelength = floats("wavelength", wavelength, {width / 6});
-  args.out = static_cast<float*>(out.mutable_data_ptr());
+  args.wavelength = from.wavelength.data();
   args.rows = rows;
   args.centers = centers;
   args.neighbors = neighbors;
   args.width = width;
   args.beta = static_cast<float>(beta);
   args.guard = guard;
+  return from;
+}
+
+Tensor local_aggregate(const Tensor& points, const Tensor& features, const Tensor& center,
+                       const Tensor& neighbor, const OptionalTensor& divisor, const Tensor& wavelength,
+                       std::vector<Tensor> tensors, double beta, bool guard) {
+  A2P_CHECK(tensors.size() % 4 == 0, "units: expected four tensors each");
+  const From from = neighborhoods(points, features, center, neighbor, divisor, wavelength, beta, guard);
+  const int64_t width = from.rows.width, groups = from.clouds * from.rows.centers;
+  Tensor out = torch::stable::new_empty(features, {from.clouds, from.rows.centers, width});
+  LocalAggregate args{from.rows, nullptr, 0, 0, static_cast<float*>(out.mutable_data_ptr())};
 
   std::vector<FoldedUnit> units(tensors.size() / 4);
   int64_t floats_needed = 0;
@@ -83,7 +104,7 @@ Tensor local_aggregate(const Tensor& points, const Tensor& features, const Tenso
   args.unit_count = static_cast<int64_t>(units.size());
 
   const int64_t scratch = local_aggregate_scratch(args);
-  torch::stable::parallel_for(0, clouds * centers, 8, [&](int64_t begin, int64_t end) {
+  torch::stable::parallel_for(0, groups, 8, [&](int64_t begin, int64_t end) {
     std::vector<float> room(scratch);
     local_aggregate_cpu(args, room.data(), begin, end);
   });
