@@ -48,6 +48,34 @@ STABLE_TORCH_LIBRARY(any2point, m) {
       "_farthest_point_launches(int capability, int processors, int shared, bool cooperative, int clouds, "
       "int most, bool packed, bool ragged, int samples) -> str");
 
+  // Training on the CPU, pass by pass (csrc/local_aggregate/train.h). done: before [M, H], scale, shift [H],
+  // weight [C, H] and bias [C] of each unit before. Sums come as one row per chunk, padded as the kernels do.
+  m.def(
+      "_local_aggregate_project(Tensor points, Tensor features, Tensor center, Tensor neighbor, Tensor? "
+      "divisor, Tensor wavelength, float beta, bool guard, Tensor[] done, Tensor weight, Tensor bias) -> "
+      "(Tensor before, Tensor mean, Tensor spread, Tensor count)");
+  m.def(
+      "_local_aggregate_gram(Tensor before, Tensor scale, Tensor shift, int neighbors) -> (Tensor gram, "
+      "Tensor "
+      "sum)");
+  m.def(
+      "_local_aggregate_max(Tensor points, Tensor features, Tensor center, Tensor neighbor, Tensor? divisor, "
+      "Tensor wavelength, float beta, bool guard, Tensor[] done) -> (Tensor out, Tensor argmax)");
+  m.def(
+      "_local_aggregate_out_sums(Tensor before, Tensor scale, Tensor shift, Tensor grad, Tensor argmax, int "
+      "neighbors, Tensor weight, Tensor bias, Tensor mean, Tensor deviation) -> (Tensor grad, Tensor "
+      "grad_normed, Tensor outer)");
+  m.def(
+      "_local_aggregate_hidden_grad(Tensor before, Tensor scale, Tensor shift, Tensor? grad, Tensor? argmax, "
+      "Tensor? dense, int neighbors, Tensor q, Tensor constant, Tensor weight, Tensor mean, Tensor "
+      "deviation) "
+      "-> (Tensor dz, Tensor sum, Tensor sum_normed)");
+  m.def(
+      "_local_aggregate_rows_grad(Tensor points, Tensor features, Tensor center, Tensor neighbor, Tensor? "
+      "divisor, Tensor wavelength, float beta, bool guard, Tensor[] done, Tensor before, Tensor? grad, "
+      "Tensor? "
+      "argmax, Tensor? dense, Tensor dz, Tensor[] norm, Tensor weight, Tensor[] below) -> Tensor[]");
+
   // The SIMD level in use ("scalar", "avx2", "avx512"); a non-empty argument sets it, for tests.
   m.def("_simd(str level) -> str");
 }

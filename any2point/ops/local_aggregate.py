@@ -15,6 +15,8 @@ from any2point.ops._checks import (
     check_tensor,
     shape_text,
 )
+from any2point.ops._local_aggregate_train import SAVED
+from any2point.ops._local_aggregate_train import forward as train_forward
 from any2point.ops.group import checked, group
 from any2point.reference.batch_norm import BatchNorm
 from any2point.reference.local_aggregate import (
@@ -110,8 +112,16 @@ def local_aggregate(
         if unit.in_weight.shape[-1] != width or unit.out_weight.shape[0] != width:
             got = f"{shape_text(unit.in_weight)} and {shape_text(unit.out_weight)}"
             raise ValueError(f"units: expected weights [H, {width}] and [{width}, H], got {got}")
-    if not training and _is_fused(points, features, units):
-        return _evaluate(points, features, center, neighbor, units, normalize, guard, eps, alpha, beta)
+    if _is_fused(points, features, neighbor, units, training):
+        divisor = None
+        if normalize == "mn40":
+            offset = group_offsets(points, center, neighbor, group)
+            divisor = offset_deviation(offset, guard=guard).expand(points.shape[0]).contiguous()
+        wavelength = wavelengths(2 * features.shape[-1], alpha, like=points)
+        rows = (points.contiguous(), features.float().contiguous(), center, neighbor, divisor, wavelength)
+        if training:
+            return _train(rows, units, beta, guard, momentum, eps).to(features.dtype)
+        return _evaluate(rows, units, beta, guard, eps).to(features.dtype)
     # cuBLAS rounds otherwise for strided weights and biases; statistics are updated in place and stay.
     units = [
         unit._replace(
@@ -139,52 +149,58 @@ def local_aggregate(
     )
 
 
-def _is_fused(points: Tensor, features: Tensor, units: Sequence[ResidualUnit]) -> bool:
-    """Whether the CPU's kernel for evaluation can take over; exported graphs are for any device."""
+def _is_fused(
+    points: Tensor, features: Tensor, neighbor: Tensor, units: Sequence[ResidualUnit], training: bool
+) -> bool:
+    """Whether the CPU's kernels can take over; exported graphs are for any device."""
     if features.device.type != "cpu" or torch.compiler.is_exporting():
-        return False
-    if torch.float64 in (points.dtype, features.dtype):
         return False
     layers = [(u.in_weight, u.in_bias, *u.in_norm, u.out_weight, u.out_bias, *u.out_norm) for u in units]
     tensors = [points, features, *(tensor for layer in layers for tensor in layer if tensor is not None)]
     if any(tensor.dtype == torch.float64 for tensor in tensors):
         return False
+    if training:  # gradients of everything but the points; statistics of at least two rows
+        moving = torch.is_grad_enabled() and points.requires_grad
+        return bool(units) and neighbor.numel() > 1 and not moving
     return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
 
 
-def _evaluate(
-    points: Tensor,
-    features: Tensor,
-    center: Tensor,
-    neighbor: Tensor,
-    units: Sequence[ResidualUnit],
-    normalize: str,
-    guard: bool,
-    eps: float,
-    alpha: float,
-    beta: float,
+# points, features, center, neighbor, divisor, wavelength
+Rows = tuple[Tensor, Tensor, Tensor, Tensor, "Tensor | None", Tensor]
+
+
+def _train(
+    rows: Rows, units: Sequence[ResidualUnit], beta: float, guard: bool, momentum: float, eps: float
 ) -> Tensor:
-    divisor = None
-    if normalize == "mn40":
-        offset = group_offsets(points, center, neighbor, group)
-        divisor = offset_deviation(offset, guard=guard).expand(points.shape[0]).contiguous()
+    parameters: list[Tensor] = []
+    for unit in units:
+        for weight, bias, norm in (
+            (unit.in_weight, unit.in_bias, unit.in_norm),
+            (unit.out_weight, unit.out_bias, unit.out_norm),
+        ):
+            bias = weight.new_zeros(len(weight)) if bias is None else bias
+            parameters += [tensor.float().contiguous() for tensor in (weight, bias, norm.weight, norm.bias)]
+    out, _, *saved = checked(train_forward, *rows, beta, guard, eps, parameters)
+    count = rows[3].numel()
+    with torch.no_grad():
+        for unit, statistics in zip(units, zip(*[iter(saved)] * SAVED)):
+            _, in_mean, in_deviation, out_mean, out_deviation, *_ = statistics
+            for norm, mean, deviation in (
+                (unit.in_norm, in_mean, in_deviation),
+                (unit.out_norm, out_mean, out_deviation),
+            ):
+                var = (deviation.pow(-2) - eps) * (count / (count - 1))
+                norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), momentum)
+                norm.running_var.lerp_(var.to(norm.running_var.dtype), momentum)
+    return out
+
+
+def _evaluate(rows: Rows, units: Sequence[ResidualUnit], beta: float, guard: bool, eps: float) -> Tensor:
     folded = []
     for unit in units:
         folded += _fold(unit.in_weight, unit.in_bias, unit.in_norm, eps)
         folded += _fold(unit.out_weight, unit.out_bias, unit.out_norm, eps)
-    out = checked(
-        torch.ops.any2point._local_aggregate.default,
-        points.contiguous(),
-        features.float().contiguous(),
-        center,
-        neighbor,
-        divisor,
-        wavelengths(2 * features.shape[-1], alpha, like=points),
-        folded,
-        beta,
-        guard,
-    )
-    return out.to(features.dtype)
+    return checked(torch.ops.any2point._local_aggregate.default, *rows, folded, beta, guard)
 
 
 def _fold(weight: Tensor, bias: Tensor | None, norm: BatchNorm, eps: float) -> list[Tensor]:

@@ -9,33 +9,6 @@
 
 namespace any2point {
 namespace A2P_ISA {
-namespace {
-
-// out [C] = the largest of the rows x [K, stride], NaN if one of them is.
-void largest_rows(const float* x, int64_t stride, int64_t rows, int64_t width, float* out) {
-  for (int64_t c = 0; c < width; c += kLanes) {
-    Float largest = load(x + c), wrong = splat(0.0f);
-    for (int64_t k = 0; k < rows; k++) {
-      const Float value = load(x + k * stride + c);
-      largest = max(value, largest);
-      wrong = fma(value, splat(0.0f), wrong);  // NaN for NaN, and for infinity
-    }
-    float lane[kLanes];
-    store(lane, largest);
-    if (equal(wrong, wrong) != (Mask)((1ull << kLanes) - 1)) {
-      for (int j = 0; j < kLanes; j++) {
-        for (int64_t k = 0; k < rows; k++) {
-          const float value = x[k * stride + c + j];
-          if (value != value) lane[j] = value;
-        }
-      }
-    }
-    for (int64_t j = 0; j < kLanes && c + j < width; j++) out[c + j] = lane[j];
-  }
-}
-
-}  // namespace
-
 void pack_panels(const float* weight, const float* bias, int64_t out, int64_t in, float* packed,
                  float* packed_bias) {
   const int64_t columns = padded(out);
@@ -47,7 +20,7 @@ void pack_panels(const float* weight, const float* bias, int64_t out, int64_t in
       }
     }
   }
-  for (int64_t j = 0; j < columns; j++) packed_bias[j] = j < out ? bias[j] : 0.0f;
+  for (int64_t j = 0; j < columns; j++) packed_bias[j] = bias && j < out ? bias[j] : 0.0f;
 }
 
 void aggregate_groups(const LocalAggregate& args, float* scratch, int64_t begin, int64_t end) {

@@ -1,11 +1,8 @@
-#include <algorithm>
-#include <cstring>
+#include "local_aggregate/op.h"
 
-#include "inverse_list/op.h"
-#include "local_aggregate/kernel.h"
+#include <algorithm>
 
 namespace any2point {
-namespace {
 
 const float* floats(const char* name, const Tensor& tensor, std::vector<int64_t> shape) {
   A2P_CHECK(tensor.scalar_type() == ScalarType::Float && !tensor.is_cuda() && tensor.is_contiguous(), name,
@@ -19,6 +16,8 @@ const float* floats(const char* name, const Tensor& tensor, std::vector<int64_t>
   return static_cast<const float*>(tensor.const_data_ptr());
 }
 
+namespace {
+
 const int64_t* rows_below(const char* name, const Tensor& index, int64_t lowest, int64_t rows) {
   const int64_t* values = index.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < index.numel(); i++) {
@@ -27,13 +26,7 @@ const int64_t* rows_below(const char* name, const Tensor& index, int64_t lowest,
   return values;
 }
 
-// The checked arguments, with what their pointers point into.
-struct From {
-  Neighborhoods rows;
-  int64_t clouds;
-  Tensor center, neighbor;
-  std::vector<float> wavelength;
-};
+}  // namespace
 
 From neighborhoods(const Tensor& points, const Tensor& features, const Tensor& center_,
                    const Tensor& neighbor_, const OptionalTensor& divisor, const Tensor& wavelength,
@@ -67,6 +60,16 @@ From neighborhoods(const Tensor& points, const Tensor& features, const Tensor& c
   return from;
 }
 
+Packed pack(const float* weight, const float* bias, int64_t to, int64_t from) {
+  Packed packed{std::vector<float>((from + 1) * packed_columns(to)), {}};
+  float* end = packed.room.data() + from * packed_columns(to);
+  pack_linear(weight, bias, to, from, packed.room.data(), end);
+  packed.linear = {packed.room.data(), end};
+  return packed;
+}
+
+namespace {
+
 Tensor local_aggregate(const Tensor& points, const Tensor& features, const Tensor& center,
                        const Tensor& neighbor, const OptionalTensor& divisor, const Tensor& wavelength,
                        std::vector<Tensor> tensors, double beta, bool guard) {
@@ -76,29 +79,16 @@ Tensor local_aggregate(const Tensor& points, const Tensor& features, const Tenso
   Tensor out = torch::stable::new_empty(features, {from.clouds, from.rows.centers, width});
   LocalAggregate args{from.rows, nullptr, 0, 0, static_cast<float*>(out.mutable_data_ptr())};
 
-  std::vector<FoldedUnit> units(tensors.size() / 4);
-  int64_t floats_needed = 0;
-  for (size_t u = 0; u < units.size(); u++) {
-    units[u].hidden = tensors[4 * u].size(0);
-    args.hidden = std::max(args.hidden, units[u].hidden);
-    const int64_t hidden = packed_columns(units[u].hidden), columns = packed_columns(width);
-    floats_needed += hidden * (width + 1) + columns * (units[u].hidden + 1);
-  }
-  std::vector<float> packed(floats_needed);
-  float* next = packed.data();
-  const auto pack = [&](const char* name, const Tensor& weight, const Tensor& bias, int64_t to,
-                        int64_t from) {
-    const float* w = floats(name, weight, {to, from});
-    const float* b = floats(name, bias, {to});
-    const PackedLinear layer{next, next + from * packed_columns(to)};
-    pack_linear(w, b, to, from, next, next + from * packed_columns(to));
-    next += (from + 1) * packed_columns(to);
-    return layer;
-  };
-  for (size_t u = 0; u < units.size(); u++) {
-    const int64_t hidden = units[u].hidden;
-    units[u].in = pack("units", tensors[4 * u], tensors[4 * u + 1], hidden, width);
-    units[u].out = pack("units", tensors[4 * u + 2], tensors[4 * u + 3], width, hidden);
+  std::vector<Packed> packed;
+  std::vector<FoldedUnit> units;
+  for (size_t u = 0; u < tensors.size(); u += 4) {
+    const int64_t hidden = tensors[u].size(0);
+    const float* in = floats("units", tensors[u], {hidden, width});
+    const float* out = floats("units", tensors[u + 2], {width, hidden});
+    packed.push_back(pack(in, floats("units", tensors[u + 1], {hidden}), hidden, width));
+    packed.push_back(pack(out, floats("units", tensors[u + 3], {width}), width, hidden));
+    units.push_back({packed[packed.size() - 2].linear, packed.back().linear, hidden});
+    args.hidden = std::max(args.hidden, hidden);
   }
   args.units = units.data();
   args.unit_count = static_cast<int64_t>(units.size());

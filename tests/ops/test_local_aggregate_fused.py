@@ -1,7 +1,8 @@
-"""The CPU's kernel for local_aggregate in evaluation mode, against the composition, at every SIMD level."""
+"""The CPU's kernels for local_aggregate, against the composition in float64, at every SIMD level."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -9,12 +10,13 @@ import torch
 from neighbour_clouds import LEVELS, simd
 from op_contract import Recorder, assert_same
 from test_local_aggregate import make, make_unit
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from any2point import ops, reference
 from any2point.ops import local_aggregate
 
 KERNEL = torch.ops.any2point._local_aggregate.default
+TRAIN = torch.ops.any2point._local_aggregate_train.default
 
 
 def fused(kwargs: dict[str, Any]) -> torch.Tensor:
@@ -124,7 +126,8 @@ def test_when_it_may_run() -> None:
     kwargs = make(2, 21, 7, 5, 3, 1)
     weight = kwargs["units"][0].in_weight
     cases = {
-        "training": kwargs | {"training": True},
+        "training with moving points": kwargs
+        | {"training": True, "points": kwargs["points"].clone().requires_grad_()},
         "float64": kwargs | {"features": kwargs["features"].double()},
         "gradient": kwargs | {"features": kwargs["features"].clone().requires_grad_()},
         "weight": kwargs
@@ -133,7 +136,7 @@ def test_when_it_may_run() -> None:
     for name, case in cases.items():
         with Recorder() as recorder:
             local_aggregate(**case)
-        assert KERNEL not in [call[0] for call in recorder.calls], name
+        assert not {KERNEL, TRAIN} & {call[0] for call in recorder.calls}, name
 
 
 def test_bad_rows() -> None:
@@ -152,3 +155,97 @@ def test_opcheck() -> None:
         calls = [call for call in recorder.calls if call[0] is KERNEL]
         assert len(calls) == 1
         torch.library.opcheck(*calls[0])
+
+
+def train(function: Callable[..., torch.Tensor], kwargs: dict[str, Any], dtype: torch.dtype) -> Any:
+    """Output, gradients of the features and of every parameter, and the statistics after one step."""
+
+    def own(x: Any) -> Any:
+        if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+            return x
+        return x.detach().to(dtype, copy=True).requires_grad_()
+
+    given = tree_map(own, kwargs)
+    given["points"].requires_grad_(False)
+    statistics, leaves = [], [given["features"]]
+    for unit in given["units"]:
+        for norm in (unit.in_norm, unit.out_norm):
+            statistics += [norm.running_mean.requires_grad_(False), norm.running_var.requires_grad_(False)]
+            leaves += [norm.weight, norm.bias]
+        leaves += [unit.in_weight, unit.out_weight]
+    with Recorder() as recorder:
+        out = function(**given, training=True)
+    fused = TRAIN in [call[0] for call in recorder.calls]
+    assert fused == (function is local_aggregate), "the composition ran"
+    generator = torch.Generator().manual_seed(3)
+    grad = torch.randn(out.shape, generator=generator).to(dtype)
+    biases = [b for unit in given["units"] for b in (unit.in_bias, unit.out_bias) if b is not None]
+    found = torch.autograd.grad(out, leaves + biases, grad)
+    for value in found[len(leaves) :]:
+        assert value.abs().max() < 1e-6 * grad.abs().sum(), "a bias before a normalisation has no gradient"
+    return out, found[: len(leaves)], statistics
+
+
+@pytest.mark.parametrize("level", LEVELS)
+@pytest.mark.parametrize(
+    ("k", "width", "hidden", "units"), [(5, 6, 4, 1), (1, 12, 5, 2), (6, 17, 33, 1), (13, 8, 20, 3)]
+)
+def test_training(level: str, k: int, width: int, hidden: int, units: int) -> None:
+    kwargs = make(3, 29, 11, k, width, 0)
+    generator = torch.Generator().manual_seed(k)
+    kwargs["units"] = [make_unit(2 * width, hidden, generator, bias=i != 1) for i in range(units)]
+    kwargs["neighbor"][0, 2, : k // 2] = -1
+    kwargs["neighbor"][1, 3] = kwargs["center"][1, 3] = -1
+    for normalize, guard in (("scan", True), ("mn40", True), ("mn40", False)):
+        given = kwargs | {"normalize": normalize, "guard": guard}
+        with simd(level):
+            got = train(local_aggregate, given, torch.float32)
+        want = train(reference.local_aggregate, given, torch.float64)
+        for a, b in zip(tree_leaves(got), tree_leaves(want), strict=True):
+            # A ReLU's kink between the two precisions would show as a single wrong row.
+            error = (a - b).norm() / b.norm().clamp(min=1e-3)
+            assert error < 3e-5, f"{normalize}: relative error {error:.1e} of {list(a.shape)}"
+
+
+def test_training_is_deterministic() -> None:
+    """Whatever the number of threads; sums go by chunks of groups."""
+    kwargs = make(3, 200, 90, 5, 12, 2)
+    want = train(local_aggregate, kwargs, torch.float32)
+    threads = torch.get_num_threads()
+    try:
+        for count in (2, 5):
+            torch.set_num_threads(count)
+            assert_same(train(local_aggregate, kwargs, torch.float32), want)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_training_compiles() -> None:
+    kwargs = make(2, 21, 7, 5, 6, 2)
+    compiled = torch.compile(local_aggregate, fullgraph=True, backend="aot_eager")
+
+    def step(function: Callable[..., torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        given = tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, kwargs)
+        given["features"].requires_grad_()
+        out = function(**given, training=True)
+        norms = [x for unit in given["units"] for x in (*unit.in_norm[2:], *unit.out_norm[2:])]
+        return (out.detach(), *torch.autograd.grad(out.square().sum(), given["features"]), *norms)
+
+    assert_same(step(compiled), step(local_aggregate))
+
+
+def test_training_opcheck() -> None:
+    kwargs = make(2, 21, 7, 5, 6, 2)
+    with Recorder() as recorder:
+        local_aggregate(**kwargs, training=True)
+    (call,) = [call for call in recorder.calls if call[0] is TRAIN]
+    torch.library.opcheck(*call)
+    kwargs["features"].requires_grad_()
+    out = local_aggregate(**kwargs, training=True)
+    with Recorder() as recorder:
+        out.sum().backward()
+    (call,) = [
+        c for c in recorder.calls if c[0] is torch.ops.any2point._local_aggregate_train_backward.default
+    ]
+    detached = tree_map(lambda x: x.detach() if isinstance(x, torch.Tensor) else x, call)
+    torch.library.opcheck(*detached)
