@@ -18,7 +18,7 @@ from any2point.ops._checks import (
 from any2point.ops._local_aggregate_train import SAVED
 from any2point.ops._local_aggregate_train import forward as train_forward
 from any2point.ops.group import checked, group
-from any2point.reference.batch_norm import BatchNorm
+from any2point.reference.batch_norm import BatchNorm, are_shared
 from any2point.reference.local_aggregate import (
     ResidualUnit,
     group_offsets,
@@ -159,9 +159,9 @@ def _is_fused(
     tensors = [points, features, *(tensor for layer in layers for tensor in layer if tensor is not None)]
     if any(tensor.dtype == torch.float64 for tensor in tensors):
         return False
-    if training:  # gradients of everything but the points; statistics of at least two rows
+    if training:  # gradients of everything but the points; statistics of at least two rows, of this process
         moving = torch.is_grad_enabled() and points.requires_grad
-        return bool(units) and neighbor.numel() > 1 and not moving
+        return bool(units) and neighbor.numel() > 1 and not moving and not are_shared()
     return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,9 @@ def test_full_tuning(family: str) -> None:
     train(model)
     assert not any(module.training for module in model.modules())
     for name, parameter in model.named_parameters():
-        assert not torch.equal(parameter, before[name]), name
+        # A bias before a batch normalisation has no gradient at all.
+        still = re.fullmatch(r"tokenizer\.stages\.\d\.\d\.(down|up)\.bias", name)
+        assert still or not torch.equal(parameter, before[name]), name
     assert {"encoder.source.blocks.0.attn.qkv.weight", "projection.table"} <= set(before)
     assert source.fingerprint == fingerprint, "the source itself stays as it was"
     decayed, plain = model.parameter_groups(0.1)
