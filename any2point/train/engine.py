@@ -179,7 +179,7 @@ class _Run:
         while self.step < self.steps:
             # All randomness of a step follows from its number.
             generator.manual_seed(config.seed_of(self.epoch, self.step, "data"))
-            torch.manual_seed(config.seed_of(self.epoch, self.step, "model", self.ranks.rank))
+            self.runtime.seed(config.seed_of(self.epoch, self.step, "model", self.ranks.rank))
             labels, *inputs = self._load(order[self.step * self.batch :][: self.batch], generator)
             rate = config.learning_rate(self.epoch + self.step / self.steps)
             for group in self.optimizer.param_groups:
