@@ -97,7 +97,7 @@ def train(
     still = {"dropout": 0.0, "adapter_dropout": 0.0} if kind == "still" else {}
     model = tiny.Moments() if kind == "moments" else tiny.model(rank, **still)
     seen: dict[str, Any] = {"steps": [], "gradients": [], "batches": []}
-    _end_at(moment, rank)
+    _end_at(moment)
     update, load = Runtime.update, engine._Run._load
 
     def recording_update(self: Runtime, *arguments: Any) -> None:
@@ -132,7 +132,7 @@ def train(
     torch.save(seen | outcome | {"loss": result.test.loss}, folder / f"{rank}.pt")
 
 
-def _end_at(moment: tuple[str, int | str] | None, rank: int) -> None:
+def _end_at(moment: tuple[str, int | str] | None) -> None:
     if moment is None or moment[0] not in ("write", "rename"):
         return
     counts = {"write": 0, "rename": 0}

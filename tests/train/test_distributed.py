@@ -23,6 +23,7 @@ from any2point.train.runtime import pick_processes
 
 TWO_GPUS = torch.cuda.device_count() >= 2
 DEVICE = "cuda" if TWO_GPUS else "cpu"
+PAIR: dict[str, Any] = {"select": "validation", "eval_batch_size": 2}
 
 
 def train(
@@ -39,31 +40,31 @@ def outcome(folder: Path, rank: int = 0) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two processes on the model with everything."""
+    """A run of two processes on the model with everything; one evaluates three batches, the other two."""
     folder = tmp_path_factory.mktemp("pair")
-    assert train(folder, 2, select="validation") == [0, 0]
+    assert train(folder, 2, **PAIR) == [0, 0]
     return folder
 
 
 def test_two_halves_are_the_update_of_the_whole(tmp_path: Path) -> None:
-    """Without batch normalisation and dropout: weights after every step, losses, and results."""
+    """Without batch normalisation and dropout: data, gradients and weights of every step, and losses."""
     assert train(tmp_path / "one", 1, "moments") == [0]
     assert train(tmp_path / "two", 2, "moments") == [0, 0]
     one, two, other = outcome(tmp_path / "one"), outcome(tmp_path / "two"), outcome(tmp_path / "two", 1)
     assert len(one["steps"]) == len(two["steps"]) == 9
     for expected, got, same in zip(one["steps"], two["steps"], other["steps"]):
-        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
         assert all(map(torch.equal, got, same))
+    for expected, got in zip(one["gradients"], two["gradients"]):  # Adam would forgive a factor
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
     assert not torch.equal(one["steps"][0][0], one["steps"][-1][0])
     for expected, got in zip(one["history"], two["history"]):
         assert got["loss"] == pytest.approx(expected["loss"], rel=1e-5)
         assert got["train_accuracy"] == expected["train_accuracy"]
         assert got["lr"] == expected["lr"]
-    for expected, got, rest in zip(one["batches"], two["batches"], other["batches"]):
-        for whole, half, remainder in zip(
-            expected, got, rest
-        ):  # GPUs add up a batch of another size otherwise
-            torch.testing.assert_close(torch.cat([half, remainder]), whole, rtol=0, atol=1e-6)
+    for expected, *halves in zip(one["batches"], two["batches"], other["batches"]):
+        for whole, half, rest in zip(expected, *halves):
+            torch.testing.assert_close(torch.cat([half, rest]), whole, rtol=0, atol=1e-6)
 
 
 def test_ranks_stay_equal_bit_for_bit(pair: Path) -> None:
@@ -85,8 +86,8 @@ def test_shared_statistics_are_those_of_the_whole(tmp_path: Path) -> None:
     one, two, own = (outcome(tmp_path / name) for name in ("one", "two", "own"))
     first = one["gradients"][0]
     error = [max(map(distance, got["gradients"][0], first)) for got in (two, own)]
-    assert error[0] < 1e-4
-    assert error[1] > 0.01
+    assert error[0] < 1e-3
+    assert error[1] > 0.1
     assert two["history"][0]["loss"] == pytest.approx(one["history"][0]["loss"], rel=1e-3)
     assert two["fingerprint"] == outcome(tmp_path / "two", 1)["fingerprint"]
     models = [Any2Point.from_pretrained(tmp_path / name / "run") for name in ("one", "two")]
@@ -99,17 +100,17 @@ def distance(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def test_evaluation_is_that_of_one_process(pair: Path) -> None:
-    """Nine clouds in batches of 2, 4 (three batches for two processes) and 64 (one for two)."""
+    """Of the same batches, whose predictions come back in the order of the clouds."""
     model = Any2Point.from_pretrained(pair / "run")
     assert processes.fingerprint(model) == outcome(pair)["fingerprint"]
-    result = evaluate(model, tiny.dataset(9, 1), tiny.config(device=DEVICE))
+    result = evaluate(model, tiny.dataset(9, 1), tiny.config(device=DEVICE, eval_batch_size=2))
     assert torch.equal(result.predictions, outcome(pair)["predictions"])
     assert result.loss == pytest.approx(outcome(pair)["loss"], rel=1e-6)
     assert result.confusion.sum() == 9
 
 
 def test_killed_ranks_continue_bit_for_bit(pair: Path, tmp_path: Path) -> None:
-    options = {"select": "validation", "save_every_steps": 1}
+    options = {**PAIR, "save_every_steps": 1}
     assert train(tmp_path, 2, moment=("step", 4), **options) == [-9, -9]
     assert train(tmp_path, 2, moment=("write", 4), **options)[0] == -9  # the first rank writes
     assert train(tmp_path, 2, **options) == [0, 0]
@@ -118,10 +119,8 @@ def test_killed_ranks_continue_bit_for_bit(pair: Path, tmp_path: Path) -> None:
         assert got["fingerprint"] == expected["fingerprint"]
         assert got["history"] == expected["history"]
     assert train(tmp_path, 1, **options) == [7]
-    assert (
-        "expected the 2 process(es) that the run was started with, got 1"
-        in (tmp_path / "error0.txt").read_text()
-    ), "dropout and batch normalisation would differ"
+    told = (tmp_path / "error0.txt").read_text()  # dropout and batch normalisation would differ
+    assert "expected the 2 process(es) that the run was started with, got 1" in told
 
 
 @pytest.mark.parametrize("rank", [0, 1])
