@@ -135,7 +135,10 @@ def train(
         typer.Option("--set", help="Any option of the recipe: model.views=3, train.select=validation, ..."),
     ] = None,
 ) -> None:
-    """Fine-tune on your own clouds. Flags override the recipe; the resolved recipe is saved with the run."""
+    """Fine-tune on your own clouds. Flags override the recipe; the resolved recipe is saved with the run.
+
+    On several machines, or under a scheduler: torchrun ... -m any2point train ...
+    """
     from any2point.train.run import train_run
 
     flags: dict[str, Any] = {"data": data, "source": source, "parity": parity}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from any2point.train.files import METRICS, RECIPE, RESULTS, STATE
 from any2point.train.metrics import confusion_matrix, summarize
 from any2point.train.progress import SilentReporter
 from any2point.train.recipe import RECIPES
+from any2point.train.runtime import import_fabric
 
 
 def run(folder: Path | None = None, **options: object) -> tuple[Any2Point, object]:
@@ -220,6 +223,19 @@ def test_a_vote_is_the_sum_of_seeded_passes() -> None:
     assert vote.loss != evaluate(model, data, tiny.config(seed=1), vote=3).loss
     with pytest.raises(ValueError, match="`vote`"):
         evaluate(model, data, tiny.config(), vote=0)
+
+
+def test_fabric_is_found_in_either_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lightning_fabric", None)
+    monkeypatch.setitem(sys.modules, "lightning", None)
+    with pytest.raises(
+        ImportError, match=r"training needs Lightning Fabric: pip install 'any2point\[train\]'"
+    ):
+        import_fabric()
+    large, fabric = types.ModuleType("lightning"), types.ModuleType("lightning.fabric")
+    monkeypatch.setitem(sys.modules, "lightning", large)
+    monkeypatch.setitem(sys.modules, "lightning.fabric", fabric)
+    assert import_fabric() is fabric
 
 
 def test_bf16_trains() -> None:
