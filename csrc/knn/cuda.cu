@@ -18,10 +18,8 @@
 //
 // H200, us a call as a graph, and the best of pytorch3d, pointops, torch.compile of distances + topk:
 //   32 x   512 of  1,024, k = 81     36.8     545     2.2 times the instructions above
-//   32 x 2,048 of  8,192, k = 32    1,021   2,026
-//    1 x   25k of   100k, k = 32    2,146  13,302     3.7 times the distances
-//    1 x  100k of   100k, k = 16    7,315  14,840     3.2 times the distances: upkeep of the buffers
-// So the last three go through a tree instead (tree_search.cu).
+//   32 x   512 of  4,096, k = 32    171
+// Clouds for which a tree pays go there, wants_tree says which.
 //
 // No host synchronisation. CUDA, not Triton: what a warp does next depends on its data.
 #include "knn/warp.cuh"

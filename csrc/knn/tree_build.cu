@@ -2,7 +2,10 @@
 // the queries of all clouds, boxes.
 //
 // Bytes: 12 read and 12 written a row for each digit of the sort (8 bits of the key), about 100 a row for the
-// rest. Clouds of a few 100,000 points are bound by the 12 to 16 launches.
+// rest: 0.15 us a thousand rows at 4 TB/s for 5 digits, rows read out of order apart. H200, us: 65 for 20,000
+// points, 81 for 100,000, 193 for 1 M (6 digits), 90 for 32 x (8,192 points and 2,048 queries). Up to a few
+// 100,000 rows that is the latency of 9 to 12 launches one after the other: each pass of the radix sort takes
+// 8 to 13.
 #include "common/radix_sort.h"
 #include "knn/tree.cuh"
 
@@ -36,7 +39,7 @@ __device__ uint32_t warp_min(uint32_t value) {
 }
 
 // By the whole block: kThreads rows of a cloud, sorted along each axis. Between 1/32 and 31/32 of them the
-// cloud has its usual extent; the box is larger by the longest side of that.
+// cloud has its usual extent; the box is larger by four times the longest side of that.
 __device__ void find_usual_extent(const float* cloud, int64_t count, int64_t dim, Extent* extent) {
   __shared__ float sample[3][kThreads];
   __shared__ int finite_samples;
@@ -69,8 +72,8 @@ __device__ void find_usual_extent(const float* cloud, int64_t count, int64_t dim
   for (int c = 0; c < 3; c++) side = fmaxf(side, sample[c][last - low] - sample[c][low]);
   if (side == 0) return;
   for (int c = 0; c < 3; c++) {
-    extent->usual_low[c] = sample[c][low] - side;
-    extent->usual_high[c] = sample[c][last - low] + side;
+    extent->usual_low[c] = sample[c][low] - 4 * side;
+    extent->usual_high[c] = sample[c][last - low] + 4 * side;
   }
 }
 
