@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from any2point.ops._checks import Clouds, check_clouds, check_int, check_like, shape_text
+from any2point.ops._checks import Clouds, check_clouds, check_index, check_int, check_like, shape_text
 
 
 class KNN(NamedTuple):
@@ -25,6 +25,8 @@ def knn(
     query_offsets: Tensor | None = None,
     offsets: Tensor | None = None,
     sorted: bool = True,
+    exclude_self: bool = False,
+    k_per_cloud: Tensor | None = None,
 ) -> KNN:
     """The k nearest points of every query, within its cloud.
 
@@ -48,6 +50,10 @@ def knn(
             ``query_offsets[b + 1]`` of the packed queries. Goes with `offsets`.
         offsets: ``[B + 1]`` int64, the same for packed points.
         sorted: False gives the same neighbours in ascending order of index.
+        exclude_self: Query i is point i, and not its own neighbour; other points at the same place are. Needs
+            as many rows of queries as of points.
+        k_per_cloud: ``[B]`` int64 in 0..k, how many neighbours the queries of each cloud get; missing ones
+            follow up to k.
 
     Returns:
         ``(index, distance)``, each ``[B, S, k]``, or ``[Q, k]`` if packed. index is int64: rows of the cloud
@@ -61,7 +67,8 @@ def knn(
     Differentiable in: query and points, through distance (twice too); index -1 carries no gradient.
     Deterministic: yes, backward included; CPU and CUDA give the same bits.
     Complexity: O(S N D) work, O((N + S) D + S k) memory. On the CPU large clouds with D <= 3 go through a
-    tree: O(S (k + log N)) for points spread like those of a surface or a volume.
+    tree: O(S (k + log N)) for points spread like those of a surface or a volume. On CUDA too, in float32 for
+    k <= 280, with about 100 bytes of workspace a point. `exclude_self` searches for k + 1.
 
     Example:
         >>> points = torch.rand(2, 1024, 3)
@@ -71,17 +78,51 @@ def knn(
     """
     k = check_int("k", k, at_least=0)
     queries, clouds = check_pair(query, points, query_lengths, lengths, query_offsets, offsets)
+    rows = queries.points.shape[-2]
+    if exclude_self and rows != clouds.points.shape[-2]:
+        raise ValueError(
+            f"query: expected {clouds.points.shape[-2]} rows like `points`, as exclude_self is given, "
+            f"got shape {shape_text(queries.points)}"
+        )
+    if k_per_cloud is not None:
+        k_per_cloud = check_index("k_per_cloud", k_per_cloud, like=queries.points, like_name="query")
+        if k_per_cloud.shape != (queries.batch,):
+            raise ValueError(
+                f"k_per_cloud: expected shape [B] = [{queries.batch}], got {shape_text(k_per_cloud)}"
+            )
     distance, index = torch.ops.any2point.knn.default(
         queries.points,
         clouds.points,
-        k,
+        k + 1 if exclude_self else k,
         queries.lengths,
         clouds.lengths,
         queries.offsets,
         clouds.offsets,
-        bool(sorted),
+        bool(sorted) or k_per_cloud is not None,
     )
+    if exclude_self:
+        # What follows the query itself moves up. If it is not there, k + 1 others of lower index coincide
+        # with it, and the last of them goes.
+        own = index == torch.arange(rows, device=index.device)[:, None]
+        place = own.cumsum(-1).clamp(max=1)[..., :k] + torch.arange(k, device=index.device)
+        index, distance = index.gather(-1, place), distance.gather(-1, place)
+    if k_per_cloud is not None:
+        index, distance = _first_of_each(index, distance, queries, k_per_cloud)
+        if not sorted:
+            order = torch.where(index < 0, torch.iinfo(torch.int64).max, index).argsort(-1)
+            index, distance = index.gather(-1, order), distance.gather(-1, order)
     return KNN(index, distance)
+
+
+def _first_of_each(index: Tensor, distance: Tensor, queries: Clouds, k: Tensor) -> tuple[Tensor, Tensor]:
+    """Neighbours with all but the first `k` ``[B]`` of each cloud missing."""
+    if queries.offsets is None:
+        most = k[:, None, None]
+    else:
+        row = torch.arange(len(index), device=index.device)
+        most = k[torch.bucketize(row, queries.offsets[1:-1].contiguous(), right=True)][:, None]
+    missing = torch.arange(index.shape[-1], device=index.device) >= most
+    return index.masked_fill(missing, -1), distance.masked_fill(missing, torch.inf)
 
 
 def check_pair(

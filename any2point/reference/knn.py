@@ -18,17 +18,28 @@ def knn(
     query_offsets: Tensor | None = None,
     offsets: Tensor | None = None,
     sorted: bool = True,
+    exclude_self: bool = False,
+    k_per_cloud: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The k nearest points of every query, from the full matrix of distances; see `any2point.ops.knn`."""
+    each = iter([] if k_per_cloud is None else k_per_cloud.tolist())
 
     def nearest(query: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
         distance, valid = distance_matrix(query, points)
+        if exclude_self:
+            valid = valid & ~torch.eye(*valid.shape, dtype=torch.bool, device=valid.device)
+            distance = torch.where(valid, distance, torch.inf)
         # Stable by distance, with invalid pairs last even behind infinite distances.
         order = distance.detach().sort(dim=1, stable=True).indices
         order = order.gather(
             1, valid.gather(1, order).long().sort(dim=1, stable=True, descending=True).indices
         )
-        return select(distance, valid, order, k, sorted)
+        wanted = next(each, k)
+        index, chosen = select(distance, valid, order, wanted, sorted)
+        return (
+            torch.nn.functional.pad(index, (0, k - wanted), value=-1),
+            torch.nn.functional.pad(chosen, (0, k - wanted), value=torch.inf),
+        )
 
     return per_cloud(nearest, query, points, k, query_lengths, lengths, query_offsets, offsets)
 

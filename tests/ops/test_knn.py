@@ -46,6 +46,21 @@ class TestKnn(OpContract):
         yield sample("few points", grid(1, 3, 3), grid(1, 4, 3, seed=1), 9, sorted=False)
         for dim in (1, 2, 5):
             yield sample(f"D = {dim}", grid(2, 5, dim), grid(2, 17, dim, seed=1), 3)
+        points = grid(2, 30, 3, steps=3)  # many coincide
+        for is_sorted in (True, False):
+            yield sample("no selves", points, points, 6, exclude_self=True, sorted=is_sorted)
+            more = dict(k_per_cloud=torch.tensor([4, 0]), sorted=is_sorted)
+            yield sample("k per cloud", grid(2, 7, 3), grid(2, 33, 3, seed=1), 5, **more)
+        yield sample(
+            "no selves, k per cloud, offsets",
+            grid(30, 3),
+            grid(30, 3),
+            4,
+            query_offsets=torch.tensor([0, 0, 11, 28, 30]),
+            offsets=torch.tensor([0, 0, 11, 28, 30]),
+            exclude_self=True,
+            k_per_cloud=torch.tensor([1, 3, 4, 2]),
+        )
         yield sample("k = 0", grid(1, 3, 3), grid(1, 4, 3), 0)
         yield sample("no points", grid(1, 3, 3), grid(1, 0, 3), 2)
         yield sample("no clouds", grid(0, 3, 3), grid(0, 4, 3), 2)
@@ -73,6 +88,13 @@ class TestKnn(OpContract):
             r"points: expected D >= 1",
         )
         yield dict(k=-1), ValueError, r"k: expected at least 0"
+        yield (
+            dict(query=torch.zeros(2, 7, 3), exclude_self=True),
+            ValueError,
+            r"query: expected \d+ rows like",
+        )
+        yield dict(k_per_cloud=torch.tensor([1])), ValueError, r"k_per_cloud: expected shape \[B\]"
+        yield dict(k_per_cloud=torch.tensor([1.0, 1.0])), TypeError, r"k_per_cloud: expected int64"
         yield dict(k=1.5), TypeError, r"k: expected an int"
         yield dict(lengths=torch.tensor([1, 99])), ValueError, r"lengths: expected values in 0..N"
         yield dict(query_lengths=torch.tensor([1])), ValueError, r"query_lengths: expected shape \[B\]"
@@ -151,6 +173,26 @@ def test_overflowed_distances_come_last_by_index(n: int, dtype: torch.dtype) -> 
     assert index[0, 1].tolist() == [0, 2, 4, 6, 8, 10]
     assert distance[0, 0].tolist() == [0] + [torch.inf] * 5
     assert_same(ops.knn(query, points, 6, sorted=False).index[0, 0], torch.arange(6))
+
+
+def test_a_query_of_many_coincident_points_is_not_its_own_neighbour() -> None:
+    points = torch.zeros(1, 300, 3)
+    points[0, 250:] = 1
+    index, distance = ops.knn(points, points, 5, exclude_self=True)
+    assert index[0, 0].tolist() == [1, 2, 3, 4, 5]
+    assert index[0, 2].tolist() == [0, 1, 3, 4, 5]
+    assert index[0, 200].tolist() == [0, 1, 2, 3, 4]
+    assert (distance == 0).all()
+
+
+def test_gradient_without_selves_and_with_k_of_each_cloud() -> None:
+    points = torch.rand(2, 9, 3, dtype=torch.float64).requires_grad_()
+    more = dict(exclude_self=True, k_per_cloud=torch.tensor([2, 4]))
+    results = []
+    for knn in (ops.knn, reference.knn):
+        distance = knn(points, points, 4, **more)[1]
+        results.append(torch.autograd.grad(distance[distance.isfinite()].sum(), points)[0])
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("n", [60, 2500])
