@@ -15,7 +15,13 @@ from benchmarks import common, peers
 
 FPS = [(32, 1024, 512), (32, 2048, 512), (32, 8192, 2048), (8, 16384, 4096), (1, 100_000, 25_000)]
 HIERARCHY = [(32, 1024, (512, 256, 128))]
-KNN = [(32, 512, 1024, 81), (32, 2048, 8192, 32), (1, 25_000, 100_000, 32), (1, 100_000, 100_000, 16)]
+KNN = [
+    (32, 512, 1024, 81),
+    (32, 2048, 8192, 32),
+    (1, 25_000, 100_000, 32),
+    (1, 100_000, 100_000, 16),
+    (1, 1_000_000, 1_000_000, 16),
+]
 GROUP = [(32, 1024, 96, 512, 81)]
 
 
@@ -179,7 +185,8 @@ def knn_cases(rivals: dict[str, Any], compile_: bool) -> list[Case]:
             Provider.plain("any2point", lambda *args: tuple(ops.knn(*args))),
             Provider.plain("any2point unsorted", lambda *args: tuple(ops.knn(*args, sorted=False))),
         ]
-        providers += [Provider.of(name, peer.knn) for name, peer in rivals.items() if peer.knn]
+        if rows < 1_000_000:  # scans would take seconds
+            providers += [Provider.of(name, peer.knn) for name, peer in rivals.items() if peer.knn]
         if 4 * batch * queries * rows * 3 < torch.cuda.get_device_properties(0).total_memory:
             providers.append(Provider.plain("torch cdist+topk", peers.torch_knn))
             if compile_ and rows < 50_000:

@@ -72,6 +72,11 @@ def main() -> int:
     compare("fps pointnet2", ops.farthest_point_sample, points, 20, tie="pointnet2")
     compare("fps large", ops.farthest_point_sample, torch.rand(1, 33001, 3), 40)
     compare("knn large", ops.knn, torch.rand(1, 77, 3), torch.rand(1, 20011, 3), 16)
+    tree = torch.rand(1, 50017, 3)
+    for k in (9, 40, 100, 200):
+        compare(f"knn tree k={k}", ops.knn, tree[:, :41], tree, k)
+    compare("knn tree, ties", ops.knn, (tree[:, :41] * 9).round(), (tree * 9).round(), 16, sorted=False)
+    compare("ball tree", ops.ball_query, tree[:, :41], tree, 0.05, 20, mode="first")
     compare("fps lengths", ops.farthest_point_sample, points, 9, lengths=lengths)
     compare("knn lengths", ops.knn, points, points, 9, lengths=lengths, query_lengths=lengths)
     packed = torch.rand(130, 3)

@@ -383,6 +383,7 @@ __global__ __launch_bounds__(32 * kWarps, 6) void tree_search_kernel(TreeSearch 
     const int around = min(min(kQueue, int(run.k) * 3 / 8 + 2), leaves);
     const int window = max(0, min(leaves - around, (leader + last_place) / (2 * kLeaf) - around / 2));
     int open = around;
+    __syncwarp();
     for (int j = lane; j < around; j += 32) memory.open[j] = uint32_t(first_leaf) + window + j;
 
     int level = tree.top + 1, first = 0, kept_first = 0;
@@ -459,6 +460,7 @@ __global__ __launch_bounds__(32 * kWarps, 6) void tree_search_kernel(TreeSearch 
           float box[6] = {given.x, given.y, given.z, -given.x, -given.y, -given.z};
 #pragma unroll
           for (int c = 0; c < 6; c++) box[c] = least_float(together ? box[c] : infinite());
+          __syncwarp();
 #pragma unroll
           for (int c = 0; c < 6; c++) {
             if (lane == c) memory.box[c] = c < 3 ? box[c] : -box[c];
