@@ -1,8 +1,7 @@
 """`any2point info`: what is installed, what the machine has, what is missing and how to fix it.
 
-Standard library only, and every probe is guarded: this is what runs when nothing else does, and what an issue
-    report
-should hold. `python -m any2point.info --json` works where the command-line extras are not installed.
+Standard library only, and every probe is guarded: this is what runs when nothing else does, and what an
+issue report should hold. `python -m any2point.info --json` works without the command-line extras.
 """
 
 from __future__ import annotations

@@ -57,6 +57,9 @@ class Any2Point(PointModel):
         self, config: Any2PointConfig, source: Source, class_names: Sequence[str] | None = None
     ) -> None:
         super().__init__()
+        for name, value, kind in (("config", config, Any2PointConfig), ("source", source, Source)):
+            if not isinstance(value, kind):
+                raise TypeError(f"`{name}`: expected {kind.__name__}, got {type(value).__name__}")
         if class_names is not None and len(class_names) != config.num_classes:
             raise ValueError(f"`class_names`: expected {config.num_classes} names, got {len(class_names)}")
         self.config = config = config.resolve(source)

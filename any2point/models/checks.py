@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
+from any2point.models.kinds import describe, fits, kinds_of
 from any2point.nn.encoder import INSERTIONS
 from any2point.nn.views import euler_rotations, given_lines
 from any2point.sources import Source
@@ -28,27 +30,32 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
     "attention_axis": (None, "tokens", "batch"),
     "position_adds": (None, "once", "every", "both"),
 }
-_POSITIVE = ("num_classes", "num_points", "num_tokens", "views", "adapter_dim", "head_width")
+_POSITIVE = (
+    *("num_classes", "num_points", "num_tokens", "neighbors", "stage_sizes", "position_size", "table_grid"),
+    *("tokenizer_width", "tokenizer_units", "tokenizer_hidden", "adapter_dim", "attention_dim"),
+    *("attention_heads", "head_width", "views", "voxel_size", "cell", "camera", "norm_eps", "final_norm_eps"),
+)
+_PROBABILITIES = ("dropout", "adapter_dropout", "drop_path", "attention_dropout")
+_ROWS = {"lines": "directions of three numbers, not all zero", "rotations": "three angles in degrees"}
 
 
 def check_values(config: Any2PointConfig) -> None:
     """ValueError for a field that cannot be, or for fields that contradict each other."""
-    for name in _POSITIVE:
+    for name, kind in kinds_of(type(config)).items():
         value = getattr(config, name)
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"`{name}`: expected a positive integer, got {value!r}")
-    if not isinstance(config.input_features, int) or config.input_features < 0:
-        raise ValueError(f"`input_features`: expected an integer of 0 or more, got {config.input_features!r}")
-    for name, allowed in _CHOICES.items():
-        if getattr(config, name) not in allowed:
-            raise ValueError(f"`{name}`: expected one of {allowed}, got {getattr(config, name)!r}")
-    for name in ("dropout", "adapter_dropout", "drop_path", "attention_dropout"):
-        if not 0 <= getattr(config, name) < 1:
-            raise ValueError(f"`{name}`: expected a probability below 1, got {getattr(config, name)!r}")
-    for name in ("voxel_size", "cell"):
-        value = getattr(config, name)
-        if value is not None and not value > 0:
-            raise ValueError(f"`{name}`: expected a positive number, got {value!r}")
+        holds, text = fits(value, kind), _ROWS.get(name) or describe(kind)
+        if name in _CHOICES:
+            holds, text = holds and value in _CHOICES[name], f"one of {_CHOICES[name]}"
+        elif name in _POSITIVE:
+            holds, text = holds and _is_positive(value), describe(kind, "positive")
+        elif name in _PROBABILITIES:
+            holds, text = holds and 0 <= value < 1, "a probability below 1"
+        elif name == "input_features":
+            holds, text = holds and value >= 0, "an integer of 0 or more"
+        if not holds:
+            raise ValueError(f"`{name}`: expected {text}, got {value!r}")
+    if not any(config.line_direction):
+        raise ValueError(f"`line_direction`: expected not all zero, got {config.line_direction}")
     _check_stages(config)
     if config.attention_dim % config.attention_heads:
         got = f"{config.attention_dim} and {config.attention_heads}"
@@ -62,6 +69,10 @@ def check_values(config: Any2PointConfig) -> None:
     if config.rotations is not None:
         euler_rotations(config.rotations)
     _check_together(config)
+
+
+def _is_positive(value: float | tuple[int, ...] | None) -> bool:
+    return value is None or (min(value, default=0) if isinstance(value, tuple) else value) > 0
 
 
 def _check_stages(config: Any2PointConfig) -> None:
@@ -113,14 +124,19 @@ def check_for_source(config: Any2PointConfig, source: Source) -> None:
     given = config.rotations is not None
     if (config.permuted_lines or (config.parity == "official" and image and not given)) and config.views != 6:
         raise ValueError(f"`views`: expected 6 with the official views, got {config.views}")
+    kind = f"{source.name}, whose positions are {'an image' if image else 'a sequence'}"
+    foreign = {"lines": "; see `rotations`", "permuted_lines": ""}
+    if not image:
+        foreign = {"rotations": "; see `lines`", "camera": "", "scramble": "", "table_grid": ""}
+    for name, hint in foreign.items():
+        if getattr(config, name):
+            raise ValueError(f"`{name}`: expected None for {kind}, got {getattr(config, name)}{hint}")
+    grid, rows = config.table_grid, math.prod(source.position_table.shape[:-1])
+    if grid is not None and math.prod(grid) != rows:
+        raise ValueError(f"`table_grid`: expected two factors of the {rows} positions, got {grid}")
     if config.position_size is not None and len(config.position_size) != (2 if image else 1):
         shape = config.position_size
         raise ValueError(f"`position_size`: expected {2 if image else 1} number(s), got {shape}")
-    kind = f"{source.name}, whose positions are {'an image' if image else 'a sequence'}"
-    if image and config.lines is not None:
-        raise ValueError(f"`lines`: expected None for {kind}; see `rotations`")
-    if not image and config.rotations is not None:
-        raise ValueError(f"`rotations`: expected None for {kind}; see `lines`")
     blocks = config.adapter_blocks
     if blocks is not None and (
         not blocks or len(set(blocks)) != len(blocks) or not all(b in range(source.depth) for b in blocks)

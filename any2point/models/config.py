@@ -192,7 +192,7 @@ class Any2PointConfig:
         for name in ("lines", "rotations"):
             rows = getattr(self, name)
             if rows is not None:
-                object.__setattr__(self, name, tuple(tuple(float(x) for x in row) for row in rows))
+                object.__setattr__(self, name, _triples(rows))
         check_values(self)
 
     @property
@@ -263,3 +263,11 @@ class Any2PointConfig:
         if unknown:
             raise ValueError(f"`values`: expected fields of Any2PointConfig, got {unknown}")
         return cls(**values)
+
+
+def _triples(rows: Any) -> Any:
+    """Rows of numbers (lists, arrays) as tuples; what is no such thing stays, for the checks to refuse."""
+    try:
+        return tuple(tuple(float(x) for x in row) for row in rows)
+    except (TypeError, ValueError):
+        return rows

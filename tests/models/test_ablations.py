@@ -155,9 +155,13 @@ def test_refused(values: dict[str, Any], message: str) -> None:
         (
             "bert",
             {"rotations": [[0, 0, 0]]},
-            "`rotations`: expected None for bert, .* a sequence; see `lines`",
+            "`rotations`: expected None for bert, .* a sequence, got .*; see `lines`",
         ),
-        ("dinov2", {"lines": [[1, 0, 0]]}, "`lines`: expected None for dinov2, .* an image; see `rotations`"),
+        (
+            "dinov2",
+            {"lines": [[1, 0, 0]]},
+            "`lines`: expected None for dinov2, .* image, got .*; see `rotations`",
+        ),
         ("bert", {"adapter_blocks": [2]}, r"`adapter_blocks`: expected distinct numbers below 2, got \(2,\)"),
         ("bert", {"adapter_blocks": [0, 0]}, "`adapter_blocks`: expected distinct numbers"),
         ("bert", {"adapter_blocks": []}, "`adapter_blocks`: expected distinct numbers"),

@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 import pytest
+import torch
 
 from any2point import Any2PointConfig, Source
 from any2point.models.official import VARIANTS
@@ -18,7 +19,7 @@ from any2point.models.official import VARIANTS
         ({"num_classes": 0}, "`num_classes`: expected a positive integer, got 0"),
         ({"num_tokens": 12.5}, "`num_tokens`: expected a positive integer, got 12.5"),
         ({"num_points": 100}, "`num_tokens`: expected points >= centres of each stage >= tokens"),
-        ({"neighbors": 0}, "`neighbors`: expected 1 to"),
+        ({"neighbors": 0}, "`neighbors`: expected a positive integer or positive integers, got 0"),
         ({"neighbors": 257}, r"`neighbors`: expected 1 to \(1024, 512, 256\) by stage"),
         ({"neighbors": (4, 4)}, "`neighbors`: expected one number or 3"),
         ({"stage_sizes": (512, 128)}, "`stage_sizes`: expected 3, the last of 128"),
@@ -35,6 +36,60 @@ from any2point.models.official import VARIANTS
 def test_refused(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Any2PointConfig(**values)
+
+
+@pytest.mark.parametrize("field", dataclasses.fields(Any2PointConfig), ids=lambda field: field.name)
+def test_values_of_other_types_are_refused_by_name(field: dataclasses.Field[Any]) -> None:
+    """Also those that Python takes for numbers, or that stand for something in a condition."""
+    flags = isinstance(field.default, bool) or "bool" in str(field.type)
+    for value in ({}, "3x", (("a",),), object(), float("nan"), 1 if flags else True):
+        with pytest.raises(ValueError, match=rf"^`{field.name}`: expected .*, got "):
+            Any2PointConfig(**{field.name: value})
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"scale_factor": "1"}, "`scale_factor`: expected a number, got '1'"),
+        ({"norm_eps": "1e-6"}, "`norm_eps`: expected a positive number or None, got '1e-6'"),
+        ({"cell": float("inf")}, "`cell`: expected a positive number or None, got inf"),
+        ({"neighbors": 8.0}, "`neighbors`: expected a positive integer or positive integers, got 8.0"),
+        ({"tokenizer_units": ()}, r"`tokenizer_units`: expected positive integers, got \(\)"),
+        ({"tokenizer_units": (2, 0, 1)}, "`tokenizer_units`: expected positive integers"),
+        ({"attention_heads": 0}, "`attention_heads`: expected a positive integer, got 0"),
+        ({"attention_dim": -12}, "`attention_dim`: expected a positive integer, got -12"),
+        ({"tokenizer_hidden": 0}, "`tokenizer_hidden`: expected a positive integer, got 0"),
+        ({"position_size": (0,)}, "`position_size`: expected positive integers or None"),
+        ({"table_grid": (3,)}, "`table_grid`: expected 2 positive integers or None"),
+        ({"line_direction": (1, 2)}, "`line_direction`: expected 3 numbers"),
+        ({"line_direction": (0, 0, 0)}, "`line_direction`: expected not all zero"),
+        ({"camera": 0}, "`camera`: expected a positive number or None, got 0"),
+        ({"adapter_blocks": ("a",)}, "`adapter_blocks`: expected integers or None"),
+        ({"lines": 3}, "`lines`: expected directions of three numbers"),
+        ({"rotations": [["a"]]}, "`rotations`: expected three angles in degrees"),
+        ({"head_bias": "no"}, "`head_bias`: expected a truth value, got 'no'"),
+    ],
+)
+def test_message_of_a_type(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Any2PointConfig(**values)
+
+
+def test_numbers_of_arrays_and_lists() -> None:
+    config = Any2PointConfig(views=3, lines=torch.eye(3), tokenizer_units=[1, 1, 1], voxel_size=1)
+    assert config.lines == ((1, 0, 0), (0, 1, 0), (0, 0, 1))
+    assert config.tokenizer_units == (1, 1, 1)
+
+
+def test_options_of_the_other_kind_of_positions_are_refused() -> None:
+    line, image = Source.random("bert", width=16, depth=1), Source.random("dinov2", width=16, depth=1)
+    for name, value in {"camera": 2.0, "scramble": True, "table_grid": (8, 64)}.items():
+        with pytest.raises(ValueError, match=f"`{name}`: expected None for bert, whose positions are a seq"):
+            Any2PointConfig(**{name: value}).resolve(line)
+    with pytest.raises(ValueError, match=r"`permuted_lines`: expected None for dinov2, .* got True"):
+        Any2PointConfig(permuted_lines=True).resolve(image)
+    with pytest.raises(ValueError, match="`table_grid`: expected two factors of the 1369 positions"):
+        Any2PointConfig(table_grid=(3, 4)).resolve(image)
 
 
 def test_refused_for_a_source() -> None:
