@@ -77,7 +77,10 @@ def farthest_point_sample(
         offsets: ``[B + 1]`` int64; cloud b is rows ``offsets[b]`` to ``offsets[b + 1]`` of the packed points.
         start: The first pick, counted within the cloud: one int for all clouds, an int64 tensor ``[B]``, or
             ``"random"``: uniform over the rows of each cloud, drawn on the device of `points`. A start
-            that is outside of the cloud or not finite gives way to the lowest finite point.
+            that is outside of the cloud or not finite gives way to the lowest finite point. An int64 tensor
+            ``[B, S]`` gives the first S picks, for example a set to continue from: the picks after them are
+            ``index[:, S:]``. One of them that is no finite point of the cloud, or that is taken, gives way
+            to the farthest point. One pass over the points a pick: slow for large clouds.
         generator: For ``start="random"``, on the device of `points`; None is torch's default one.
         return_distance: Also return the distances.
         tie: ``"lowest"`` as above. ``"pointnet2"`` (D = 3) repeats what ``pointnet2_ops`` picks, for parity
@@ -116,6 +119,8 @@ def farthest_point_sample(
         wanted = 'D = 3 for tie="pointnet2"' if dim else "D >= 1"
         raise ValueError(f"points: expected {wanted}, got shape {shape_text(clouds.points)}")
     first = _first(start, generator, clouds.points, clouds.batch, clouds.lengths, clouds.offsets)
+    if tie == "pointnet2" and first is not None and first.dim() == 2:
+        raise ValueError('start: expected one start a cloud with tie="pointnet2", got a tensor [B, S]')
     coordinates = clouds.points.detach() if clouds.points.requires_grad else clouds.points
     index, distance = torch.ops.any2point.farthest_point_sample.default(
         coordinates, num_samples, clouds.lengths, clouds.offsets, first, tie == "pointnet2"
@@ -225,8 +230,10 @@ def _first(
         raise ValueError('generator: expected None unless start="random"')
     if isinstance(start, Tensor):
         start = check_index("start", start, like=points, like_name="points")
-        if start.dim() != 1 or start.shape[0] != batch:
-            raise ValueError(f"start: expected shape [B] = [{batch}], got {shape_text(start)}")
+        if start.dim() not in (1, 2) or start.shape[0] != batch or (start.dim() == 2 and start.shape[1] < 1):
+            raise ValueError(
+                f"start: expected shape [B] = [{batch}] or [B, S] with S >= 1, got {shape_text(start)}"
+            )
         return start
     if isinstance(start, str):
         raise ValueError(f'start: expected an int, a tensor [B] or "random", got {start!r}')

@@ -31,7 +31,7 @@ def farthest_point_sample(
     index = torch.full((len(clouds), num_samples), -1)
     distance = points.new_zeros(len(clouds), num_samples)
     for b, cloud in enumerate(clouds):
-        wanted = int(start[b]) if isinstance(start, Tensor) else start
+        wanted = start[b].reshape(-1).tolist() if isinstance(start, Tensor) else [start]
         pick, levels = (_as_pointnet2 if tie == "pointnet2" else _sample)(cloud, num_samples, wanted)
         index[b, : len(pick)] = torch.tensor(pick, dtype=torch.int64) + ends[b]
         distance[b, : len(levels)] = torch.tensor(levels, dtype=points.dtype)
@@ -47,8 +47,8 @@ def _first(cloud: Tensor, wanted: int) -> tuple[int, Tensor]:
     return (int(finite.nonzero()[0]) if finite.any() else -1), finite
 
 
-def _sample(cloud: Tensor, num_samples: int, wanted: int) -> tuple[list[int], list[float]]:
-    pick, finite = _first(cloud, wanted)
+def _sample(cloud: Tensor, num_samples: int, wanted: list[int]) -> tuple[list[int], list[float]]:
+    pick, finite = _first(cloud, wanted[0])
     level = cloud.new_full((len(cloud),), torch.inf).where(finite, -1.0)
     picks: list[int] = []
     levels: list[float] = []
@@ -58,11 +58,14 @@ def _sample(cloud: Tensor, num_samples: int, wanted: int) -> tuple[list[int], li
         level = level.minimum(squared_distance(cloud, cloud[pick])).where(level >= 0, -1.0)
         level[pick] = -1.0  # taken
         pick = int((level == level.max()).nonzero()[0])  # the lowest index on ties
+        given = wanted[len(picks)] if len(picks) < len(wanted) else -1
+        if 0 <= given < len(cloud) and level[given] >= 0:
+            pick = given
     return picks, levels
 
 
-def _as_pointnet2(cloud: Tensor, num_samples: int, wanted: int) -> tuple[list[int], list[float]]:
-    pick, finite = _first(cloud, wanted)
+def _as_pointnet2(cloud: Tensor, num_samples: int, wanted: list[int]) -> tuple[list[int], list[float]]:
+    pick, finite = _first(cloud, wanted[0])
     fallback, _ = _first(cloud, 0)
     # Its block has min(512, 2**floor(log2 n)) threads; thread t visits t, t + threads, ...; ties go to the
     # smallest bit-reversed t, then to the smallest index.

@@ -78,6 +78,31 @@ void sample_as_pointnet2(const FarthestPointCloud<T>& cloud) {
   }
 }
 
+// Several given picks first; one that is not a finite point of the cloud, or is taken, gives way to the
+// farthest point.
+template <typename T>
+void sample_after(const FarthestPointCloud<T>& cloud, const int64_t* given, int64_t starts) {
+  T* level = reinterpret_cast<T*>(cloud.scratch);
+  for (int64_t i = 0; i < cloud.count; i++) {
+    level[i] = finite(cloud.points + i * cloud.dim, cloud.dim) ? std::numeric_limits<T>::infinity() : T(-1);
+  }
+  int64_t pick = cloud.pick;
+  for (int64_t j = 0; j < cloud.samples && level[pick] >= 0; j++) {
+    cloud.index[j] = pick;
+    cloud.distance[j] = level[pick];
+    const T* taken = cloud.points + pick * cloud.dim;
+    level[pick] = -1;
+    int64_t farthest = pick;
+    for (int64_t i = 0; i < cloud.count; i++) {
+      const T d = squared_distance(cloud.points + i * cloud.dim, taken, cloud.dim);
+      level[i] = d < level[i] ? d : level[i];
+      if (level[i] > level[farthest]) farthest = i;
+    }
+    const int64_t next = j + 1 < starts ? given[j + 1] : -1;
+    pick = next >= 0 && next < cloud.count && level[next] >= 0 ? next : farthest;
+  }
+}
+
 class Scratch {
  public:
   char* at_least(int64_t size) {
@@ -139,11 +164,14 @@ void farthest_point_sample_cpu(const FarthestPointSample<T>& run, int64_t first,
       cloud.index[j] = -1;
       cloud.distance[j] = 0;
     }
-    cloud.pick = first_pick(cloud.points, cloud.count, cloud.dim, run.start ? run.start[b] : 0);
+    cloud.pick = first_pick(cloud.points, cloud.count, cloud.dim, run.start ? run.start[b * run.starts] : 0);
     if (cloud.pick < 0 || run.samples == 0) continue;
     if (run.pointnet2) {
       cloud.scratch = scratch.at_least(cloud.count * int64_t(sizeof(T)));
       sample_as_pointnet2(cloud);
+    } else if (run.starts > 1) {
+      cloud.scratch = scratch.at_least(cloud.count * int64_t(sizeof(T)));
+      sample_after(cloud, run.start + b * run.starts, run.starts);
     } else {
       sample(cloud, scratch);
     }

@@ -255,7 +255,7 @@ __global__ void __launch_bounds__(kStreamThreads, 1)
   int bits = 0;
   while (bits < 9 && (int64_t(2) << bits) <= count) bits++;
 
-  int64_t pick = first_pick(points, count, dim, run.start ? run.start[cloud] : 0);
+  int64_t pick = first_pick(points, count, dim, run.start ? run.start[cloud * run.starts] : 0);
   const int64_t fallback = kPointnet2 ? first_pick(points, count, dim, 0) : -1;
   const T infinity = static_cast<T>(__int_as_float(0x7f800000));
   for (int64_t i = threadIdx.x; i < count; i += kStreamThreads) {
@@ -309,6 +309,15 @@ __global__ void __launch_bounds__(kStreamThreads, 1)
     reduce_warp();
     pick = best < 0 ? fallback : static_cast<int64_t>(best_order & 0xffffffffffffull);
     reached = best < 0 ? T(0) : best;
+    if (!kPointnet2 &&
+        j + 1 < run.starts) {  // the same in all threads; the barrier is past the levels' writes
+      const int64_t next = run.start[cloud * run.starts + j + 1];
+      if (next >= 0 && next < count && level[next] >= 0) {
+        pick = next;
+        reached = level[next];
+      }
+      __syncthreads();  // before levels change again
+    }
   }
   fill_rest(run, cloud, j);
 }
@@ -336,7 +345,9 @@ int64_t parts_of(const FarthestPointSample<T>& run) {
 }
 
 // The runs that have kernels other than the streaming one.
-bool has_choice(const FarthestPointSample<float>& run) { return run.dim == 3 && !run.pointnet2; }
+bool has_choice(const FarthestPointSample<float>& run) {
+  return run.dim == 3 && !run.pointnet2 && run.starts == 1;
+}
 bool has_choice(const FarthestPointSample<double>&) { return false; }
 
 DeviceLimits device_limits() {
@@ -402,7 +413,7 @@ cudaError_t launch(const FarthestPointSample<double>& run, void* workspace, cuda
 
 cudaError_t launch(const FarthestPointSample<float>& run, void* workspace, cudaStream_t stream) {
   if (run.pointnet2) return launch_stream<float, 3, true>(run, -1, workspace, stream);
-  if (run.dim != 3) return launch_stream<float, 0, false>(run, -1, workspace, stream);
+  if (!has_choice(run)) return launch_stream<float, 0, false>(run, -1, workspace, stream);
   const Launches all = launches_of(run);
   for (int i = 0; i < all.count; i++) {
     const Launch& next = all.launch[i];

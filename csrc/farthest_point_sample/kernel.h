@@ -14,10 +14,11 @@ struct FarthestPointSample {
   Rows rows;             // which of them belong to which cloud
   int64_t dim;           // D >= 1; 3 if pointnet2
   int64_t samples;       // M
-  const int64_t* start;  // [B] within the cloud, or null: 0
+  const int64_t* start;  // [B, starts] within the cloud, or null: 0
   bool pointnet2;        // tie order, skip radius and fallback of pointnet2_ops
   int64_t* index;        // [B, M] out: as users see it, -1 where a cloud has no point left
   T* distance;           // [B, M] out: squared, to the picks before; +inf for the first, 0 beside index -1
+  int64_t starts = 1;    // given picks of a cloud, before the others; at least 1, and 1 if pointnet2
 };
 
 // Clouds first .. last - 1, on the calling thread.

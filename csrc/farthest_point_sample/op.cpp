@@ -16,6 +16,7 @@ struct Call {
   Tensor index, distance;
   int64_t samples;
   bool pointnet2;
+  int64_t starts;
 
   template <typename T>
   FarthestPointSample<T> run() {
@@ -26,7 +27,8 @@ struct Call {
             start ? start->const_data_ptr<int64_t>() : nullptr,
             pointnet2,
             index.mutable_data_ptr<int64_t>(),
-            distance.mutable_data_ptr<T>()};
+            distance.mutable_data_ptr<T>(),
+            starts};
   }
 };
 
@@ -40,10 +42,17 @@ Call prepare(const Tensor& points, int64_t samples, const OptionalTensor& length
   A2P_CHECK(!pointnet2 || layout.dim == 3, "points: expected 3 coordinates for the order of pointnet2");
   const int64_t clouds = layout.rows.clouds;
   OptionalTensor first;
-  if (start) first = index_tensor("start", *start, {clouds}, points);
+  int64_t starts = 1;
+  if (start && start->dim() == 2) {
+    starts = start->size(1);
+    A2P_CHECK(starts >= 1 && !pointnet2, "start: expected one start a cloud");
+    first = index_tensor("start", *start, {clouds, starts}, points);
+  } else if (start) {
+    first = index_tensor("start", *start, {clouds}, points);
+  }
   Tensor index = torch::stable::new_empty(layout.points, {clouds, samples}, ScalarType::Long);
   Tensor distance = torch::stable::new_empty(layout.points, {clouds, samples});
-  return {layout, first, index, distance, samples, pointnet2};
+  return {layout, first, index, distance, samples, pointnet2, starts};
 }
 
 template <typename T>

@@ -36,6 +36,13 @@ class TestFarthestPointSample(OpContract):
             sample("ties", exact(2, 200, 3, steps=4), 200),
             sample("start", exact(3, 30, 3), 12, start=torch.tensor([29, 0, 77])),
             sample("one start", exact(3, 30, 3), 12, start=7),
+            sample(
+                "several starts",
+                exact(3, 30, 3),
+                12,
+                start=torch.tensor([[29, 0, 5], [3, 3, 3], [77, -1, 4]]),
+            ),
+            sample("more starts than picks", holes, 2, start=torch.tensor([[1, 0, 5], [3, 9, 4]])),
             sample("not finite", holes, 50),
             sample("too many", exact(2, 5, 3), 9),
             sample("batched on the CPU", exact(2, 700, 3), 500),
@@ -71,8 +78,14 @@ class TestFarthestPointSample(OpContract):
         yield dict(start=-1), ValueError, r"start: expected at least 0, got -1"
         yield dict(start=0.5), TypeError, r"start: expected an int, got float"
         yield dict(start="first"), ValueError, r"start: expected an int, a tensor \[B\] or \"random\""
-        yield dict(start=torch.tensor([1, 2])), ValueError, r"start: expected shape \[B\] = \[3\], got \[2\]"
+        yield dict(start=torch.tensor([1, 2])), ValueError, r"start: expected shape \[B\] = \[3\] or .*got \[2\]"
         yield dict(start=torch.rand(3)), TypeError, r"start: expected int64"
+        yield dict(start=torch.zeros(3, 0, dtype=torch.int64)), ValueError, r"start: expected .*got \[3, 0\]"
+        yield (
+            dict(start=torch.zeros(3, 2, dtype=torch.int64), tie="pointnet2"),
+            ValueError,
+            r"start: expected one start a cloud with tie",
+        )
         yield dict(generator=torch.Generator()), ValueError, r'generator: expected None unless start="random"'
         yield dict(start="random", generator=3), TypeError, r"generator: expected a torch.Generator, got int"
         yield dict(tie="first"), ValueError, r'tie: expected "lowest" or "pointnet2", got \'first\''
@@ -110,6 +123,15 @@ def test_scale_and_shift_do_not_change_the_picks() -> None:
     for power in (-60, -10, 10, 55):
         assert torch.equal(farthest_point_sample(points * 2.0**power, 700), want), power
     assert torch.equal(farthest_point_sample(points + 2.0**14, 700), want)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_sampling_continues_from_given_picks(dtype: torch.dtype, device: str) -> None:
+    points = exact(3, 200, 3).to(device, dtype)
+    whole = farthest_point_sample(points, 150, return_distance=True)
+    for given in (2, 60, 149, 150):
+        again = farthest_point_sample(points, 150, start=whole.index[:, :given], return_distance=True)
+        assert_same(again, whole, str(given))
 
 
 def test_infinite_distances_tie() -> None:
