@@ -87,14 +87,23 @@ class RichReporter:
 
     def __init__(self, label: str = "") -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.table import Column
+
+        class Status(TextColumn):
+            """Cut short where the terminal is too narrow, before any other column is."""
+
+            def render(self, task: Any) -> Any:
+                text = super().render(task)
+                text.no_wrap, text.overflow = True, "ellipsis"
+                return text
 
         self.progress = Progress(
             TextColumn("{task.description}"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=16),
             MofNCompleteColumn(),
             TextColumn("{task.fields[rate]}"),
             TimeRemainingColumn(compact=True),
-            TextColumn("{task.fields[status]}", style="dim"),
+            Status("{task.fields[status]}", style="dim", table_column=Column(no_wrap=False)),
         )
         self.label = label or "training"
 

@@ -51,7 +51,7 @@ def test_bar(monkeypatch: pytest.MonkeyPatch) -> None:
     rich = pytest.importorskip("rich.console")
     reporter = RichReporter("demo")
     out = io.StringIO()
-    reporter.progress.live.console = rich.Console(file=out, force_terminal=True, width=160)
+    reporter.progress.live.console = rich.Console(file=out, force_terminal=True, width=80)
     reporter.start(2, 3, 0, 32)
     for step in (1, 2, 3):
         reporter.step(step)
