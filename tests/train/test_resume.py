@@ -64,7 +64,7 @@ def test_killed_at_random_moments(tmp_path: Path) -> None:
     (tmp_path / "cut").mkdir()
     draw = random.Random(0)
     killed = 0
-    for _ in range(30):
+    for _ in range(12):
         (process,) = processes.start(1, processes.train, tmp_path / "cut", "model", options, None)
         process.join(draw.uniform(0.2, 0.7))
         if process.exitcode is not None:
