@@ -234,7 +234,7 @@ class Any2PointConfig:
         size = self.position_size or tuple(self.table_grid or source.position_table.shape[:-1])
         values: dict[str, Any] = {
             "attention_axis": "batch" if official and clip else "tokens",
-            "permuted_lines": official and not image,
+            "permuted_lines": official and not image and self.lines is None,
             "scramble": official and image,
             "position_adds": ("both" if clip else "every") if official else "once",
             "cell": max(size) * (26 / 518 if image else 2 / 77),

@@ -78,7 +78,8 @@ def farthest_point_sample(
     some = finite.any(1, keepdim=True)
     begin = torch.where(some, torch.inf, -1.0).to(points.dtype)
     steps = torch.zeros(num_samples, dtype=torch.int64, device=points.device)
-    results = scan_op(step, [level, first, begin], [steps], (points, order, lowest))
+    rest = torch.where(some, lowest, 0)  # not `lowest` itself: a scan takes no tensor twice
+    results = scan_op(step, [level, first, begin], [steps], (points, order, rest))
     index, distance = results[3].T, results[4].T
     taken = (distance >= 0) & some
     return torch.where(taken, index, -1), torch.where(taken, distance, 0.0)

@@ -189,7 +189,7 @@ def farthest_point_hierarchy(
     base = (
         0
         if offsets is not None
-        else torch.arange(len(points), device=points.device)[:, None] * points.shape[1]
+        else torch.arange(points.shape[0], device=points.device)[:, None] * points.shape[1]
     )
     for m in sizes[1:]:
         index = levels[-1]

@@ -186,6 +186,14 @@ def test_given_lines_and_rotations() -> None:
     assert other.isfinite().all()
 
 
+def test_given_views_go_before_the_official_ones() -> None:
+    config = Any2PointConfig(parity="official", lines=((1, 0, 0), (0, 1, 0)), views=2).resolve(make_source())
+    assert not config.permuted_lines
+    angles = ((10.0, 0.0, 0.0),)
+    image = Any2PointConfig(parity="official", rotations=angles, views=1).resolve(make_source("dinov2"))
+    assert (image.rotations, image.views) == (angles, 1)
+
+
 def test_positions() -> None:
     points, source = clouds(), make_source()
     with torch.no_grad():

@@ -90,9 +90,9 @@ def test_compiles_with_any_batch(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["clip-text", "dinov2"])
-def test_compiles_with_inductor(family: str) -> None:
-    compare(*(tiny(family, **QUIET) for _ in range(2)), backend="inductor")
+@pytest.mark.timeout(900)
+def test_compiles_with_inductor() -> None:
+    compare(*(tiny("clip-text", **QUIET) for _ in range(2)), backend="inductor")
 
 
 def test_encode_compiles_with_attention() -> None:

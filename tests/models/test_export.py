@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from small import close, clouds, make, tiny
+from small import close, clouds, tiny
 from torch import Tensor
 
 from any2point import Any2Point, ops
@@ -117,11 +117,6 @@ def test_onnx(tmp_path: Path) -> None:
 )
 def test_onnx_variants(family: str, options: dict[str, Any], tmp_path: Path) -> None:
     run_onnx(tiny(family, **options), tmp_path / "model.onnx")
-
-
-@pytest.mark.slow
-def test_onnx_of_a_larger_model(tmp_path: Path) -> None:
-    run_onnx(make("dinov2"), tmp_path / "model.onnx")
 
 
 @pytest.mark.slow
