@@ -158,7 +158,7 @@ def evaluate(
     split: Annotated[str, typer.Option(help="test or train.")] = "test",
     source: SourceOption = None,
     vote: Annotated[
-        int, typer.Option(help="Passes to add up: a plain one, others on other points and scales.", min=1)
+        int, typer.Option(help="Passes to average: a plain one, others on other points and scales.", min=1)
     ] = 1,
     output: Annotated[Path | None, typer.Option(help="Folder for results.json and confusion.png.")] = None,
     device: Device = "auto",
