@@ -19,8 +19,8 @@
 // after a poor round, come one by one. When all levels are 0, what is left goes by index.
 //
 // Grid: one block of 1,024 threads a cloud for up to 2,048 points, else several, resident together
-// (cooperative launch), that meet twice a round through words in L2. Points lie in shared memory (in L2 from
-// 4 a thread on), levels in registers.
+// (cooperative launch), that meet twice a round through words in L2. Points lie in shared memory, levels in
+// registers.
 //
 // H200, us a call, uniform ball, everything included; rounds + single picks; the sequential kernel of
 // cuda.cu:
@@ -30,16 +30,22 @@
 //   8 x 16,384 -> 4,096         416     27 + 28     5,165   16
 //   1 x 100,000 -> 25,000     1,084     45 + 24    35,680   98
 //   1 x 1,000,000 -> 250,000  7,900    183 + 40         -  132
+//
 // A bound for one kind of work: updating all points by all picks without pruning would be 0.56 ms of
 // arithmetic at 100,000, 56 ms at 1,000,000. What limits: one block, the latency and issue of a round (about
 // 12,000 cycles for 30 picks: settling 3,000, ranks 1,900, neighbours 2,000, candidates 1,500, update 1,300);
-// many blocks, waiting at the two meetings of a round (40 % of the time with 98 blocks, of which the second,
-// at the end of the longest chain of settling, is the larger part); at a million, those and the box tests.
-// Tried and slower: a lane a candidate walking bit rows of neighbours (518 us at 8,192, and 10 times that
-// where many candidates are in reach of each other), settling all candidates in each block to save the second
-// meeting (518), points read from L2 at a million (12,900), a Morton curve (465 at 8,192; 12,650 at a
-// million). Next: fewer instructions a round in one block; clusters and distributed shared memory for 2 to 16
-// blocks. CUDA, not Triton: polling, ballots and words between blocks.
+// many blocks, the two meetings of a round with the waiting there (44 % of the time with 98 blocks; the
+// second, at the end of the longest chain of settling, is the longer); at a million, those and the box tests.
+//
+// Tried and slower: a lane a candidate walking bit rows of neighbours, each block settling all candidates to
+// save the second meeting (518 us at 8,192, and 10 times that where many candidates are in reach of each
+// other); points read from L2 at a million (12,900); a Morton curve (465 at 8,192; 12,650 at a million).
+//
+// Next: fewer instructions a round in one block; clusters and distributed shared memory for 2 to 16 blocks.
+//
+// Polled states are single words with one writer, and any age of them is right; in one block they lie in
+// shared memory, where the racecheck of compute-sanitizer may report them.
+// CUDA, not Triton: polling, ballots and words between blocks.
 #include "farthest_point_sample/batched.cuh"
 
 namespace any2point {
