@@ -147,8 +147,9 @@ class OpContract:
         for dtype in self.low_precision:
             for sample in self.samples(device):
                 low = sample.to(dtype)
-                exact = type(self).reference(**low.to("cpu").to(torch.float64).kwargs)
-                got, plain = self.call(low), type(self).reference(**low.kwargs)
+                low_cpu = low.to("cpu")
+                exact = type(self).reference(**low_cpu.to(torch.float64).kwargs)
+                got, plain = self.call(low), type(self).reference(**low_cpu.kwargs)
                 for x, y, z in zip(tensors(got), tensors(plain), tensors(exact), strict=True):
                     if x.is_floating_point():
                         assert_within_twice(x, y, z, f"{sample.name} in {dtype}")

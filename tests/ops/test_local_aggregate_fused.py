@@ -231,7 +231,8 @@ def test_training_compiles() -> None:
         norms = [x for unit in given["units"] for x in (*unit.in_norm[2:], *unit.out_norm[2:])]
         return (out.detach(), *torch.autograd.grad(out.square().sum(), given["features"]), *norms)
 
-    assert_same(step(compiled), step(local_aggregate))
+    # What is traced beside the kernels may be rounded otherwise.
+    torch.testing.assert_close(step(compiled), step(local_aggregate), rtol=1e-5, atol=1e-5)
 
 
 def test_training_opcheck() -> None:
