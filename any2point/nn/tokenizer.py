@@ -47,7 +47,17 @@ def first_centers(points: Tensor, valid: Tensor, start: str) -> Tensor | int:
     kept = torch.where(valid[..., None], points, 0.0)
     mean = kept.sum(1, keepdim=True) / valid.sum(1).clamp(min=1)[:, None, None]
     distance = (kept - mean).square().sum(-1)
-    return torch.where(valid, distance, -1.0).argmax(1)
+    distance = torch.where(valid, distance, -1.0)
+    return _first_true(distance == distance.amax(1, keepdim=True))
+
+
+def _first_true(mask: Tensor) -> Tensor:
+    """Index along the last dimension of the first True (of the last entry if there is none).
+
+    In place of argmax, which Inductor of torch 2.11 miscompiles on CPUs for sizes that are no multiple of 16.
+    """
+    rows = torch.arange(mask.shape[-1], device=mask.device)
+    return torch.where(mask, rows, mask.shape[-1] - 1).amin(-1)
 
 
 def repeat_centers(index: Tensor) -> Tensor:
@@ -134,7 +144,7 @@ class Tokenizer(nn.Module):
         batch, size = picks.shape
         if self.tie == "lowest":  # each level is a prefix of the one before
             return torch.arange(size, device=picks.device).expand(batch, size)
-        return (picks[:, :, None] == level[:, None, :]).int().argmax(-1)
+        return _first_true(picks[:, :, None] == level[:, None, :])
 
     def forward(self, points: Tensor, features: Tensor | None = None) -> Tokens:
         """`points [B, N, 3]` float32 or float64, `features [B, N, F]` -> tokens of the last stage.
