@@ -80,8 +80,8 @@ def read_bert(
     depth = choose_depth(count_blocks(reader.state, _BLOCKS + "attention.self.query.weight"), depth)
     table = reader.take("embeddings.position_embeddings.weight")[first:]
     if "embeddings.token_type_embeddings.weight" in reader:
-        table = table + reader.take("embeddings.token_type_embeddings.weight")[0]
-    words = reader.take("embeddings.word_embeddings.weight")
+        table = table + reader.rows("embeddings.token_type_embeddings.weight", table.shape[-1])[0]
+    words = reader.rows("embeddings.word_embeddings.weight", table.shape[-1])
     has_cls = words.shape[0] > cls_word
     return Source(
         name=name,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -53,8 +54,9 @@ def read_checkpoint(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]
     Raises:
         ValueError: there is no such file, or it is truncated, foreign or needs code to be executed.
     """
-    path = Path(path).expanduser()
-    file = _find(path)
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"`path`: expected a file or folder, got {type(path).__name__}")
+    file = _find(Path(path).expanduser())
     config = read_config(file)
     state = _read_parts(file) if file.name.endswith(".index.json") else _read_file(file)
     return _tensors(state, file), config, file
@@ -87,9 +89,13 @@ def _read_parts(index: Path) -> dict[str, Tensor]:
 
 
 def _find(path: Path) -> Path:
-    if path.is_file():
-        return path
-    if not path.is_dir():
+    try:
+        if path.is_file():
+            return path
+        folder = path.is_dir()
+    except OSError:  # such as a name that is too long
+        folder = False
+    if not folder:
         raise ValueError(f"`path`: no file or folder {path}")
     for name in _NAMES:
         if (path / name).is_file():
@@ -114,7 +120,8 @@ def _read_torch(file: Path) -> Any:
 
 def _line(error: Exception) -> str:
     text = str(error).strip().splitlines()
-    return (text[0] if text else type(error).__name__)[:160]
+    # Some messages are a bare opcode or key.
+    return (text[0] if text and len(text[0]) > 9 else f"{type(error).__name__} {''.join(text[:1])}")[:160]
 
 
 def _tensors(state: Any, file: Path) -> dict[str, Tensor]:
@@ -193,10 +200,19 @@ class Reader:
         if name not in self.state:
             raise ValueError(f"`path`: tensor {name!r} is missing: the checkpoint is incomplete or foreign")
         value = self.state[name]
-        if not value.is_floating_point():
-            raise ValueError(f"`path`: expected floating point in tensor {name!r}, got {value.dtype}")
+        if not value.is_floating_point() or value.layout != torch.strided or value.is_meta:
+            got = "no values" if value.is_meta else f"{value.dtype}, {value.layout}"
+            raise ValueError(f"`path`: expected dense floating point in tensor {name!r}, got {got}")
         self.used.add(name)
         return value.detach().to(torch.float32).contiguous()
+
+    def rows(self, name: str, width: int) -> Tensor:
+        """A table `[n, width]`, n > 0; ValueError if it has another shape."""
+        table = self.take(name)
+        if table.dim() != 2 or table.shape[1] != width or not len(table):
+            got = list(table.shape)
+            raise ValueError(f"`path`: expected shape [n, {width}] for tensor {name!r}, got {got}")
+        return table
 
     def pair(self, source: str, target: str) -> dict[str, Tensor]:
         """Weight and bias of a layer under their new name."""

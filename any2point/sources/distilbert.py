@@ -39,7 +39,7 @@ def _convert(
     reader = Reader(state, prefix)
     depth = choose_depth(count_blocks(reader.state, _BLOCKS + "attention.q_lin.weight"), depth)
     table = reader.take("embeddings.position_embeddings.weight")
-    words = reader.take("embeddings.word_embeddings.weight")
+    words = reader.rows("embeddings.word_embeddings.weight", table.shape[-1])
     tensors = reader.pair("embeddings.LayerNorm", "input_norm")
     for i in range(depth):
         old, new = f"transformer.layer.{i}", f"blocks.{i}"

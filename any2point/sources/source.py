@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from any2point.sources.checkpoint import read_checkpoint
+from any2point.sources.checks import check_count, check_positions, check_sizes, check_source, convert
 from any2point.sources.encoder import FrozenEncoder, Layout
 
-POSITION_KINDS = ("learned", "sinusoidal", "stand-in")
 _OPTIONAL = ("cls_token", "cls_position", "registers")
 
 
@@ -59,27 +59,12 @@ class Source:
     unused: tuple[str, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
-        if self.width % self.heads:
-            raise ValueError(f"`heads`: expected a divisor of the width {self.width}, got {self.heads}")
-        if self.position_table.dim() not in (2, 3) or self.position_table.shape[-1] != self.width:
-            got = list(self.position_table.shape)
-            raise ValueError(
-                f"`position_table`: expected [L, {self.width}] or [H, W, {self.width}], got {got}"
-            )
-        if self.registers is not None and (
-            self.registers.dim() != 2 or self.registers.shape[1] != self.width
-        ):
-            raise ValueError(f"`registers`: expected [R, {self.width}], got {list(self.registers.shape)}")
-        if self.position_kind not in POSITION_KINDS:
-            known = ", ".join(POSITION_KINDS)
-            raise ValueError(f"`position_kind`: expected one of {known}, got {self.position_kind!r}")
-        expected = {k: v.shape for k, v in self._skeleton().state_dict().items()}
-        for name, shape in expected.items():
-            if name not in self.tensors:
-                raise ValueError(f"`tensors`: expected a tensor {name!r}, got none")
-            if self.tensors[name].shape != shape:
-                got = list(self.tensors[name].shape)
-                raise ValueError(f"`tensors`: expected shape {list(shape)} for {name!r}, got {got}")
+        check_sizes(self.width, self.depth, self.heads)
+        last = self.tensors.get("blocks.0.mlp.fc2.weight")
+        if last is None or last.dim() != 2:
+            got = "none" if last is None else f"shape {list(last.shape)}"
+            raise ValueError(f"`tensors`: expected a matrix 'blocks.0.mlp.fc2.weight', got {got}")
+        check_source(self, {name: value.shape for name, value in self._skeleton().state_dict().items()})
 
     @property
     def has_cls(self) -> bool:
@@ -206,7 +191,7 @@ class Source:
             origin["depth"] = depth  # type: ignore[assignment]
         if heads is not None:
             origin["heads"] = heads  # type: ignore[assignment]
-        return entry.convert(state, config, depth=depth, heads=heads, origin=origin)
+        return convert(entry, state, config, depth=depth, heads=heads, origin=origin)
 
     @classmethod
     def random(
@@ -232,10 +217,13 @@ class Source:
         entry = get_family(family)
         width = entry.width if width is None else width
         depth = entry.depth if depth is None else depth
+        check_count("width", width)
         heads = max(1, width // 64) if heads is None else heads
-        positions = entry.positions if positions is None else tuple(positions)
-        if len(positions) != len(entry.positions):
-            raise ValueError(f"`positions`: expected {len(entry.positions)} number(s), got {positions}")
+        check_sizes(width, depth, heads)
+        positions = entry.positions if positions is None else positions
+        check_positions(positions, entry.positions)
+        if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+            raise ValueError(f"`seed`: expected an integer of 64 bits, got {seed!r}")
         generator = torch.Generator().manual_seed(seed)
 
         def normal(*shape: int) -> Tensor:
@@ -252,6 +240,10 @@ class Source:
         if entry.layout.norm == "pre":
             tensors |= {"norm.weight": torch.ones(width), "norm.bias": torch.zeros(width)}
         fixed = entry.table
+        table = normal(*positions, width) if fixed is None else fixed(*positions, width)
+        if table.shape[-1] != width:
+            fits = f"a number that the sines and cosines of {family} fill, such as {table.shape[-1]}"
+            raise ValueError(f"`width`: expected {fits}, got {width}")
         origin = {"seed": seed, "width": width, "depth": depth, "heads": heads, "positions": list(positions)}
         return cls(
             name=entry.name,
@@ -261,7 +253,7 @@ class Source:
             heads=heads,
             layout=entry.layout,
             tensors=tensors,
-            position_table=normal(*positions, width) if fixed is None else fixed(*positions, width),
+            position_table=table,
             cls_token=normal(width) if entry.has_cls else None,
             cls_position=(normal(width) if fixed is None else torch.zeros(width)) if entry.has_cls else None,
             registers=normal(entry.registers, width) if entry.registers else None,
@@ -321,7 +313,7 @@ def get_family(name: str) -> Family:
     """The family of that name, or a ValueError that lists them."""
     from any2point.sources import FAMILIES
 
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise ValueError(f"`family`: expected one of {', '.join(FAMILIES)}, got {name!r}")
     return FAMILIES[name]
 
@@ -330,7 +322,13 @@ def matching_families(state: Mapping[str, Tensor], config: Mapping[str, Any], fi
     """The families that a checkpoint holds, by precedence, or a ValueError that says what was seen."""
     from any2point.sources import FAMILIES
 
-    matching = [name for name, entry in FAMILIES.items() if entry.matches(state, config)]
+    def matches(entry: Family) -> bool:
+        try:
+            return entry.matches(state, config)
+        except (RuntimeError, IndexError, TypeError):  # right names, but of shapes that it cannot look at
+            return False
+
+    matching = [name for name, entry in FAMILIES.items() if matches(entry)]
     if not matching:
         seen, known = ", ".join(sorted(state)[:4]), ", ".join(FAMILIES)
         kind = f" of model_type {config['model_type']!r}" if "model_type" in config else ""

@@ -11,6 +11,7 @@ from typing import Any
 
 from any2point.sources import FAMILIES, Family, Layout, Source
 from any2point.sources.checkpoint import read_checkpoint
+from any2point.sources.checks import convert
 from any2point.sources.source import get_family, matching_families
 
 _COLUMNS = 100
@@ -117,7 +118,7 @@ def _inspect(path: str | Path, family: str | None, heads: int | None) -> dict[st
     state, config, file = read_checkpoint(path)
     names = matching_families(state, config, file) if family is None else [family]
     entry = get_family(names[0])
-    source: Source = entry.convert(state, config, heads=heads, origin={"path": str(file)})
+    source: Source = convert(entry, state, config, heads=heads, origin={"path": str(file)})
     return {
         "file": str(file),
         "also": names[1:],

@@ -216,7 +216,7 @@ def test_reader() -> None:
     with pytest.raises(ValueError, match=r"tensor 'h\.0\.b\.bias' is missing"):
         reader.fused(["h.0.a", "h.0.b"], "qkv")
     with pytest.raises(
-        ValueError, match=r"expected floating point in tensor 'h\.0\.count', got torch\.int64"
+        ValueError, match=r"expected dense floating point in tensor 'h\.0\.count', got torch\.int64"
     ):
         reader.take("h.0.count")
     reader.check_blocks("h.{}.", 1)  # integers are counters, and block 1 is not used
