@@ -17,6 +17,7 @@ from any2point.models.build import (
     build_tokenizer,
     start_token,
 )
+from any2point.models.checks import check_names
 from any2point.models.config import Any2PointConfig
 from any2point.nn.positions import build_positions
 from any2point.ops import group, voxel_cluster
@@ -60,11 +61,9 @@ class Any2Point(PointModel):
         for name, value, kind in (("config", config, Any2PointConfig), ("source", source, Source)):
             if not isinstance(value, kind):
                 raise TypeError(f"`{name}`: expected {kind.__name__}, got {type(value).__name__}")
-        if class_names is not None and len(class_names) != config.num_classes:
-            raise ValueError(f"`class_names`: expected {config.num_classes} names, got {len(class_names)}")
         self.config = config = config.resolve(source)
         self.source_info = source
-        self.class_names = None if class_names is None else list(class_names)
+        self.class_names = check_names(class_names, config.num_classes)
         width = source.width
         self.tokenizer = build_tokenizer(config, width)
         self.projection = build_projection(config, source)

@@ -82,6 +82,8 @@ class PointModel(nn.Module):
         if not isinstance(points, Tensor) or not points.is_floating_point():
             got = points.dtype if isinstance(points, Tensor) else type(points).__name__
             raise TypeError(f"`points`: expected a floating point tensor [B, N, 3], got {got}")
+        if points.layout != torch.strided:
+            raise TypeError(f"`points`: expected a dense tensor [B, N, 3], got {points.layout}")
         if points.dim() != 3 or points.shape[-1] != 3 or points.shape[0] == 0:
             raise ValueError(f"`points`: expected shape [B, N, 3] with B > 0, got {list(points.shape)}")
         device = next(self.parameters()).device

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from any2point.models.kinds import describe, fits, kinds_of
@@ -37,6 +38,21 @@ _POSITIVE = (
 )
 _PROBABILITIES = ("dropout", "adapter_dropout", "drop_path", "attention_dropout")
 _ROWS = {"lines": "directions of three numbers, not all zero", "rotations": "three angles in degrees"}
+
+
+def check_names(names: Sequence[str] | None, count: int) -> list[str] | None:
+    """The names of the classes as a list, if there are any; an error unless they are `count` texts."""
+    if names is None:
+        return None
+    if (
+        isinstance(names, str)
+        or not isinstance(names, Sequence)
+        or not all(isinstance(n, str) for n in names)
+    ):
+        raise TypeError(f"`class_names`: expected a list of names, got {names!r}")
+    if len(names) != count:
+        raise ValueError(f"`class_names`: expected {count} names, got {len(names)}")
+    return list(names)
 
 
 def check_values(config: Any2PointConfig) -> None:

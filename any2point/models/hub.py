@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -76,15 +77,9 @@ def load(
 ) -> Any2Point:
     """See `Any2Point.from_pretrained`."""
     directory = _folder(location, revision)
-    description = read_json(directory / CONFIG)
-    if description.get("model_type") != "any2point":
-        got = description.get("model_type")
-        raise ValueError(f"`directory`: expected model_type 'any2point' in {directory / CONFIG}, got {got!r}")
-    try:
-        config = Any2PointConfig.from_dict(description["config"])
-        expected = description["source"]["fingerprint"]
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"`directory`: {directory / CONFIG} is incomplete ({error})") from None
+    description = _read_description(directory / CONFIG)
+    config = Any2PointConfig.from_dict(description["config"])
+    expected = description["source"]["fingerprint"]
     state = read_safetensors(directory / WEIGHTS)
     if config.tuning == "full":
         source = _tuned_source(description["source"], state, directory / WEIGHTS)
@@ -98,6 +93,37 @@ def load(
     _compare(wanted, state, directory / WEIGHTS)
     model.load_state_dict(state, strict=False)
     return model.eval()
+
+
+# What loading reads of a `config.json`, and of the source that it describes.
+_FIELDS = {"config": dict, "source": dict}
+_SOURCE_FIELDS = {
+    **{"family": str, "modality": str, "width": int, "depth": int, "heads": int, "positions": list},
+    **{"layout": dict, "origin": dict, "fingerprint": str},
+}
+
+
+def _read_description(file: Path) -> dict[str, Any]:
+    description = read_json(file)
+    if description.get("model_type") != "any2point":
+        got = description.get("model_type")
+        raise ValueError(f"`directory`: expected model_type 'any2point' in {file}, got {got!r}")
+    _check_fields(description, _FIELDS, file)
+    _check_fields(description["source"], _SOURCE_FIELDS, file)
+    try:
+        Layout(**description["source"]["layout"])
+    except TypeError as error:
+        raise ValueError(f"`directory`: unknown layout of a source in {file} ({error})") from None
+    return description
+
+
+def _check_fields(values: Mapping[str, Any], fields: Mapping[str, type], file: Path) -> None:
+    for name, kind in fields.items():
+        if name not in values:
+            raise ValueError(f"`directory`: {file} is incomplete ({name!r} is missing)")
+        if not isinstance(values[name], kind):
+            got = f"{values[name]!r} as {name!r} in {file}"
+            raise ValueError(f"`directory`: expected {kind.__name__}, got {got}")
 
 
 def _check_source(source: Source, recorded: dict[str, Any], expected: str) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from any2point.models.base import PointModel
 from any2point.models.build import build_tokenizer
+from any2point.models.checks import check_names
 from any2point.models.config import Any2PointConfig
 
 
@@ -23,11 +24,12 @@ class TokenizerProbe(PointModel):
 
     def __init__(self, config: Any2PointConfig, width: int, class_names: Sequence[str] | None = None) -> None:
         super().__init__()
-        if class_names is not None and len(class_names) != config.num_classes:
-            raise ValueError(f"`class_names`: expected {config.num_classes} names, got {len(class_names)}")
         self.config = config = config.resolve_common()
-        self.class_names = None if class_names is None else list(class_names)
+        self.class_names = check_names(class_names, config.num_classes)
         self.tokenizer = build_tokenizer(config, width)
+        if self.tokenizer.width != width:
+            parts = 2 ** len(config.tokenizer_units)
+            raise ValueError(f"`width`: expected a multiple of {parts}, got {width}")
         self.head = nn.Linear(2 * width, config.num_classes)
 
     def forward(

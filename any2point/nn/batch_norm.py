@@ -52,6 +52,8 @@ class BatchNorm1d(nn.BatchNorm1d):
     def forward(self, input: Tensor) -> Tensor:
         """`[R, C]` -> `[R, C]`."""
         if not (self.training and are_shared()):
+            if self.training and len(input) == 1:
+                raise ValueError("`points`: expected at least 2 clouds to train on, for statistics; got 1")
             return super().forward(input)
         self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
         norm = BatchNormTensors(self.weight, self.bias, self.running_mean, self.running_var)  # type: ignore[arg-type]

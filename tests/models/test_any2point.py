@@ -151,6 +151,7 @@ def test_clouds_without_enough_finite_points_do_not_crash() -> None:
         (torch.rand(1, 3, 96), ValueError, r"`points`: expected shape \[B, N, 3\]"),
         (torch.rand(0, 96, 3), ValueError, "B > 0"),
         (torch.zeros(1, 96, 3, dtype=torch.int64), TypeError, "`points`: expected a floating point tensor"),
+        (torch.rand(1, 96, 3).to_sparse(), TypeError, r"`points`: expected a dense tensor \[B, N, 3\]"),
         ([[0.0, 0.0, 0.0]], TypeError, r"`points`: expected a floating point tensor \[B, N, 3\], got list"),
     ],
 )
@@ -377,6 +378,43 @@ def test_broken_folders(tmp_path: Path) -> None:
         Any2Point.from_pretrained(tmp_path / "nowhere")
 
 
+def test_descriptions_of_sources_that_cannot_be(tmp_path: Path) -> None:
+    pytest.importorskip("safetensors")
+    make().save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    text = file.read_text()
+    for name in (
+        "family",
+        "modality",
+        "width",
+        "depth",
+        "heads",
+        "positions",
+        "layout",
+        "fingerprint",
+        "origin",
+    ):
+        for value in (None, 1.5, "x" if name in ("width", "depth", "heads", "layout") else 3.5):
+            description = json.loads(text)
+            description["source"][name] = value
+            file.write_text(json.dumps(description))
+            with pytest.raises(
+                ValueError, match=rf"`directory`: expected \w+, got .* as '{name}' in .*config.json"
+            ):
+                Any2Point.from_pretrained(tmp_path)
+        del description["source"][name]
+        file.write_text(json.dumps(description))
+        with pytest.raises(
+            ValueError, match=f"`directory`: .*config.json is incomplete .'{name}' is missing"
+        ):
+            Any2Point.from_pretrained(tmp_path)
+    description = json.loads(text)
+    description["source"]["layout"]["rotary"] = True
+    file.write_text(json.dumps(description))
+    with pytest.raises(ValueError, match=r"`directory`: unknown layout of a source in .* 'rotary'"):
+        Any2Point.from_pretrained(tmp_path)
+
+
 def test_a_failed_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("safetensors")
     make().save_pretrained(tmp_path)
@@ -439,3 +477,21 @@ def test_probe() -> None:
 def test_class_names() -> None:
     with pytest.raises(ValueError, match="`class_names`: expected 5 names, got 2"):
         Any2Point(Any2PointConfig(**SMALL), make_source(), ["a", "b"])
+    for names in ("abcde", [1, 2, 3, 4, 5], 5):
+        with pytest.raises(TypeError, match="`class_names`: expected a list of names, got"):
+            Any2Point(Any2PointConfig(**SMALL), make_source(), names)  # type: ignore[arg-type]
+
+
+def test_arguments_of_other_types() -> None:
+    with pytest.raises(TypeError, match="`source`: expected Source, got str"):
+        Any2Point(Any2PointConfig(**SMALL), "ViT-L-14.pt")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="`config`: expected Any2PointConfig, got dict"):
+        Any2Point(SMALL, make_source())  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="`width`: expected a multiple of 8, got 50"):
+        TokenizerProbe(Any2PointConfig(**SMALL), 50)
+
+
+def test_one_cloud_has_no_statistics() -> None:
+    with pytest.raises(ValueError, match=r"`points`: expected at least 2 clouds to train on, .* got 1"):
+        make().train()(clouds(1))
+    assert make(tuning="probe").train()(clouds(1)).isfinite().all()
