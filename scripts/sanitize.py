@@ -71,6 +71,10 @@ def main() -> int:
     points = torch.rand(3, 37, 3)
     compare("fps pointnet2", ops.farthest_point_sample, points, 20, tie="pointnet2")
     compare("fps large", ops.farthest_point_sample, torch.rand(1, 33001, 3), 40)
+    for n in (1000, 5000):  # picks by the batch, in one block and in several
+        compare(f"fps batched {n}", ops.farthest_point_sample, torch.rand(2, n, 3), 400)
+    given = torch.tensor([[3, 1, 7]]).expand(3, 3)
+    compare("fps continued", ops.farthest_point_sample, points, 9, start=given)
     compare("knn large", ops.knn, torch.rand(1, 77, 3), torch.rand(1, 20011, 3), 16)
     tree = torch.rand(1, 50017, 3)
     for k in (9, 40, 100, 200):
