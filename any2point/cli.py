@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+import warnings
 from collections.abc import Sequence
 
 
@@ -25,6 +26,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # up to a hundred times slower when another process wants the cores; this one costs nothing when none
     # does.
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+    with warnings.catch_warnings():
+        warnings.showwarning = _warn  # type: ignore[assignment]
+        return _main(given)
+
+
+def _main(given: list[str]) -> int:
     try:
         if given[:1] == ["info"]:  # has to run where nothing else is installed
             from any2point.info import main as info
@@ -51,6 +58,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(f"{line}\n\n{tree.rstrip()}" if tree else line, error)
 
 
+def _warn(message: Warning | str, *_: object) -> None:
+    """Warnings as lines of their own, without the line of code, and of several processes only the first's."""
+    if _rank() == "0":
+        print(f"any2point: warning: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+
+
+def _rank() -> str:
+    return os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or "0"
+
+
 def _fail(message: str, error: BaseException | None = None) -> int:
     _say(message, error)
     return 2
@@ -58,9 +75,8 @@ def _fail(message: str, error: BaseException | None = None) -> int:
 
 def _say(message: str, error: BaseException | None) -> None:
     """Print an error, unless other processes of the same run have the same one and the first will tell."""
-    rank = os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or "0"
     elected = getattr(error, "rank", None)  # set where one process failed first and ends the others
-    if elected is None and rank != "0":
+    if elected is None and _rank() != "0":
         time.sleep(2)  # a launcher ends all when the first one exits
         return
     where = f"process {elected}: " if elected else ""

@@ -108,7 +108,10 @@ def train(
         typer.Option(help="The transformer to freeze: a checkpoint, minilm (default), random:bert, ..."),
     ] = None,
     recipe: Annotated[
-        str | None, typer.Option(help="YAML file, or the name of one that ships with the package.")
+        str | None,
+        typer.Option(
+            help="YAML file, or clip-text/scanobjectnn, dinov2/modelnet40, ... (a wrong name lists all)."
+        ),
     ] = None,
     output: Annotated[Path, typer.Option(help="Run folder to make.")] = Path("runs/train"),
     resume: Annotated[bool, typer.Option(help="Continue the run in --output with its own recipe.")] = False,
@@ -119,7 +122,7 @@ def train(
     select: Annotated[
         str | None,
         typer.Option(
-            help="Weights to keep: last epoch, best on validation, or (as officially) best on test."
+            help="Weights to keep: of the last epoch, or the best on validation or (as officially) on test."
         ),
     ] = None,
     parity: Annotated[
@@ -163,12 +166,15 @@ def evaluate(
     output: Annotated[Path | None, typer.Option(help="Folder for results.json and confusion.png.")] = None,
     device: Device = "auto",
     devices: Devices = 1,
-    precision: Precision = "auto",
+    precision: Annotated[
+        str | None, typer.Option(help="auto, fp32, bf16 or fp16; default: as it was trained.")
+    ] = None,
 ) -> None:
     """Accuracy of a trained model, overall and class by class."""
     from any2point.train.run import evaluate_run
 
-    compute = {"device": device, "devices": devices, "precision": precision}
+    compute = {"device": device, "devices": devices}
+    compute |= {} if precision is None else {"precision": precision}
     evaluate_run(run, data, split, source, output, vote, compute)
 
 

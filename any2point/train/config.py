@@ -109,11 +109,12 @@ class TrainConfig:
     jitter: float = 0.0
 
     def __post_init__(self) -> None:
+        self._expect("scale", _is_range, "two numbers above 0, the smaller first")
         object.__setattr__(self, "scale", tuple(self.scale))
         for name in ("epochs", "batch_size", "eval_every", "eval_batch_size", "save_every"):
-            self._expect(name, lambda v: _is_whole(v) and v >= 1, "a whole number of 1 or more")
-        for name in ("devices", "save_every_steps"):
-            self._expect(name, lambda v: _is_whole(v) and v >= 0, "a whole number of 0 or more")
+            self._expect(name, lambda v: is_whole(v) and v >= 1, "a whole number of 1 or more")
+        for name in ("devices", "save_every_steps", "pool"):
+            self._expect(name, lambda v: is_whole(v) and v >= 0, "a whole number of 0 or more")
         for name in ("deterministic", "sync_batch_norm", "cuda_graph", "tensorboard"):
             self._expect(name, lambda v: isinstance(v, bool), "true or false")
         for name in (
@@ -124,19 +125,18 @@ class TrainConfig:
             "shift",
             "yaw",
             "jitter",
-            "pool",
         ):
-            self._expect(name, lambda v: _is_number(v) and v >= 0, "a number of 0 or more")
+            self._expect(name, lambda v: is_number(v) and v >= 0, "a number of 0 or more")
         self._expect(
             "hold_epochs",
             lambda v: isinstance(v, int) and 0 <= v < self.epochs,
             "less than `epochs`, 0 or more",
         )
-        self._expect("lr", lambda v: _is_number(v) and v > 0, "a number above 0")
-        self._expect("label_smoothing", lambda v: _is_number(v) and 0 <= v < 1, "a number from 0 to below 1")
-        self._expect("validation_fraction", lambda v: _is_number(v) and 0 < v < 1, "a number between 0 and 1")
-        self._expect("mirror", lambda v: _is_number(v) and 0 <= v <= 1, "a number from 0 to 1")
-        self._expect("scale", _is_range, "two numbers above 0, the smaller first")
+        self._expect("seed", lambda v: is_whole(v) and v >= 0, "a whole number of 0 or more")
+        self._expect("lr", lambda v: is_number(v) and v > 0, "a number above 0")
+        self._expect("label_smoothing", lambda v: is_number(v) and 0 <= v < 1, "a number from 0 to below 1")
+        self._expect("validation_fraction", lambda v: is_number(v) and 0 < v < 1, "a number between 0 and 1")
+        self._expect("mirror", lambda v: is_number(v) and 0 <= v <= 1, "a number from 0 to 1")
         for name, choices in {
             "schedule": ("epoch", "step"),
             "select": ("last", "validation", "test"),
@@ -193,7 +193,7 @@ class TrainConfig:
         normals = 3 + list(feature_names).index("nx") if "nx" in feature_names else None
         drawn: list[transforms.Transform] = [transforms.RandomSubset(num_points, self.subset == "shared")]
         if self.pool > num_points:
-            pool = transforms.FarthestPointSubset(int(self.pool), self.pool_start, self.fps, at_most=True)
+            pool = transforms.FarthestPointSubset(self.pool, self.pool_start, self.fps, at_most=True)
             drawn.insert(0, pool)
         stretch: list[transforms.Transform] = []
         if self.scale != (1, 1):
@@ -284,13 +284,20 @@ _OFFICIAL: dict[str, dict[str, Any]] = {
 }
 
 
-def _is_whole(value: object) -> bool:
+def is_whole(value: object) -> bool:
+    """Whether a value is an integer, and not true or false."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_number(value: object) -> bool:
+def is_number(value: object) -> bool:
+    """Whether a value is a finite number, and not true or false."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _is_range(value: Any) -> bool:
-    return len(value) == 2 and all(map(_is_number, value)) and 0 < value[0] <= value[1]
+    return (
+        isinstance(value, (list, tuple))
+        and len(value) == 2
+        and all(map(is_number, value))
+        and 0 < value[0] <= value[1]
+    )

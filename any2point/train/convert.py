@@ -60,7 +60,7 @@ def from_official(checkpoint: Path, output: Path, variant: str | None, pretraine
     _check_same(model.source_info, source, pretrained)
     model.class_names = _class_names(dataset, model.config.num_classes)
     model.save_pretrained(output, include_source=True)
-    changes = {"parity": "official", "source": str(pretrained.resolve())}
+    changes = {"parity": "official", "source": str(pretrained.absolute())}
     files.write_yaml(output / files.RECIPE, load_recipe(variant).override(changes).to_dict())
     print(f"{variant}\n{model.summary()}\n\nmodel folder: {output}")
 

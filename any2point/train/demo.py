@@ -134,7 +134,7 @@ def _open(source: str | None, recipe: Recipe) -> tuple[Source | None, Recipe]:
             print(f"pretrained weights: {reason}")
             return open_source("minilm"), recipe.override({"source": "minilm"})
     elif not source.startswith("random:"):
-        return open_source(source), recipe.override({"source": str(Path(source).resolve())})
+        return open_source(source), recipe.override({"source": str(Path(source).expanduser().absolute())})
     print(f"NO PRETRAINED WEIGHTS: {reason}.\nThe encoder has random weights in all that follows.")
     return None, recipe.override({"source": source or "random:bert"})
 

@@ -7,6 +7,7 @@ depend on the number of processes either; dropout does, and without `sync_batch_
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from any2point.data.checksums import checksum
 from any2point.data.dataset import PointDataset
 from any2point.data.transforms import Rows
 from any2point.train import files
@@ -32,7 +34,9 @@ from any2point.train.metrics import (
 )
 from any2point.train.progress import Reporter, SilentReporter, default_reporter
 from any2point.train.runtime import Runtime
-from any2point.train.state import read_state, trained_state
+from any2point.train.state import origin_of, read_state, trained_state
+
+_FEW = 16  # files of data whose checksums are written down
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,8 @@ def fit(
         config: how to train.
         run_dir: folder for the run: recipe.yaml, metrics.jsonl, TensorBoard events, state.pt (to resume
             from), results.json, and the model in hub layout (config.json, model.safetensors). None writes
-            nothing. The first of several processes writes; all of them have to see the folder.
+            nothing. results.json has the checksums of the data's files, unless they are many. The first
+            of several processes writes; all of them have to see the folder.
         resume: continue from the folder's state.pt; without one, start from the beginning.
         reporter: shows progress; by default a bar on a terminal and plain lines elsewhere.
         recipe: what to write to recipe.yaml beside the training options.
@@ -96,7 +101,8 @@ def fit(
         ImportError: without Lightning Fabric, or without what `config.tensorboard` asks for.
     """
     runtime = Runtime(config)
-    with runtime.ranks.together():
+    alone = files.reserved(Path(run_dir)) if run_dir is not None and runtime.ranks.first else None
+    with runtime.ranks.together(), alone or contextlib.nullcontext():
         return _Run(model, train, test, config, runtime, run_dir, resume, reporter, recipe).run()
 
 
@@ -126,6 +132,7 @@ class _Run:
             self.validation = prepare(held_out, config, size, device)
         if config.select == "test" and test is None:
             raise ValueError('`select`: expected "last" or "validation" without a test set, got "test"')
+        self.origin = origin_of(model, train)
         self.batch = _batch_size(config, len(train), self.ranks.world)
         self.steps = len(train) // self.batch
         fixed, self.transform = config.train_transform(size, train.feature_names).split()
@@ -147,6 +154,8 @@ class _Run:
         self.history: list[dict[str, Any]] = []
         self.best: dict[str, Any] = {"epoch": 0, "accuracy": -1.0, "weights": None}
         self.recipe = {**(recipe or {}), "train": config.to_dict()}
+        self.options = config.to_dict() | {"precision": runtime.precision}
+        self.files = {*train.files, *(test.files if test is not None else ())}
         self.events: EventLog | None = None
         if self.folder is not None:
             self._open_folder(self.folder, resume)
@@ -290,7 +299,7 @@ class _Run:
             if config.select != "last":
                 summary[f"{config.select}_accuracy"] = self.best["accuracy"]
             summary |= {"device": str(self.runtime.device), "processes": self.ranks.world}
-            summary |= {"clouds_per_second": clouds_per_second}
+            summary |= {"clouds_per_second": clouds_per_second, "files": self.checksums}
             summary |= {"test": None if result is None else result.to_dict()}
             files.write_json(self.folder / files.RESULTS, summary)
         return RunResult(result, self.history, epoch, clouds_per_second, self.folder)
@@ -310,7 +319,8 @@ class _Run:
             return
         if self.config.tensorboard:
             self.events = EventLog(folder, self.epoch)
-        folder.mkdir(parents=True, exist_ok=True)
+        # At once, because the files may change or go while the run goes on.
+        self.checksums = checksum(sorted(self.files)) if len(self.files) <= _FEW else {}
         files.remove_leftovers(folder)
         files.write_yaml(folder / files.RECIPE, self.recipe)
         files.write_lines(folder / files.METRICS, self.history)
@@ -323,7 +333,8 @@ class _Run:
             return
         scaler = self.runtime.scaler
         state = {
-            "config": self.config.to_dict(),
+            "config": self.options,
+            "origin": self.origin,
             "world": self.ranks.world,
             "epoch": self.epoch,
             "step": self.step,
@@ -338,8 +349,8 @@ class _Run:
         files.write_state(self.folder / files.STATE, state)
 
     def _load_state(self, path: Path) -> None:
-        names, device = trained_state(self.model), self.runtime.device
-        state = read_state(path, self.config, names, device, self.ranks.world)
+        weights, device = trained_state(self.model), self.runtime.device
+        state = read_state(path, self.options, weights, self.origin, device, self.ranks.world)
         self.model.load_state_dict(state["weights"], strict=False)
         self.optimizer.load_state_dict(state["optimizer"])
         if self.runtime.scaler is not None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,31 @@ RECIPE = "recipe.yaml"
 METRICS = "metrics.jsonl"
 RESULTS = "results.json"
 STATE = "state.pt"
+
+
+@contextlib.contextmanager
+def reserved(folder: Path) -> Iterator[None]:
+    """Make a folder and keep other processes from training in it, until this one ends, however it does.
+
+    Raises:
+        ValueError: another process has it.
+    """
+    import fcntl
+
+    new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{folder}: expected a folder of its own, got one that a run is using") from None
+        yield
+    finally:
+        os.close(handle)
+        if new:
+            with contextlib.suppress(OSError):  # something was written
+                folder.rmdir()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from any2point.models.official_variants import VARIANTS, check_variant, variant_options
-from any2point.train.config import TrainConfig
+from any2point.train.config import TrainConfig, is_number, is_whole
 from any2point.train.pretrained import find_pretrained
 
 if TYPE_CHECKING:
@@ -59,6 +61,15 @@ class Recipe:
     test_fraction: float = 0.3
 
     def __post_init__(self) -> None:
+        for name in ("data", "source"):
+            value = getattr(self, name)
+            if not isinstance(value, (str, type(None))):
+                raise ValueError(f"`{name}`: expected a name or a path, got {value!r}")
+        if not is_whole(self.points) or self.points < 1:
+            raise ValueError(f"`points`: expected a whole number of 1 or more, got {self.points!r}")
+        share = self.test_fraction
+        if not is_number(share) or not 0 < share < 1:
+            raise ValueError(f"`test_fraction`: expected a number between 0 and 1, got {share!r}")
         if self.variant is not None:
             check_variant(self.variant)
         if self.parity not in (None, "official"):
@@ -150,7 +161,7 @@ def load_recipe(name: str | Path) -> Recipe:
             f"{name}: no such file, and no recipe of this name; the package has {shipped}"
         )
     try:
-        values = yaml.safe_load(path.read_text())
+        values = yaml.load(path.read_text(), _loader())
         if not isinstance(values, dict):
             raise ValueError(f"expected a recipe (options with values), got {type(values).__name__}")
         return Recipe.from_dict(values)
@@ -158,6 +169,19 @@ def load_recipe(name: str | Path) -> Recipe:
         raise ValueError(f"{path}: expected YAML: {' '.join(str(error).split())[:120]}") from None
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+@functools.cache
+def _loader() -> Any:
+    """YAML's safe loader, for which 5e-4 is a number (YAML 1.1 wants 5.0e-4 and takes this for a text)."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        pass
+
+    number = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))
+    return Loader
 
 
 def shipped_recipes() -> list[str]:

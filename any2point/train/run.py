@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -36,8 +37,13 @@ def train_run(recipe: str | None, overrides: Mapping[str, Any], output: Path, re
         )
     options = dict(overrides)
     data = options.pop("data", None)
-    plan = (load_recipe(recipe) if recipe else Recipe()).override(options)
-    plan = plan if data is None else point_at(plan, data)
+    stated = load_recipe(recipe) if recipe else Recipe()
+    plan = stated.override(options)
+    plan = _with_whole_paths(plan if data is None else point_at(plan, data))
+    if plan.data is None:
+        raise ValueError("--data: expected a data set or a folder, which this recipe leaves open, got none")
+    if resume:
+        _check_same_run(stated, plan)
     runtime = Runtime(plan.train)  # the other processes start here, before anything is read
     with runtime.ranks.together():
         first = runtime.ranks.first
@@ -51,6 +57,44 @@ def train_run(recipe: str | None, overrides: Mapping[str, Any], output: Path, re
         if first and result.test is not None:
             write_pictures(model, test, result.test, {"training": result.history}, output)
             print(f"\n{report(result.test, train.class_names)}\n\nrun folder: {output}")
+
+
+def _with_whole_paths(plan: Recipe) -> Recipe:
+    """The recipe as it is saved: its paths hold from any working directory."""
+
+    def whole(path: Any) -> Any:
+        if not isinstance(path, str) or not Path(path).expanduser().exists():
+            return path  # a name, or a mistake, which whoever opens it reports
+        return str(Path(path).expanduser().absolute())
+
+    options = {name: whole(v) if name in ("root", "cache") else v for name, v in plan.data_options.items()}
+    data = plan.data if plan.data in (*PUBLISHED, "sh3d15") else whole(plan.data)
+    source = plan.source if plan.source == "minilm" else whole(plan.source)
+    return dataclasses.replace(plan, data=data, data_options=options, source=source)
+
+
+def _check_same_run(started: Recipe, plan: Recipe) -> None:
+    """A run goes on as it was started; only files may have moved. `fit` checks the training options."""
+
+    def fixed(recipe: Recipe) -> dict[str, Any]:
+        values = recipe.to_dict()
+        moved = recipe.data not in (*PUBLISHED, "sh3d15")
+        options = {name: v for name, v in recipe.data_options.items() if name not in ("root", "cache")}
+        return values | {
+            "data_options": options,
+            "data": None if moved else recipe.data,
+            "source": None,
+            "train": None,
+        }
+
+    before, now = fixed(started), fixed(plan)
+    other = [name for name in before if before[name] != now[name]]
+    if other:
+        name = other[0]
+        raise ValueError(
+            f"--resume: expected the recipe that the run was started with ({name} {before[name]}), "
+            f"got {name} {now[name]}; name another --output for another run"
+        )
 
 
 def point_at(plan: Recipe, data: str) -> Recipe:
@@ -109,6 +153,8 @@ def evaluate_run(
     runtime = Runtime(config)
     with runtime.ranks.together():
         first = runtime.ranks.first
+        if first and output is not None:
+            output.mkdir(parents=True, exist_ok=True)  # before the work rather than after it
         clouds = open_data(plan, split, show=first)
         names = clouds.class_names
         if model.class_names is not None and tuple(model.class_names) != names:
@@ -117,14 +163,20 @@ def evaluate_run(
         if not first:
             return
         if output is not None:
-            from any2point.viz import confusion_picture
-
-            output.mkdir(parents=True, exist_ok=True)
-            title = f"{split} set, {len(clouds)} clouds, accuracy {100 * result.accuracy:.1f} %"
-            confusion_picture(result.confusion, names, output / "confusion.png", title)
             written = result.to_dict() | {"vote": vote, "classes": result.by_class(names)}
             files.write_json(output / files.RESULTS, {split: written})
+            _write_confusion(result, names, split, output / "confusion.png")
         print(report(result, names))
+
+
+def _write_confusion(result: EvalResult, names: Sequence[str], split: str, path: Path) -> None:
+    try:
+        from any2point.viz import confusion_picture
+
+        title = f"{split} set, {len(result.predictions)} clouds, accuracy {100 * result.accuracy:.1f} %"
+        confusion_picture(result.confusion, names, path, title)
+    except ImportError as error:
+        print(error)
 
 
 def predict_files(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -96,11 +97,11 @@ def test_a_failed_write_leaves_the_old_state(tmp_path: Path, monkeypatch: pytest
     def fail_third_state(source: str, target: Path, *, seen: list[int] = [0]) -> None:  # noqa: B006
         seen[0] += Path(target).name == STATE
         if seen[0] == 3:
-            raise OSError("disk full")
+            raise OSError(errno.ENOSPC, "disk full")
         replaced(source, target)
 
     monkeypatch.setattr(os, "replace", fail_third_state)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(OSError, match=f"disk full: .*{STATE}"):
         run(tmp_path)
     monkeypatch.undo()
     assert torch.load(tmp_path / STATE, weights_only=True)["epoch"] == 2
