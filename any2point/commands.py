@@ -234,7 +234,9 @@ def sources(
     path: Annotated[
         Path | None, typer.Argument(help="A checkpoint to look at: a file or a folder.", show_default=False)
     ] = None,
-    family: Annotated[str | None, typer.Option(help="Read it as this family.")] = None,
+    family: Annotated[
+        str | None, typer.Option(help="Read it as this family; without it, show this family alone.")
+    ] = None,
     heads: Annotated[int | None, typer.Option(help="Attention heads, where it does not tell.", min=1)] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:

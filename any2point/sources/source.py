@@ -334,7 +334,7 @@ def matching_families(state: Mapping[str, Tensor], config: Mapping[str, Any], fi
         kind = f" of model_type {config['model_type']!r}" if "model_type" in config else ""
         raise ValueError(
             f"`path`: {file} holds no known family ({known}); "
-            f"it has {len(state)} tensors{kind}, such as {seen}"
+            f"it has {len(state)} tensor{'s' * (len(state) > 1)}{kind}, such as {seen}"
         )
     return matching
 

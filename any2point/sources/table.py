@@ -41,7 +41,7 @@ def print_sources(
 
     Args:
         path: a checkpoint, as for `Source.from_checkpoint`.
-        family: read it as this family.
+        family: read it as this family; without a checkpoint, print this family alone.
         heads: attention heads, where the checkpoint does not tell.
         as_json: machine-readable.
 
@@ -49,8 +49,11 @@ def print_sources(
         ValueError: there is no checkpoint, or it is broken or of no known family.
     """
     if path is None:
-        rows = [_family_row(entry) for entry in FAMILIES.values()]
-        print(json.dumps(rows, indent=2) if as_json else _render_families(list(FAMILIES.values())))
+        if heads is not None:
+            raise ValueError(f"`heads`: expected a checkpoint to read with {heads} heads, got none")
+        entries = list(FAMILIES.values()) if family is None else [get_family(family)]
+        rows = [_family_row(entry) for entry in entries]
+        print(json.dumps(rows, indent=2) if as_json else _render_families(entries))
     else:
         report = _inspect(path, family, heads)
         print(json.dumps(report, indent=2) if as_json else _render_checkpoint(report))

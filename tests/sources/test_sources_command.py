@@ -64,6 +64,19 @@ def test_the_table_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(row["position_kind"] in ("learned", "sinusoidal", "stand-in") for row in rows.values())
 
 
+def test_one_family_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sources", "--family", "whisper", "--json"]) == 0
+    assert [row["name"] for row in json.loads(capsys.readouterr().out)] == ["whisper"]
+    assert main(["sources", "--family", "whisper"]) == 0
+    text = capsys.readouterr().out
+    assert "encoder.conv1" in text
+    assert "\nvision\n" not in text
+    assert main(["sources", "--family", "nope"]) == 2
+    assert "`family`: expected one of clip-text" in capsys.readouterr().err
+    assert main(["sources", "--heads", "4"]) == 2
+    assert "`heads`: expected a checkpoint to read with 4 heads, got none" in capsys.readouterr().err
+
+
 def test_every_part_of_a_layout_is_said() -> None:
     layout = Layout("post", "swiglu", layer_scale=True, bias_kv=True, input_norm=True)
     assert _layout_text(layout, True, 4) == (
@@ -135,7 +148,7 @@ def test_an_unknown_checkpoint_is_described(tmp_path: Path, capsys: pytest.Captu
     assert main(["sources", str(tmp_path)]) == 2
     err = capsys.readouterr().err
     assert "holds no known family (clip-text" in err
-    assert "1 tensors, such as stem.weight" in err
+    assert "1 tensor, such as stem.weight" in err
 
 
 def test_towers_of_one_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
