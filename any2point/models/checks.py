@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from any2point.models.kinds import describe, fits, kinds_of
 from any2point.nn.encoder import INSERTIONS
 from any2point.nn.views import euler_rotations, given_lines
+from any2point.ops.virtual_project import cell_grid
 from any2point.sources import Source
 
 if TYPE_CHECKING:
@@ -36,6 +37,8 @@ _POSITIVE = (
     *("tokenizer_width", "tokenizer_units", "tokenizer_hidden", "adapter_dim", "attention_dim"),
     *("attention_heads", "head_width", "views", "voxel_size", "cell", "camera", "norm_eps", "final_norm_eps"),
 )
+# Every cell of every view of every cloud takes a row of C numbers.
+_MAX_CELLS = 1 << 20
 _PROBABILITIES = ("dropout", "adapter_dropout", "drop_path", "attention_dropout")
 _ROWS = {"lines": "directions of three numbers, not all zero", "rotations": "three angles in degrees"}
 
@@ -153,6 +156,13 @@ def check_for_source(config: Any2PointConfig, source: Source) -> None:
     if config.position_size is not None and len(config.position_size) != (2 if image else 1):
         shape = config.position_size
         raise ValueError(f"`position_size`: expected {2 if image else 1} number(s), got {shape}")
+    assert config.position_size is not None
+    assert config.cell is not None
+    cells = math.prod(cell_grid(config.position_size, config.cell))
+    if cells > _MAX_CELLS:
+        raise ValueError(
+            f"`cell`: expected at most {_MAX_CELLS:,} cells per view, got {cells:,} of {config.cell}"
+        )
     blocks = config.adapter_blocks
     if blocks is not None and (
         not blocks or len(set(blocks)) != len(blocks) or not all(b in range(source.depth) for b in blocks)

@@ -153,6 +153,9 @@ def _compare(wanted: dict[str, Tensor], state: dict[str, Tensor], file: Path) ->
         if state[name].shape != tensor.shape:
             got = f"{list(state[name].shape)} for {name!r}"
             raise ValueError(f"`directory`: expected shape {list(tensor.shape)} in {file}, got {got}")
+        if state[name].is_floating_point() != tensor.is_floating_point():
+            got = f"{state[name].dtype} for {name!r}"
+            raise ValueError(f"`directory`: expected {tensor.dtype} in {file}, got {got}")
 
 
 def _tuned_source(recorded: dict[str, Any], state: dict[str, Tensor], file: Path) -> Source:
@@ -186,6 +189,8 @@ def _find_source(description: dict[str, Any], directory: Path, path: str | Path 
 
 
 def _folder(location: str | Path, revision: str | None) -> Path:
+    if not isinstance(location, (str, os.PathLike)):
+        raise TypeError(f"`directory`: expected a folder or a repository, got {type(location).__name__}")
     directory = Path(location).expanduser()
     if directory.is_dir():
         return directory

@@ -36,6 +36,8 @@ _FREE = (
 
 def unwrap(state: Mapping[str, Any]) -> dict[str, Tensor]:
     """The model's tensors in a checkpoint of the official code, in float32, without "module."."""
+    if not isinstance(state, Mapping):
+        raise TypeError(f"`state_dict`: expected a dictionary of tensors, got {type(state).__name__}")
     for name in ("model", "base_model"):
         if isinstance(state.get(name), Mapping):
             state = state[name]

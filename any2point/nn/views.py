@@ -22,12 +22,30 @@ def given_lines(lines: Sequence[Sequence[float]]) -> Tensor:
         ValueError: a direction is zero, or not three finite numbers.
     """
     rows = []
-    for line in lines:
+    for line in _triples(lines, "lines", "directions of three numbers, not all zero"):
         length = math.hypot(*line)
-        if len(line) != 3 or not 0 < length < math.inf:
+        if not 0 < length < math.inf:
             raise ValueError(f"`lines`: expected directions of three numbers, not all zero, got {line}")
         rows.append([x / length for x in line])
     return torch.tensor(rows)
+
+
+def _triples(rows: Sequence[Sequence[float]], name: str, what: str) -> list[list[float]]:
+    try:
+        triples = [[float(x) for x in row] for row in rows]
+    except (TypeError, ValueError):
+        raise ValueError(f"`{name}`: expected {what}, got {rows!r}") from None
+    for triple in triples:
+        if len(triple) != 3 or not all(map(math.isfinite, triple)):
+            raise ValueError(f"`{name}`: expected {what}, got {triple}")
+    if not triples:
+        raise ValueError(f"`{name}`: expected {what}, got none")
+    return triples
+
+
+def _check_views(views: object) -> None:
+    if isinstance(views, bool) or not isinstance(views, int) or views < 1:
+        raise ValueError(f"`views`: expected a positive integer, got {views!r}")
 
 
 def spread_lines(views: int) -> Tensor:
@@ -36,6 +54,7 @@ def spread_lines(views: int) -> Tensor:
     Three are the axes, six the diagonals of an icosahedron, which is the most even choice there is; any other
     number follows a Fibonacci lattice.
     """
+    _check_views(views)
     if views == 3:
         return torch.eye(3)
     if views == 6:
@@ -63,9 +82,7 @@ def euler_rotations(angles: Sequence[Sequence[float]]) -> Tensor:
         ValueError: not three finite numbers.
     """
     rotations = []
-    for triple in angles:
-        if len(triple) != 3 or not all(map(math.isfinite, triple)):
-            raise ValueError(f"`rotations`: expected three angles in degrees, got {triple}")
+    for triple in _triples(angles, "rotations", "three angles in degrees"):
         matrix = torch.eye(3, dtype=torch.float64)
         for axis, angle in enumerate(triple):
             cosine, sine = _cosine(angle), _cosine(angle - 90)
@@ -89,6 +106,7 @@ def official_rotations() -> Tensor:
 
 def spread_rotations(views: int) -> Tensor:
     """Rotations `[V, 3, 3]` with lines of sight (the third axis) spread over the sphere; six: along axes."""
+    _check_views(views)
     if views == 6:
         return official_rotations()
     turn = math.pi * (3 - math.sqrt(5))

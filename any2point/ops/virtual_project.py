@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -9,6 +10,7 @@ from torch import Tensor
 from any2point.ops._checks import (
     check_clouds,
     check_floating,
+    check_int,
     check_like,
     check_tensor,
     readable,
@@ -57,8 +59,9 @@ def virtual_project(
         numbered row by row, below the product of `cell_grid(size, cell)`.
 
     Raises:
-        ValueError: shapes do not fit each other, or `cell` is not positive; on the CPU also a direction of
-            length zero. On CUDA such a line has all centres in its middle.
+        ValueError: shapes do not fit each other, a number is not positive, there are 2^31 cells or more, or
+            an option is of the other kind of table; on the CPU also a direction of length zero. On CUDA such
+            a line has all centres in its middle.
         TypeError: an argument has another dtype than listed.
 
     Differentiable in: table, and centers (through position and through the interpolation weights; cells are
@@ -92,10 +95,12 @@ def virtual_project(
         raise ValueError(f"views: expected shape {expected} for this table, got {shape_text(views)}")
     if table.dim() == 2 and readable(views) and bool((views == 0).all(-1).any()):
         raise ValueError(f"views: expected directions that are not zero, got {views.tolist()}")
-    if not cell > 0:
-        raise ValueError(f"cell: expected a positive number, got {cell}")
-    if size is not None and len(size) != table.dim() - 1:
-        raise ValueError(f"size: expected {table.dim() - 1} number(s) for this table, got {list(size)}")
+    check_floating("views", views)
+    _check_numbers(cell, size, camera, table)
+    if table.dim() == 2 and scramble:
+        raise ValueError("scramble: expected False for a sequence, got True")
+    if wrap and centers.shape[0] == 0:
+        raise ValueError("wrap: expected False for a batch without clouds, got True")
     return _composition(
         centers.contiguous(),
         table.contiguous(),
@@ -107,3 +112,23 @@ def virtual_project(
         scramble=scramble,
         interpolate=interpolate,
     )
+
+
+def _check_numbers(cell: object, size: object, camera: object, table: Tensor) -> None:
+    """Positive numbers, and as many as the table has axes."""
+    for name, value in (("cell", cell), ("camera", 1 if camera is None else camera)):
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name}: expected a positive number, got {value}")
+    if camera is not None and table.dim() == 2:
+        raise ValueError(f"camera: expected None for a sequence, got {camera}")
+    axes = table.dim() - 1
+    extents = list(table.shape[:-1]) if size is None else size
+    if not isinstance(extents, Sequence) or len(extents) != axes:
+        raise ValueError(f"size: expected {axes} number(s) for this table, got {size}")
+    for extent in extents:
+        check_int("size", extent, at_least=1)
+    cells = math.prod(cell_grid(extents, cell))  # type: ignore[arg-type]
+    if cells >= 1 << 31:
+        raise ValueError(f"cell: expected less than 2^31 cells, got {cells} of {cell}")

@@ -139,9 +139,10 @@ def virtual_project(
         position = torch.stack([column, row], -1)
 
     batch, count = centers.shape[:2]
-    index = index.transpose(1, 2).reshape(batch * count, -1)
-    weight = weight.transpose(1, 2).reshape(batch * count, -1) / views.shape[0]
-    encoding = interpolate(table.flatten(0, -2), index, weight).view(batch, count, -1)
+    corners = views.shape[0] * index.shape[-1]
+    index = index.transpose(1, 2).reshape(batch * count, corners)
+    weight = weight.transpose(1, 2).reshape(batch * count, corners) / views.shape[0]
+    encoding = interpolate(table.flatten(0, -2), index, weight).view(batch, count, table.shape[-1])
     if scramble:
         encoding = encoding.transpose(1, 2).reshape(encoding.shape)
     return VirtualProjection(position, bins, encoding)

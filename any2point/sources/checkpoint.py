@@ -35,6 +35,8 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         from safetensors.torch import load_file
     except ImportError:
         raise ImportError("reading safetensors needs it: pip install any2point[sources]") from None
+    if not path.is_file():
+        raise ValueError(f"`path`: no file {path}")
     try:
         return load_file(str(path))
     except Exception as error:

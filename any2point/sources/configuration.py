@@ -27,6 +27,8 @@ _FIELDS = {name: (text, kind) for text, kind, names in _KINDS for name in names.
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file, or a clear ValueError."""
+    if not path.is_file():
+        raise ValueError(f"`path`: no file {path}")
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:

@@ -376,6 +376,18 @@ def test_broken_folders(tmp_path: Path) -> None:
         Any2Point.from_pretrained(tmp_path)
     with pytest.raises(ValueError, match="no folder"):
         Any2Point.from_pretrained(tmp_path / "nowhere")
+    with pytest.raises(TypeError, match="`directory`: expected a folder or a repository, got NoneType"):
+        Any2Point.from_pretrained(None)  # type: ignore[arg-type]
+    config.write_text(text)
+    safetensors = pytest.importorskip("safetensors.torch")
+    safetensors.save_file({k: v.long() for k, v in safetensors.load(data).items()}, weights)
+    with pytest.raises(
+        ValueError, match=r"`directory`: expected torch.float32 in .*, got torch.int64 for 'cls"
+    ):
+        Any2Point.from_pretrained(tmp_path)
+    weights.unlink()
+    with pytest.raises(ValueError, match=r"`path`: no file .*model.safetensors"):
+        Any2Point.from_pretrained(tmp_path)
 
 
 def test_descriptions_of_sources_that_cannot_be(tmp_path: Path) -> None:

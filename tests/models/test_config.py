@@ -98,6 +98,10 @@ def test_refused_for_a_source() -> None:
         Any2PointConfig(tokenizer_width=96).resolve(line)
     with pytest.raises(ValueError, match="`tokenizer_width`: expected the source's width / 8"):
         Any2PointConfig().resolve(Source.random("bert", width=20, depth=1))
+    with pytest.raises(
+        ValueError, match="`cell`: expected at most 1,048,576 cells per view, got 1,369,000,000"
+    ):
+        Any2PointConfig(cell=0.001).resolve(image)
     with pytest.raises(ValueError, match="`position_size`: expected 2"):
         Any2PointConfig(position_size=(3,)).resolve(image)
     with pytest.raises(ValueError, match="`views`: expected 6 with the official views"):

@@ -131,6 +131,8 @@ def test_refused() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             Any2Point.from_official(state | {name: value}, variant, position_table=positions)
+    with pytest.raises(TypeError, match="`state_dict`: expected a dictionary of tensors, got list"):
+        Any2Point.from_official([], variant, position_table=positions)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="`position_table`: expected"):
         Any2Point.from_official(state, variant, position_table=torch.zeros(1, 1370, 47))
     with pytest.raises(

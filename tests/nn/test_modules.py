@@ -17,6 +17,8 @@ from any2point.nn import (
     GuidedAdapter,
     Tokenizer,
     VirtualProjection,
+    euler_rotations,
+    given_lines,
     spread_lines,
     spread_rotations,
     stage_sizes,
@@ -78,6 +80,20 @@ def test_views_are_rotations(views: int) -> None:
     assert rotations.shape == (views, 3, 3)
     torch.testing.assert_close(rotations @ rotations.mT, torch.eye(3).expand(views, 3, 3), atol=1e-6, rtol=0)
     torch.testing.assert_close(torch.linalg.det(rotations), torch.ones(views))
+
+
+def test_views_that_cannot_be() -> None:
+    for views in (0, -1, 2.5, True, "3"):
+        for spread in (spread_lines, spread_rotations):
+            with pytest.raises(ValueError, match=f"`views`: expected a positive integer, got {views!r}"):
+                spread(views)  # type: ignore[arg-type]
+    for rows in ([], 3, "abc", [[1, 2]], [["a", 0, 0]], [[1, 2, math.nan]], [[0, 0, 0], None]):
+        with pytest.raises(
+            ValueError, match="`lines`: expected directions of three numbers, not all zero, got"
+        ):
+            given_lines(rows)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="`rotations`: expected three angles in degrees, got"):
+            euler_rotations(rows)  # type: ignore[arg-type]
 
 
 def test_official_rotations() -> None:

@@ -81,7 +81,26 @@ class TestVirtualProject(OpContract):
         yield {"views": torch.eye(3)[None]}, ValueError, r"views: expected shape \[V, 3\] for this table"
         yield {"views": torch.rand(4, 2)}, ValueError, r"views: expected shape \[V, 3\] for this table"
         yield {"cell": 0}, ValueError, "cell: expected a positive number"
+        yield {"cell": float("inf")}, ValueError, "cell: expected a positive number, got inf"
+        yield {"cell": "2"}, TypeError, "cell: expected a number, got str"
+        yield {"cell": 1e-9}, ValueError, r"cell: expected less than 2\^31 cells, got 11000000000"
         yield {"size": (3, 4)}, ValueError, "size: expected 1 number"
+        yield {"size": 3}, ValueError, "size: expected 1 number"
+        yield {"size": (0,)}, ValueError, "size: expected at least 1, got 0"
+        yield {"size": (2.5,)}, TypeError, "size: expected an int, got float"
+        yield {"views": torch.ones(3, 3).long()}, TypeError, "views: expected float16"
+        yield {"camera": 2.0}, ValueError, "camera: expected None for a sequence, got 2.0"
+        yield {"scramble": True}, ValueError, "scramble: expected False for a sequence"
+        yield images() | {"camera": 0}, ValueError, "camera: expected a positive number, got 0"
+
+
+@pytest.mark.parametrize("kwargs", [lines(batch=0), images(batch=0)])
+def test_no_clouds(kwargs: dict[str, Any]) -> None:
+    got = ops.virtual_project(**kwargs)
+    assert got.encoding.shape == (0, 9, kwargs["table"].shape[-1])
+    assert got.cell.shape == (0, len(kwargs["views"]), 9)
+    with pytest.raises(ValueError, match="wrap: expected False for a batch without clouds"):
+        ops.virtual_project(**kwargs, wrap=True)
 
 
 def test_lines_independently() -> None:
