@@ -1,8 +1,11 @@
 """Every CUDA kernel once or more, on odd sizes, checked against the CPU: small enough for compute-sanitizer.
 
 compute-sanitizer --tool memcheck  --error-exitcode 1 python scripts/sanitize.py
-compute-sanitizer --tool racecheck --error-exitcode 1 python scripts/sanitize.py
-    (likewise initcheck, synccheck)
+compute-sanitizer --tool racecheck --error-exitcode 1 python scripts/sanitize.py --no-polling
+    (initcheck and synccheck as memcheck)
+
+`--no-polling` leaves out farthest points in batches: their warps read each other's states in shared memory while
+these change, as they are meant to, and racecheck reports every such read.
 """
 
 from __future__ import annotations
@@ -71,7 +74,7 @@ def main() -> int:
     points = torch.rand(3, 37, 3)
     compare("fps pointnet2", ops.farthest_point_sample, points, 20, tie="pointnet2")
     compare("fps large", ops.farthest_point_sample, torch.rand(1, 33001, 3), 40)
-    for n in (1000, 5000):  # picks by the batch, in one block and in several
+    for n in (1000, 5000) if "--no-polling" not in sys.argv else ():  # in one block and in several
         compare(f"fps batched {n}", ops.farthest_point_sample, torch.rand(2, n, 3), 400)
     given = torch.tensor([[3, 1, 7]]).expand(3, 3)
     compare("fps continued", ops.farthest_point_sample, points, 9, start=given)
