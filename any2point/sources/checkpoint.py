@@ -117,6 +117,8 @@ def _read_torch(file: Path) -> Any:
     except Exception as error:
         code = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it holds a {code[1]}, for which code would have to run" if code else _line(error)
+        if reason.startswith("Weights only load failed"):  # and then advice to load it all the same
+            reason = "its pickle is damaged or no plain data"
         raise ValueError(f"`path`: cannot read {file} as a checkpoint ({reason})") from None
 
 

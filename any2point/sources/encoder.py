@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -41,6 +42,9 @@ class Layout:
         if self.activation not in get_args(Activation):
             known = ", ".join(get_args(Activation))
             raise ValueError(f"`activation`: expected one of {known}, got {self.activation!r}")
+        number = isinstance(self.eps, (int, float)) and not isinstance(self.eps, bool)
+        if not number or not 0 < self.eps < math.inf:
+            raise ValueError(f"`eps`: expected a positive number, got {self.eps!r}")
 
 
 def drop_path(branch: Tensor, rate: float) -> Tensor:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import random
 from pathlib import Path
 
 import pytest
 import torch
+from test_sources import dino_state
 from torch import Tensor
 
 from any2point.sources import FAMILIES, Source
@@ -253,3 +256,44 @@ def test_a_model_is_not_loaded_onto_a_source_put_together_otherwise(tmp_path: Pa
         Any2Point.from_pretrained(tmp_path, other)
     with pytest.raises(ValueError, match=r"`source`: expected 2 heads and .*, got 4 heads and"):
         Any2Point.from_pretrained(tmp_path, dataclasses.replace(plain, heads=4))
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
+def test_damaged_files_are_an_error_or_harmless(tmp_path: Path, kind: str) -> None:
+    """Cut, overwritten at either end, or with something behind: one line that names the file, no crash."""
+    file = tmp_path / ("whole.safetensors" if kind == "safetensors" else "whole.pt")
+    if kind == "safetensors":
+        safetensors.save_file(dino_state(), file)
+    else:
+        torch.save(dino_state(), file, _use_new_zipfile_serialization=kind == "zip")
+    whole = file.read_bytes()
+    draw = random.Random(0)
+    damaged = tmp_path / f"damaged{file.suffix}"
+    messages = []
+    for number in range(100):
+        data = bytearray(whole)
+        if number % 4 == 0:
+            del data[draw.randrange(len(data)) :]
+        elif number % 4 == 3:
+            data += bytes(draw.randrange(256) for _ in range(20))
+        else:
+            for _ in range(3):
+                place = draw.randrange(4000)
+                data[place if number % 4 == 1 else -1 - place] = draw.randrange(256)
+        damaged.write_bytes(data)
+        try:
+            Source.from_checkpoint(damaged, heads=4)
+        except ValueError as error:
+            messages.append(str(error))
+    assert 25 < len(messages) < 100
+    assert not any("\n" in message or not message.startswith("`") for message in messages)
+
+
+def test_zip_of_a_version_to_come(tmp_path: Path) -> None:
+    file = tmp_path / "future.pt"
+    torch.save(dino_state(), file)
+    data = bytearray(file.read_bytes())
+    data[data.index(b"PK\x01\x02") + 6] = 207  # the version that is needed to read it
+    file.write_bytes(data)
+    with contextlib.suppress(ValueError):  # torch may read it all the same
+        assert Source.from_checkpoint(file, heads=4).name == "dinov2"

@@ -52,6 +52,9 @@ def test_unknown_layouts_are_refused() -> None:
         Layout(activation="silu")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="`norm`: expected pre or post, got 'both'"):
         Layout(norm="both")  # type: ignore[arg-type]
+    for eps in (0, -1e-6, float("nan"), float("inf"), "1e-6", None, True):
+        with pytest.raises(ValueError, match=f"`eps`: expected a positive number, got {eps!r}"):
+            Layout(eps=eps)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("causal", [False, True])
