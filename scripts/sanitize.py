@@ -4,8 +4,8 @@ compute-sanitizer --tool memcheck  --error-exitcode 1 python scripts/sanitize.py
 compute-sanitizer --tool racecheck --error-exitcode 1 python scripts/sanitize.py --no-polling
     (initcheck and synccheck as memcheck)
 
-`--no-polling` leaves out farthest points in batches: their warps read each other's states in shared memory while
-these change, as they are meant to, and racecheck reports every such read.
+`--no-polling` leaves out farthest points in batches: their warps read each other's states in shared memory
+while these change, as they are meant to, and racecheck reports every such read.
 """
 
 from __future__ import annotations
