@@ -9,7 +9,6 @@ from typing import Any
 from torch import Tensor
 
 FAMILIES = ("clip-text", "dinov2", "imagebind")
-DATASETS = ("scanobjectnn", "modelnet40")
 
 _SCAN = {"num_classes": 15, "normalize": "scan", "feature_order": "max_cls", "scale_factor": 0.3}
 _MODELNET = {"num_classes": 40, "normalize": "mn40", "feature_order": "cls_max", "head_bias": True}
