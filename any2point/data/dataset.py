@@ -232,7 +232,8 @@ def load_dataset(
         given["root"] = root or os.environ.get("ANY2POINT_DATA")
         if given["root"] is None:
             raise ValueError(
-                f"`root`: expected the folder of {name} (or the environment's ANY2POINT_DATA), got none"
+                f"`root`: expected the folder of {name} (on the command line --data, or the environment's "
+                "ANY2POINT_DATA), got none"
             )
     elif root is not None:
         raise ValueError(f"`root`: expected none beside {name}, got {root}")

@@ -97,7 +97,7 @@ def export_onnx(
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise ImportError(f"exporting to ONNX needs {error.name}: pip install any2point[onnx]") from None
+        raise ImportError(f"exporting to ONNX needs {error.name}: pip install 'any2point[onnx]'") from None
     path = Path(path)
     table: dict[Any, Callable[..., Any]] = torch.export.default_decompositions()
     table.update(decompositions() if decompose else _symbols())

@@ -48,12 +48,17 @@ def _umask() -> int:
     return mask
 
 
-def _serialize(tensors: dict[str, Tensor]) -> bytes:
+def serializer() -> Any:
+    """The function of safetensors that models are saved with; ImportError says how to get it."""
     try:
-        from safetensors.torch import save as serialize
+        from safetensors.torch import save
     except ImportError:
-        raise ImportError("saving a model needs safetensors: pip install any2point[sources]") from None
-    return serialize({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, {"format": "pt"})
+        raise ImportError("saving a model needs safetensors: pip install 'any2point[sources]'") from None
+    return save
+
+
+def _serialize(tensors: dict[str, Tensor]) -> bytes:
+    return serializer()({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, {"format": "pt"})
 
 
 def save(model: Any2Point, directory: Path, *, include_source: bool) -> None:

@@ -34,7 +34,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         from safetensors.torch import load_file
     except ImportError:
-        raise ImportError("reading safetensors needs it: pip install any2point[sources]") from None
+        raise ImportError("reading this file needs safetensors: pip install 'any2point[sources]'") from None
     if not path.is_file():
         raise ValueError(f"`path`: no file {path}")
     try:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from any2point.data.checksums import checksum
 from any2point.data.dataset import PointDataset
 from any2point.data.transforms import Rows
+from any2point.models.hub import serializer
 from any2point.train import files
 from any2point.train.captured import Step, capture
 from any2point.train.config import TrainConfig
@@ -129,6 +130,8 @@ class _Run:
         self.validation: PointDataset | None = None
         if config.select == "validation":
             train, held_out = train.split(config.validation_fraction, config.seed)
+            if len(held_out) == 0:
+                raise ValueError('`select`: expected "last" where no class has two clouds, got "validation"')
             self.validation = prepare(held_out, config, size, device)
         if config.select == "test" and test is None:
             raise ValueError('`select`: expected "last" or "validation" without a test set, got "test"')
@@ -317,6 +320,8 @@ class _Run:
             raise ValueError(f"{path}: expected a folder that all processes share, got different states")
         if not self.ranks.first:
             return
+        if hasattr(self.model, "save_pretrained"):
+            serializer()  # rather now than after the last epoch
         if self.config.tensorboard:
             self.events = EventLog(folder, self.epoch)
         # At once, because the files may change or go while the run goes on.

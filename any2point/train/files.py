@@ -48,6 +48,15 @@ def write_text(path: Path, text: str) -> None:
     write_atomic(path, text.encode())
 
 
+def yaml_module() -> Any:
+    """PyYAML, imported when it is needed; ImportError says how to get it."""
+    try:
+        import yaml
+    except ImportError:
+        raise ImportError("recipes need PyYAML: pip install 'any2point[train]'") from None
+    return yaml
+
+
 def write_json(path: Path, value: Any) -> None:
     """`write_atomic` for JSON."""
     write_text(path, json.dumps(value, indent=2) + "\n")
@@ -55,8 +64,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_yaml(path: Path, value: Mapping[str, Any]) -> None:
     """`write_atomic` for YAML, keys in the order given."""
-    import yaml
-
+    yaml = yaml_module()
     write_text(path, yaml.safe_dump(dict(value), sort_keys=False, default_flow_style=None))
 
 

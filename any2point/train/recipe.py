@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from any2point.models.official_variants import VARIANTS, check_variant, variant_options
 from any2point.train.config import TrainConfig, is_number, is_whole
+from any2point.train.files import yaml_module
 from any2point.train.pretrained import find_pretrained
 
 if TYPE_CHECKING:
@@ -150,7 +151,7 @@ def load_recipe(name: str | Path) -> Recipe:
         FileNotFoundError: neither.
         ValueError: naming the file, what was expected and what was found.
     """
-    import yaml
+    yaml = yaml_module()
 
     path = Path(name)
     if not path.is_file() and (RECIPES / f"{name}.yaml").is_file():
@@ -173,11 +174,18 @@ def load_recipe(name: str | Path) -> Recipe:
 
 @functools.cache
 def _loader() -> Any:
-    """YAML's safe loader, for which 5e-4 is a number (YAML 1.1 wants 5.0e-4 and takes this for a text)."""
-    import yaml
+    """YAML's safe loader, for which 5e-4 is a number, not a text, and an option given twice a mistake."""
+    yaml = yaml_module()
 
-    class Loader(yaml.SafeLoader):
-        pass
+    class Loader(yaml.SafeLoader):  # type: ignore[name-defined]
+        def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+            names = [key.value for key, _ in node.value]
+            for name in names:
+                if names.count(name) > 1:
+                    raise yaml.YAMLError(
+                        f"`{name}` stands there twice, in line {node.start_mark.line + 1} on"
+                    )
+            return super().construct_mapping(node, deep)
 
     number = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$")
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+.0123456789"))

@@ -151,6 +151,37 @@ def test_evaluation_is_as_precise_as_training(
     assert used == ["fp32", "bf16"]
 
 
+@pytest.mark.parametrize(
+    ("missing", "message"),
+    [
+        ("yaml", "recipes need PyYAML: pip install 'any2point[train]'"),
+        ("safetensors.torch", "saving a model needs safetensors: pip install 'any2point[sources]'"),
+        ("h5py", "reading .h5 files takes h5py"),
+        ("torch.utils.tensorboard", "`tensorboard`: not installed; pip install 'any2point[train]'"),
+    ],
+)
+def test_missing_packages_are_told_before_the_work(
+    scene: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    missing: str,
+    message: str,
+) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)
+    monkeypatch.setattr("any2point.train.engine._Run.run", lambda run: pytest.fail("the work was begun"))
+    recipe, data = str(scene / "recipe.yaml"), str(scene / "data")
+    train = ["train", "--recipe", recipe, "--data", data, "--output", str(tmp_path / "run")]
+    refused(capsys, [*train, "--set", "train.tensorboard=true"], message)
+    assert not (tmp_path / "run").exists()
+
+
+def test_nothing_to_hold_out(tmp_path: Path) -> None:
+    one_of_each = tiny.dataset(3)
+    with pytest.raises(ValueError, match=r"`select`: expected .last. where no class has two clouds"):
+        fit(tiny.model(), one_of_each, None, tiny.config(select="validation"), tmp_path / "run")
+
+
 def test_evaluation_without_matplotlib_keeps_its_numbers(
     scene: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -182,6 +213,9 @@ def test_an_output_that_cannot_be_is_told_before_the_work(
         ("train: {epoch: 3}", "got epoch"),
         ("trian: {}", "got trian"),
         ("model: {view: 3}", "view"),
+        ("train: {lr: 1, seed: 1, lr: 2}", "expected YAML: `lr` stands there twice, from line 3"),
+        ("data: scanobjectnn", "`root`: expected the folder of scanobjectnn (on the command line --data"),
+        ("train: {select: best}", "`select`: expected one of ('last', 'validation', 'test'), got 'best'"),
     ],
 )
 def test_mistakes_in_a_recipe(
