@@ -182,9 +182,8 @@ def _loader() -> Any:
             names = [key.value for key, _ in node.value]
             for name in names:
                 if names.count(name) > 1:
-                    raise yaml.YAMLError(
-                        f"`{name}` stands there twice, in line {node.start_mark.line + 1} on"
-                    )
+                    line = node.start_mark.line + 1
+                    raise yaml.YAMLError(f"`{name}` stands there twice, from line {line} on")
             return super().construct_mapping(node, deep)
 
     number = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$")
