@@ -1,7 +1,6 @@
 """`parity="official"` against results of the official code: every recorded value, and one training step.
 
-Two variants by default, the others with `-m slow`. `scripts/check_golden.py` does the same with the complete
-dumps.
+`scripts/check_golden.py` does the same with the complete dumps.
 """
 
 from __future__ import annotations
@@ -17,8 +16,6 @@ import torch
 from any2point import Any2Point
 from any2point.models.official import VARIANTS
 
-MAIN = ("clip-text/scanobjectnn", "dinov2/scanobjectnn")
-OTHERS = tuple(name for name in VARIANTS if name not in MAIN)
 # What a dump of each kind has to hold, so that nothing can be lost on the way into this repository.
 LINES, IMAGES = ("interp",), ("pos_y", "interp_raw")
 PLAIN = {f"{name}{stage}" for name in ("fps_idx_stage", "knn_digest_stage") for stage in range(3)} | {
@@ -84,16 +81,9 @@ def check_way_back(model: Any2Point, variant: str, state: dict[str, torch.Tensor
         assert torch.equal(back[prefix + name], value), name
 
 
-@pytest.mark.parametrize("variant", MAIN)
+@pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("hot", [False, True], ids=["plain", "hot"])
 def test_official(variant: str, hot: bool, device: str) -> None:
-    check(variant, device, hot=hot)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("variant", OTHERS)
-@pytest.mark.parametrize("hot", [False, True], ids=["plain", "hot"])
-def test_official_others(variant: str, hot: bool, device: str) -> None:
     check(variant, device, hot=hot)
 
 
