@@ -10,6 +10,11 @@
 //   dh = p du W2 - h Q + constant,  p = weight2 / deviation2,  Q = W2' diag(p m2 / deviation2) W2,
 //   where m1, m2 are the means of du and of du times the normalised product. Below a maximum over K du is one
 //   entry per group and channel, and so is its part of dh and of dW2.
+//
+// Measured on one AVX-512 core (AMD Zen 5), forward and backward of the tokenizer's three stages (K = 81):
+// 334 ms per cloud, the composition of torch ops 1,310 ms; the products alone, some 38 GFLOP, would take 170
+// ms at the speed of evaluation. Next: the sums over rows beside the products, which are not yet in their
+// registers.
 #pragma once
 
 #include "local_aggregate/kernel.h"
