@@ -143,7 +143,7 @@ def test_without_onnx(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         return found(name, *arguments, **options)
 
     monkeypatch.setattr(builtins, "__import__", refuse)
-    with pytest.raises(ImportError, match=r"needs onnxscript: pip install any2point\[onnx\]"):
+    with pytest.raises(ImportError, match=r"needs onnxscript: pip install 'any2point\[onnx\]"):
         export_onnx(tiny(), tmp_path / "model.onnx")
 
 
