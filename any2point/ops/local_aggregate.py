@@ -76,8 +76,9 @@ def local_aggregate(
 
     Differentiable in: features, points and every weight.
     Deterministic: yes.
-    Complexity: O(B S K (C H + C)) time, O(B S K C) memory. Evaluation on the CPU, in float32 or less and
-    without a gradient to keep, is one kernel: O(B S C) memory.
+    Complexity: O(B S K (C H + C)) time, O(B S K C) memory. On the CPU, in float32 or less, kernels take over:
+    evaluation without a gradient to keep needs O(B S C) memory, training O(B S K H) (with several units
+    O(B S K C) for a while in backward), unless a gradient of the points is wanted; it differentiates once.
 
     Source: Point-NN / Point-PN (Zhang et al., CVPR 2023), LGA module; Any2Point (Tang et al., ECCV 2024).
 

@@ -34,7 +34,7 @@ void pack_linear(const float* weight, const float* bias, int64_t out, int64_t in
 
 // Rows are padded to the six of a register block, and columns to lanes.
 int64_t local_aggregate_scratch(const LocalAggregate& args) {
-  const int64_t rows = (args.from.neighbors + 5) / 6 * 6;
+  const int64_t rows = padded6(args.from.neighbors);
   return rows * (packed_columns(args.from.width) + packed_columns(args.hidden) + 3);
 }
 

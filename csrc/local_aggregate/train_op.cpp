@@ -97,6 +97,7 @@ RowGradient gradient_of(const OptionalTensor& grad, const OptionalTensor& argmax
   for (int64_t i = 0; i < argmax->numel(); i++) {
     A2P_CHECK(rows[i] >= 0 && rows[i] < neighbors, "argmax: expected 0 to K - 1");
   }
+  A2P_CHECK(grad->dim() == 3 && grad->numel() == argmax->numel(), "grad: expected [B, S, C]");
   return {floats("grad", *grad, {grad->size(0), grad->size(1), width}), rows, nullptr};
 }
 

@@ -16,14 +16,7 @@ from any2point import Any2Point, ops
 from any2point.models.decompositions import decompositions
 from any2point.models.export import export_onnx, export_program
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Tiny tensors: a second thread only waits for the first."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def samples(model: Any2Point, *sizes: int) -> Iterator[tuple[Tensor, ...]]:

@@ -36,13 +36,7 @@ def images(batch: int = 2, s: int = 9, grid: tuple[int, int] = (5, 7), views: in
     }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Tiny tensors: a second thread only waits for the first."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 class TestVirtualProject(OpContract):
