@@ -14,6 +14,7 @@ from any2point.data.points import read_points, sample_surface
 
 if TYPE_CHECKING:
     from any2point.data import transforms
+    from any2point.data.ahead import prefetch
     from any2point.data.dataset import PointDataset, load_dataset
     from any2point.data.folder import folder_dataset
     from any2point.data.modelnet40 import modelnet40_dataset
@@ -25,6 +26,7 @@ _LAZY = {
     "folder_dataset": "folder",
     "load_dataset": "dataset",
     "modelnet40_dataset": "modelnet40",
+    "prefetch": "ahead",
     "sample_set": "sample",
     "scanobjectnn_dataset": "scanobjectnn",
 }
@@ -37,6 +39,7 @@ __all__ = [
     "folder_dataset",
     "load_dataset",
     "modelnet40_dataset",
+    "prefetch",
     "read_mesh_or_cloud",
     "read_points",
     "sample_set",

@@ -19,6 +19,7 @@ from any2point.models.build import (
 )
 from any2point.models.checks import check_names
 from any2point.models.config import Any2PointConfig
+from any2point.nn import Neighborhoods
 from any2point.nn.positions import build_positions
 from any2point.ops import group, voxel_cluster
 from any2point.sources import Source
@@ -98,7 +99,11 @@ class Any2Point(PointModel):
         return None
 
     def embed(
-        self, points: Tensor, features: Tensor | None = None, lengths: Tensor | None = None
+        self,
+        points: Tensor,
+        features: Tensor | None = None,
+        lengths: Tensor | None = None,
+        neighborhoods: Neighborhoods | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Everything before the first block; arguments as in `encode`.
 
@@ -106,7 +111,7 @@ class Any2Point(PointModel):
             Sequence `[B, 1 + R + T, C]` (class token, registers, tokens) and its position encodings, cells
             `[B, V, T]`, voxels `[B, T]`, and the points `[B, T]` that the tokens are centred on.
         """
-        tokens = self.tokenizer(*self.prepare(points, features, lengths))
+        tokens = self.tokenizer(*self.prepare(points, features, lengths), neighborhoods)
         projected = self.projection(tokens.centers)
         encoding = projected.encoding if self.positions is None else self.positions(tokens.centers)
         cluster = voxel_cluster(tokens.centers, self.config.voxel_size).cluster
@@ -125,6 +130,7 @@ class Any2Point(PointModel):
         features: Tensor | None = None,
         lengths: Tensor | None = None,
         attention: bool = False,
+        neighborhoods: Neighborhoods | None = None,
     ) -> Encoding:
         """Features of every token and of the cloud, for use as a 3D tower in other models.
 
@@ -133,6 +139,7 @@ class Any2Point(PointModel):
             features: `[B, N, F]` with F = `config.input_features`.
             lengths: `[B]` points of each cloud.
             attention: also return the attention of the class token, which is computed beside the blocks.
+            neighborhoods: what `neighborhoods` gives for the same batch, if it is there already.
 
         Raises:
             ValueError: attention of a model whose class token does not attend to the tokens of its cloud
@@ -142,7 +149,7 @@ class Any2Point(PointModel):
         if attention and (config.attention_axis == "batch" or config.causal):
             got = f"attention_axis={config.attention_axis!r} and causal={config.causal}"
             raise ValueError(f"`attention`: expected a class token that attends to its tokens, got {got}")
-        x, position, cell, cluster, index = self.embed(points, features, lengths)
+        x, position, cell, cluster, index = self.embed(points, features, lengths, neighborhoods)
         maps: list[Tensor] | None = [] if attention else None
         x = self.norm(self.encoder(x, position, cell, cluster, maps))
         cls, tokens = x[:, 0], x[:, self.encoder.prefix :]
@@ -152,10 +159,14 @@ class Any2Point(PointModel):
         return Encoding(tokens, group(points, index), cls, torch.cat(pair, dim=-1), weights)
 
     def forward(
-        self, points: Tensor, features: Tensor | None = None, lengths: Tensor | None = None
+        self,
+        points: Tensor,
+        features: Tensor | None = None,
+        lengths: Tensor | None = None,
+        neighborhoods: Neighborhoods | None = None,
     ) -> Tensor:
         """`points [B, N, 3]` (and features `[B, N, F]`, lengths `[B]`) -> logits `[B, num_classes]`."""
-        return self.head(self.encode(points, features, lengths).feature)
+        return self.head(self.encode(points, features, lengths, neighborhoods=neighborhoods).feature)
 
     def part_of(self, name: str) -> str:
         """The part that a parameter belongs to, as the paper counts them."""

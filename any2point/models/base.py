@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from any2point.models.config import Any2PointConfig
 from any2point.models.summary import Summary, count_parameters
+from any2point.nn.tokenizer import Neighborhoods, PointNetTokenizer, Tokenizer
 from any2point.ops._checks import check_clouds
 
 # Coordinates are clamped to this, and to as many voxels, after centring: squared distances stay finite and
@@ -21,6 +22,7 @@ class PointModel(nn.Module):
 
     config: Any2PointConfig
     class_names: list[str] | None
+    tokenizer: Tokenizer | PointNetTokenizer
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """The parameters that are trained."""
@@ -61,6 +63,15 @@ class PointModel(nn.Module):
     def summary(self) -> Summary:
         """Counts of trained and frozen parameters by part."""
         return count_parameters(self.parts())
+
+    def neighborhoods(
+        self, points: Tensor, features: Tensor | None = None, lengths: Tensor | None = None
+    ) -> Neighborhoods:
+        """Samples and neighbours of a batch, which follow from its coordinates; arguments as in `prepare`.
+
+        `forward` takes them, so that they can be had while the step before runs: `any2point.data.prefetch`.
+        """
+        return self.tokenizer.neighborhoods(self.prepare(points, features, lengths)[0])
 
     def prepare(
         self, points: Tensor, features: Tensor | None = None, lengths: Tensor | None = None

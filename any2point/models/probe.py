@@ -11,6 +11,7 @@ from any2point.models.base import PointModel
 from any2point.models.build import build_tokenizer
 from any2point.models.checks import check_names
 from any2point.models.config import Any2PointConfig
+from any2point.nn import Neighborhoods
 
 
 class TokenizerProbe(PointModel):
@@ -33,8 +34,12 @@ class TokenizerProbe(PointModel):
         self.head = nn.Linear(2 * width, config.num_classes)
 
     def forward(
-        self, points: Tensor, features: Tensor | None = None, lengths: Tensor | None = None
+        self,
+        points: Tensor,
+        features: Tensor | None = None,
+        lengths: Tensor | None = None,
+        neighborhoods: Neighborhoods | None = None,
     ) -> Tensor:
         """`points [B, N, 3]` (and as `prepare` says) -> logits `[B, num_classes]`."""
-        tokens = self.tokenizer(*self.prepare(points, features, lengths)).features
+        tokens = self.tokenizer(*self.prepare(points, features, lengths), neighborhoods).features
         return self.head(torch.cat([tokens.amax(1), tokens.mean(1)], dim=-1))

@@ -8,7 +8,7 @@ from any2point.nn.encoder import AdaptedEncoder
 from any2point.nn.head import ClassificationHead
 from any2point.nn.positions import LearnedPositions, NoPositions, SinusoidalPositions
 from any2point.nn.projection import VirtualProjection
-from any2point.nn.tokenizer import PointNetTokenizer, Tokenizer, Tokens, stage_sizes
+from any2point.nn.tokenizer import Neighborhoods, PointNetTokenizer, Tokenizer, Tokens, stage_sizes
 from any2point.nn.views import euler_rotations, given_lines, spread_lines, spread_rotations
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "ClassificationHead",
     "GuidedAdapter",
     "LearnedPositions",
+    "Neighborhoods",
     "NoPositions",
     "PointNetTokenizer",
     "SinusoidalPositions",

@@ -28,6 +28,28 @@ class Tokens(NamedTuple):
     index: Tensor  # type: ignore[assignment]
 
 
+class Neighborhoods(NamedTuple):
+    """What a tokenizer takes from the coordinates alone, so that it can be had before the step that needs it.
+
+    Per stage the centres `center [B, S]`, among the centres of the stage before, and their neighbours
+    `neighbor [B, S, K]`, likewise; and `index [B, T]`, the points of the cloud that are the last centres.
+    """
+
+    center: tuple[Tensor, ...]
+    neighbor: tuple[Tensor, ...]
+    index: Tensor  # type: ignore[assignment]
+
+    def flat(self) -> list[Tensor]:
+        """All tensors in a list, see `of`."""
+        return [*self.center, *self.neighbor, self.index]
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor]) -> Neighborhoods:
+        """From the list that `flat` gave."""
+        stages = len(tensors) // 2
+        return cls(tuple(tensors[:stages]), tuple(tensors[stages:-1]), tensors[-1])
+
+
 def stage_sizes(num_points: int, num_tokens: int, stages: int = 3) -> tuple[int, ...]:
     """Centres per stage: a geometric progression from points to tokens (1024 and 128: 512, 256, 128)."""
     ratio = num_tokens / num_points
@@ -146,31 +168,41 @@ class Tokenizer(nn.Module):
             return torch.arange(size, device=picks.device).expand(batch, size)
         return _first_true(picks[:, :, None] == level[:, None, :])
 
-    def forward(self, points: Tensor, features: Tensor | None = None) -> Tokens:
-        """`points [B, N, 3]` float32 or float64, `features [B, N, F]` -> tokens of the last stage.
-
-        Points with a NaN or infinite coordinate (padding, say) are left out. A cloud with fewer points than
-        the first stage has centres repeats its centres.
-        """
-        batch = points.shape[0]
-        x, valid = with_features(points, features, self.embed.weight.dtype)
-        x = self.embed_norm(self.embed(x).flatten(0, 1), valid.flatten()).relu().unflatten(0, (batch, -1))
-
-        first = first_centers(points, valid, self.start)
+    def neighborhoods(self, points: Tensor) -> Neighborhoods:
+        """Centres and neighbours of every stage; `points` as `forward` takes them."""
+        first = first_centers(points, points.isfinite().all(-1), self.start)
         levels = farthest_point_hierarchy(points, list(self.sizes), start=first, tie=self.tie)
         if self.tie == "lowest":  # with the official order, samples repeat by themselves
             index = repeat_centers(levels[0])
             levels = [index[:, :size] for size in self.sizes]
+        chosen, neighbors = [], []
         for stage, count in enumerate(self.neighbors):
             center = levels[0] if stage == 0 else self._positions(levels[stage - 1], levels[stage])
             centers = group(points, center)
-            neighbor = knn(centers, points, count, sorted=False).index
+            chosen.append(center)
+            neighbors.append(knn(centers, points, count, sorted=False).index)
+            points = centers
+        return Neighborhoods(tuple(chosen), tuple(neighbors), levels[-1])
+
+    def forward(
+        self, points: Tensor, features: Tensor | None = None, neighborhoods: Neighborhoods | None = None
+    ) -> Tokens:
+        """`points [B, N, 3]` float32 or float64, `features [B, N, F]` -> tokens of the last stage.
+
+        Points with a NaN or infinite coordinate (padding, say) are left out. A cloud with fewer points than
+        the first stage has centres repeats its centres. `neighborhoods` are those of the points, if they are
+        there already.
+        """
+        x, valid = with_features(points, features, self.embed.weight.dtype)
+        x = self.embed_norm(self.embed(x).flatten(0, 1), valid.flatten()).relu().unflatten(0, (len(x), -1))
+        near = self.neighborhoods(points) if neighborhoods is None else neighborhoods
+        for stage, (center, neighbor) in enumerate(zip(near.center, near.neighbor)):
             if self.checkpointing:
                 x = recompute(self.stages[stage], self._aggregate, stage, points, x, center, neighbor)
             else:
                 x = self._aggregate(stage, points, x, center, neighbor)
-            points = centers
-        return Tokens(x, points, levels[-1])
+            points = group(points, center)
+        return Tokens(x, points, near.index)
 
     def _aggregate(self, stage: int, points: Tensor, x: Tensor, center: Tensor, neighbor: Tensor) -> Tensor:
         return local_aggregate(
@@ -226,14 +258,21 @@ class PointNetTokenizer(nn.Module):
         self.token = nn.Linear(4 * hidden, width)
         self.width = width
 
-    def forward(self, points: Tensor, features: Tensor | None = None) -> Tokens:
-        """`points [B, N, 3]` float32 or float64, `features [B, N, F]` -> tokens; see `Tokenizer`."""
-        x, valid = with_features(points, features, self.point.weight.dtype)
-        first = first_centers(points, valid, self.start)
+    def neighborhoods(self, points: Tensor) -> Neighborhoods:
+        """Centres and neighbours; see `Tokenizer`."""
+        first = first_centers(points, points.isfinite().all(-1), self.start)
         index = repeat_centers(farthest_point_sample(points, self.tokens, start=first, tie=self.tie))
+        neighbor = knn(group(points, index), points, self.neighbors, sorted=False).index
+        return Neighborhoods((index,), (torch.where(neighbor < 0, index[..., None], neighbor),), index)
+
+    def forward(
+        self, points: Tensor, features: Tensor | None = None, neighborhoods: Neighborhoods | None = None
+    ) -> Tokens:
+        """`points [B, N, 3]` float32 or float64, `features [B, N, F]` -> tokens; see `Tokenizer`."""
+        x, _ = with_features(points, features, self.point.weight.dtype)
+        near = self.neighborhoods(points) if neighborhoods is None else neighborhoods
+        index, (neighbor,) = near.index, near.neighbor
         centers = group(points, index)
-        neighbor = knn(centers, points, self.neighbors, sorted=False).index
-        neighbor = torch.where(neighbor < 0, index[..., None], neighbor)
         offset = (group(points, neighbor) - centers[:, :, None]).to(x.dtype)
         x = torch.cat([offset, group(x[..., 3:], neighbor)], dim=-1) if x.shape[-1] > 3 else offset
         tokens = recompute(self, self._embed, x) if self.checkpointing else self._embed(x)

@@ -8,8 +8,8 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
-# labels [B], points [B, N, 3], features [B, N, F] if the model takes any -> loss [], logits [B, classes];
-# leaves gradients in the parameters
+# labels [B], points [B, N, 3], features [B, N, F] if the model takes any, and the tensors of its
+# neighbourhoods if they are there -> loss [], logits [B, classes]; leaves gradients in the parameters
 Step = Callable[..., tuple[Tensor, Tensor]]
 
 

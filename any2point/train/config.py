@@ -48,6 +48,7 @@ class TrainConfig:
             own clouds', of which the first's running ones are kept.
         cuda_graph: on CUDA, record the step once and replay it: the launches of its many small kernels cost
             several times what the kernels do. Takes a model that never waits for the device.
+        prefetch: on CUDA, prepare the next batch, its samples and neighbours too, while a step runs.
         tensorboard: write the curves as TensorBoard events too, into the run folder.
         normalize: "sphere" (centre and scale to radius 1), "center" or "none"; for training and evaluation.
         pool: farthest points to draw a training cloud's random points from (all of a smaller cloud's); 0
@@ -93,6 +94,7 @@ class TrainConfig:
     devices: int = 1
     sync_batch_norm: bool = False
     cuda_graph: bool = True
+    prefetch: bool = True
     tensorboard: bool = True
     normalize: str = "sphere"
     pool: int = 1200
@@ -115,7 +117,7 @@ class TrainConfig:
             self._expect(name, lambda v: is_whole(v) and v >= 1, "a whole number of 1 or more")
         for name in ("devices", "save_every_steps", "pool"):
             self._expect(name, lambda v: is_whole(v) and v >= 0, "a whole number of 0 or more")
-        for name in ("deterministic", "sync_batch_norm", "cuda_graph", "tensorboard"):
+        for name in ("deterministic", "sync_batch_norm", "cuda_graph", "prefetch", "tensorboard"):
             self._expect(name, lambda v: isinstance(v, bool), "true or false")
         for name in (
             "min_lr",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from any2point.data.ahead import prefetch
 from any2point.data.checksums import checksum
 from any2point.data.dataset import PointDataset
 from any2point.data.transforms import Rows
+from any2point.models.base import PointModel
 from any2point.models.hub import serializer
+from any2point.nn import Neighborhoods
 from any2point.train import files
 from any2point.train.captured import Step, capture
 from any2point.train.config import TrainConfig
@@ -29,6 +32,7 @@ from any2point.train.metrics import (
     EvalResult,
     apply,
     evaluate_prepared,
+    input_features,
     input_size,
     model_inputs,
     prepare,
@@ -184,15 +188,12 @@ class _Run:
         config = self.config
         start = time.perf_counter() - self.seconds
         self._capture()
-        generator = torch.Generator().manual_seed(config.seed_of(self.epoch, "data"))
-        order = torch.randperm(len(self.train), generator=generator)
         self.model.train()
         rate = 0.0
-        while self.step < self.steps:
+        batches = self._batches(self.epoch, self.step)
+        for labels, *inputs in prefetch(batches, self.runtime.device) if config.prefetch else batches:
             # All randomness of a step follows from its number.
-            generator.manual_seed(config.seed_of(self.epoch, self.step, "data"))
             self.runtime.seed(config.seed_of(self.epoch, self.step, "model", self.ranks.rank))
-            labels, *inputs = self._load(order[self.step * self.batch :][: self.batch], generator)
             rate = config.learning_rate(self.epoch + self.step / self.steps)
             for group in self.optimizer.param_groups:
                 group["lr"] = rate
@@ -223,12 +224,25 @@ class _Run:
             )
         return record
 
+    def _batches(self, epoch: int, step: int) -> Iterator[list[Tensor]]:
+        """What the steps of an epoch are given, from this step on."""
+        seed_of = self.config.seed_of
+        generator = torch.Generator().manual_seed(seed_of(epoch, "data"))
+        order = torch.randperm(len(self.train), generator=generator)
+        for at in range(step, self.steps):
+            generator.manual_seed(seed_of(epoch, at, "data"))
+            yield self._load(order[at * self.batch :][: self.batch], generator)
+
+    @torch.no_grad()
     def _load(self, rows: Tensor, generator: torch.Generator) -> list[Tensor]:
-        """This rank's part of a batch, transformed: labels and the model's inputs."""
+        """This rank's part of a batch, transformed: labels, the model's inputs, and its neighbourhoods."""
         part, device = self.ranks.part(len(rows)), self.runtime.device
         labels = self.train.labels[rows[part]].to(device)
         clouds = self.train.inputs(rows[part]).to(device)
-        return [labels, *model_inputs(self.model, self.transform(clouds, Rows(generator, len(rows), part)))]
+        inputs = model_inputs(self.model, self.transform(clouds, Rows(generator, len(rows), part)))
+        if _ahead(self.model, device, self.config):
+            inputs += self.model.neighborhoods(*inputs).flat()  # type: ignore[operator]
+        return [labels, *inputs]
 
     def _gradients(self, labels: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Forward and backward of a batch; loss [] and logits [B, classes]."""
@@ -239,9 +253,11 @@ class _Run:
 
     def _eager(self, labels: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         smoothing = self.config.label_smoothing
+        taken = 2 if input_features(self.model) else 1
+        known = {"neighborhoods": Neighborhoods.of(inputs[taken:])} if inputs[taken:] else {}
         with self.ranks.statistics(self.config.sync_batch_norm):
             with self.runtime.autocast():
-                logits = self.model(*inputs)
+                logits = self.model(*inputs[:taken], **known)
             loss = nn.functional.cross_entropy(logits.float(), labels, label_smoothing=smoothing)
             self.runtime.backward(loss)
         return loss.detach(), logits.detach()
@@ -365,6 +381,11 @@ class _Run:
         self.right.fill_(int(right))
         self.epoch, self.step, self.seconds = state["epoch"], state["step"], state["seconds"]
         self.history, self.best = state["history"], state["best"]
+
+
+def _ahead(model: nn.Module, device: torch.device, config: TrainConfig) -> bool:
+    """Whether steps are given the neighbourhoods of their clouds, computed while the step before runs."""
+    return config.prefetch and device.type == "cuda" and isinstance(model, PointModel)
 
 
 def _batch_size(config: TrainConfig, clouds: int, world: int) -> int:
