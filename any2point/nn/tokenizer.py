@@ -194,7 +194,11 @@ class Tokenizer(nn.Module):
         there already.
         """
         x, valid = with_features(points, features, self.embed.weight.dtype)
-        x = self.embed_norm(self.embed(x).flatten(0, 1), valid.flatten()).relu().unflatten(0, (len(x), -1))
+        x = (
+            self.embed_norm(self.embed(x).flatten(0, 1), valid.flatten())
+            .relu()
+            .unflatten(0, (points.shape[0], -1))
+        )
         near = self.neighborhoods(points) if neighborhoods is None else neighborhoods
         for stage, (center, neighbor) in enumerate(zip(near.center, near.neighbor)):
             if self.checkpointing:
