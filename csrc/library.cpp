@@ -37,6 +37,18 @@ STABLE_TORCH_LIBRARY(any2point, m) {
       "start) -> (Tensor pooled, Tensor saved)");
   m.def("_segment_pool_backward(Tensor grad, Tensor segment, Tensor saved, str reduce) -> Tensor");
 
+  // table [L, C], or [H, W, C] for images: then views [V, 3, 3], otherwise [V, 3] and height 0. The extent of
+  // the positions and its cells; camera 0 places it for each cloud.
+  m.def(
+      "_virtual_project(Tensor centers, Tensor table, Tensor views, float cell, SymInt height, SymInt width, "
+      "SymInt cell_rows, SymInt cell_columns, float camera, bool wrap) -> (Tensor position, Tensor encoding, "
+      "Tensor cell)");
+  // The entries [B S, V * 2 or 4] of the table that the encodings are made of.
+  m.def(
+      "_virtual_corners(Tensor centers, Tensor views, SymInt table_rows, SymInt table_columns, SymInt "
+      "height, "
+      "SymInt width, float camera, bool wrap) -> (Tensor weight, Tensor corner)");
+
   // Evaluation on the CPU. units: in_weight [H, C], in_bias [H], out_weight [C, H], out_bias [C] of each
   // unit, with the batch normalisations folded in; divisor [B], or none for the largest offset of each group.
   m.def(

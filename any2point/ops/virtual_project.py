@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from any2point.ops._checks import (
@@ -21,6 +23,8 @@ from any2point.reference.virtual_project import VirtualProjection, cell_grid
 from any2point.reference.virtual_project import virtual_project as _composition
 
 __all__ = ["VirtualProjection", "cell_grid", "virtual_project"]
+
+_MOST_VIEWS = 256  # csrc/virtual_project/kernel.h, kMostCorners
 
 
 def virtual_project(
@@ -70,7 +74,9 @@ def virtual_project(
         where another point becomes the extreme one. The points that span a line, or the sphere that a camera
         has in view, receive the gradient of that span. With `wrap` there are jumps as well.
     Deterministic: yes.
-    Complexity: O(B V S C) time, O(B S C) memory.
+    Complexity: O(B V S C) time, O(B S C) memory, in one kernel. The composition of torch ops takes over, with
+        the same result, in float64, for a gradient of centers or views, for wrapped lines (which read the
+        range of the batch), for more than 256 views, and in exported graphs.
 
     Source: Any2Point (Tang et al., ECCV 2024), 3D-to-any virtual projection; the perspective images follow
         PointCLIP (Zhang et al., CVPR 2022).
@@ -101,10 +107,17 @@ def virtual_project(
         raise ValueError("scramble: expected False for a sequence, got True")
     if wrap and centers.shape[0] == 0:
         raise ValueError("wrap: expected False for a batch without clouds, got True")
+    views = views.to(centers.dtype)
+    if _is_fused(centers, table, views, wrap):
+        projected = _fused(centers, table, views, cell, size, camera, wrap)
+        if not scramble:
+            return projected
+        encoding = projected.encoding.transpose(1, 2).reshape(projected.encoding.shape)
+        return projected._replace(encoding=encoding)
     return _composition(
         centers.contiguous(),
         table.contiguous(),
-        views.to(centers.dtype).contiguous(),
+        views.contiguous(),
         cell=cell,
         size=size,
         camera=camera,
@@ -112,6 +125,42 @@ def virtual_project(
         scramble=scramble,
         interpolate=interpolate,
     )
+
+
+def _is_fused(centers: Tensor, table: Tensor, views: Tensor, wrap: bool) -> bool:
+    if torch.compiler.is_exporting() or centers.device.type not in ("cpu", "cuda"):
+        return False
+    if torch.float64 in (centers.dtype, table.dtype) or (wrap and table.dim() == 2):
+        return False
+    moving = torch.is_grad_enabled() and (centers.requires_grad or views.requires_grad)
+    return views.shape[0] <= _MOST_VIEWS and not moving
+
+
+def _fused(
+    centers: Tensor,
+    table: Tensor,
+    views: Tensor,
+    cell: float,
+    size: Sequence[int] | None,
+    camera: float | None,
+    wrap: bool,
+) -> VirtualProjection:
+    extent = table.shape[:-1] if size is None else size
+    cells = cell_grid(extent, cell)
+    height, cell_rows = (extent[0], cells[0]) if table.dim() == 3 else (0, 1)
+    position, encoding, bins = torch.ops.any2point._virtual_project.default(
+        centers.contiguous(),
+        table.contiguous(),
+        views.contiguous(),
+        float(cell),
+        height,
+        extent[-1],
+        cell_rows,
+        cells[-1],
+        0.0 if camera is None else camera + 1e-12,
+        wrap,
+    )
+    return VirtualProjection(position, bins, encoding)
 
 
 def _check_numbers(cell: object, size: object, camera: object, table: Tensor) -> None:
@@ -132,3 +181,65 @@ def _check_numbers(cell: object, size: object, camera: object, table: Tensor) ->
     cells = math.prod(cell_grid(extents, cell))  # type: ignore[arg-type]
     if cells >= 1 << 31:
         raise ValueError(f"cell: expected less than 2^31 cells, got {cells} of {cell}")
+
+
+@torch.library.register_fake("any2point::_virtual_project")
+def _fake(
+    centers: Tensor,
+    table: Tensor,
+    views: Tensor,
+    cell: float,
+    height: int,
+    width: int,
+    cell_rows: int,
+    cell_columns: int,
+    camera: float,
+    wrap: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    clouds, count = centers.shape[:2]
+    place = clouds, views.shape[0], count
+    position = centers.new_empty(*place, table.dim() - 1)
+    encoding = table.new_empty(clouds, count, table.shape[-1])
+    return position, encoding, centers.new_empty(place, dtype=torch.int64)
+
+
+@torch.library.register_fake("any2point::_virtual_corners")
+def _corners_fake(
+    centers: Tensor,
+    views: Tensor,
+    table_rows: int,
+    table_columns: int,
+    height: int,
+    width: int,
+    camera: float,
+    wrap: bool,
+) -> tuple[Tensor, Tensor]:
+    shape = centers.shape[0] * centers.shape[1], views.shape[0] * (4 if views.dim() == 3 else 2)
+    return centers.new_empty(shape), centers.new_empty(shape, dtype=torch.int64)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    centers, table, views, _, *ctx.extent, _, _, ctx.camera, ctx.wrap = inputs
+    ctx.grid = table.shape[:-1]
+    ctx.save_for_backward(centers, views)
+    ctx.mark_non_differentiable(output[0], output[2])
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, _position: Tensor | None, grad: Tensor | None, _cell: Tensor | None) -> Any:
+    rest = (None,) * 8
+    if grad is None or not ctx.needs_input_grad[1]:
+        return None, None, *rest
+    centers, views = ctx.saved_tensors
+    grid = ctx.grid if len(ctx.grid) == 2 else (0, *ctx.grid)
+    weight, corner = torch.ops.any2point._virtual_corners.default(
+        centers, views, *grid, *ctx.extent, ctx.camera, ctx.wrap
+    )
+    # Any number of times differentiable in `grad`, as interpolation is.
+    found = torch.ops.any2point._interpolate_features_grad.default(
+        grad.flatten(0, 1)[None], corner[None], weight[None], math.prod(ctx.grid)
+    )
+    return None, found.view(*ctx.grid, grad.shape[-1]), *rest
+
+
+torch.library.register_autograd("any2point::_virtual_project", _backward, setup_context=_setup)

@@ -26,11 +26,13 @@ def lines(batch: int = 2, s: int = 9, length: int = 11, width: int = 5, views: i
     }
 
 
-def images(batch: int = 2, s: int = 9, grid: tuple[int, int] = (5, 7), views: int = 6) -> dict[str, Any]:
+def images(
+    batch: int = 2, s: int = 9, grid: tuple[int, int] = (5, 7), width: int = 4, views: int = 6
+) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(s)
     return {
         "centers": torch.randn(batch, s, 3, generator=generator),
-        "table": torch.randn(*grid, 4, generator=generator),
+        "table": torch.randn(*grid, width, generator=generator),
         "views": spread_rotations(views),
         "cell": 1.5,
     }
@@ -43,7 +45,6 @@ class TestVirtualProject(OpContract):
     op = staticmethod(ops.virtual_project)
     reference = staticmethod(reference.virtual_project)
     differentiable = ("table", "centers")
-    registered = False
 
     def samples(self, device: str) -> Iterator[Sample]:
         yield Sample("lines", Sample("", lines()).to(device).kwargs)
