@@ -55,6 +55,30 @@ STABLE_TORCH_LIBRARY(any2point, m) {
       "_local_aggregate(Tensor points, Tensor features, Tensor center, Tensor neighbor, Tensor? divisor, "
       "Tensor wavelength, Tensor[] units, float beta, bool guard) -> Tensor");
 
+  // Guided aggregation. L layers of segments of the R = B * S tokens: the cells of V views, and the voxels if
+  // there are any. order [L, R]: tokens by segment; segment [L, R]: of each token, -1 for none; start [L, R +
+  // 1]: where each segment begins in order; count [L, B]: segments with tokens among [b * S, (b + 1) * S).
+  // Cells that hold tokens of cloud b are numbered from b * S on in ascending order, voxels as given; all
+  // other segments are empty. All int32.
+  m.def(
+      "_guided_lists(Tensor cell, Tensor? cluster, SymInt num_cells) -> (Tensor order, Tensor segment, "
+      "Tensor start, Tensor count)");
+  // qkv [B, S, V, 3, M]; proj [V, M + 1, C]: weight and, last, bias; norms: weight and bias [V, C] of the
+  // views, then [C] of the voxels if there are any; running: likewise means and variances, or none to train;
+  // keep [V, B, S]: factors on the attention branch, or none; total: rows that the statistics of views count,
+  // 0 for those with tokens. mean, deviation (1 / root of variance + eps), unbiased: [L, C] float32.
+  m.def(
+      "_guided_aggregate(Tensor features, Tensor qkv, Tensor proj, Tensor[] norms, Tensor[] running, "
+      "Tensor order, Tensor segment, Tensor start, Tensor count, Tensor? keep, int num_heads, float scale, "
+      "float coefficient, bool maximum, str ensemble, SymInt total, float eps) -> (Tensor out, Tensor mean, "
+      "Tensor deviation, Tensor unbiased)");
+  // grad_norms like norms.
+  m.def(
+      "_guided_aggregate_backward(Tensor grad, Tensor features, Tensor qkv, Tensor proj, Tensor[] norms, "
+      "Tensor mean, Tensor deviation, Tensor order, Tensor segment, Tensor start, Tensor count, Tensor? "
+      "keep, int num_heads, float scale, float coefficient, bool maximum, str ensemble, SymInt total, bool "
+      "training) -> (Tensor grad_features, Tensor grad_qkv, Tensor grad_proj, Tensor[] grad_norms)");
+
   // Which kernels farthest point sampling would launch on a GPU of these limits, as JSON, for tests.
   m.def(
       "_farthest_point_launches(int capability, int processors, int shared, bool cooperative, int clouds, "

@@ -5,13 +5,14 @@ from __future__ import annotations
 from torch import Tensor
 
 from any2point.ops._checks import check_floating, check_index, check_tensor, shape_text
+from any2point.ops._guided_aggregate import GuidedPlan, fused, is_fused, plan_guided
 from any2point.ops.group import group
 from any2point.ops.segment_pool import segment_pool
 from any2point.reference.batch_norm import BatchNorm
 from any2point.reference.guided_aggregate import CellAttention
 from any2point.reference.guided_aggregate import guided_aggregate as _composition
 
-__all__ = ["BatchNorm", "CellAttention", "guided_aggregate"]
+__all__ = ["BatchNorm", "CellAttention", "GuidedPlan", "guided_aggregate", "plan_guided"]
 
 
 def guided_aggregate(
@@ -22,6 +23,7 @@ def guided_aggregate(
     view_norm: BatchNorm,
     space_norm: BatchNorm | None,
     *,
+    plan: GuidedPlan | None = None,
     num_cells: int,
     num_heads: int,
     coefficient: float,
@@ -54,6 +56,7 @@ def guided_aggregate(
         view_norm: batch normalisations of the views, tensors `[V, C]`; running statistics updated in place
             when training.
         space_norm: batch normalisation of the voxels, tensors `[C]`; None likewise.
+        plan: `plan_guided(cell, cluster, attention, num_cells=...)`, where several calls share it.
         num_cells: cells per view and cloud.
         num_heads: heads of the attention; the inner width M is `attention.proj_weight.shape[-1]`.
         coefficient: factor on the blend.
@@ -121,6 +124,31 @@ def guided_aggregate(
         raise ValueError(f"pooling: expected 'mean' or 'max+mean', got {pooling!r}")
     if not 0 <= drop_path < 1:
         raise ValueError(f"drop_path: expected a probability below 1, got {drop_path}")
+    tensors = [*attention, *view_norm, *(space_norm or ())]
+    if is_fused(features, tensors, training):
+        if plan is None:
+            plan = plan_guided(
+                cell, cluster if ensemble == "adaptive" else None, attention, num_cells=num_cells
+            )
+        return fused(
+            features,
+            plan,
+            view_norm,
+            space_norm,
+            num_cells=num_cells,
+            num_heads=num_heads,
+            coefficient=coefficient,
+            scale=inner**-0.5 if scale is None else scale,
+            pooling=pooling,
+            ensemble=ensemble,
+            count_empty=count_empty,
+            drop_path=drop_path,
+            drop_path_rows=drop_path_rows,
+            training=training,
+            momentum=momentum,
+            eps=eps,
+            norm_eps=norm_eps,
+        )
     return _composition(
         features.contiguous(),
         cell,

@@ -1,0 +1,184 @@
+"""Guided aggregation by kernels: what is computed once per batch, the registered ops, their gradient.
+
+csrc/guided_aggregate/kernel.h has the passes. A cell's row is the mean over its tokens of
+
+    x + proj' [heads; 1],
+
+where `heads` is the attention's output and the last row of `proj` is the bias: pooling commutes with the
+projection, so that only heads are pooled per token, and cells are projected.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from any2point.ops.group import checked
+from any2point.reference.batch_norm import BatchNorm, are_shared
+from any2point.reference.guided_aggregate import CellAttention
+
+_ops = torch.ops.any2point
+_DEVICES: tuple[str, ...] = ()  # those with kernels
+
+
+class GuidedPlan(NamedTuple):
+    """What all blocks share, see `plan_guided`.
+
+    Layers of segments: cells of the V views, then voxels if there are any; R = B * S tokens.
+
+    `order [L, R]` (tokens by segment), `segment [L, R]` (of each token), `start [L, R + 1]` (of each segment
+    in `order`), `held [L, B]` (segments that hold tokens), all int32; `qkv_weight [V * 3M, C]`, `qkv_bias
+    [V * 3M]`, `proj [V, M + 1, C]`.
+    """
+
+    order: Tensor
+    segment: Tensor
+    start: Tensor
+    held: Tensor
+    qkv_weight: Tensor
+    qkv_bias: Tensor
+    proj: Tensor
+
+
+def plan_guided(
+    cell: Tensor, cluster: Tensor | None, attention: CellAttention, *, num_cells: int
+) -> GuidedPlan:
+    """Lists of the tokens of every cell and voxel, and the attention's weights as the kernels take them."""
+    lists = checked(_ops._guided_lists.default, cell.clamp(0, num_cells - 1), cluster, num_cells)
+    norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias = (x.float() for x in attention)
+    bias = qkv_bias + (qkv_weight * norm_bias[:, None]).sum(-1)
+    proj = torch.cat([proj_weight.transpose(1, 2), proj_bias[:, None]], dim=1)
+    order, segment, start, held = lists
+    return GuidedPlan(
+        order, segment, start, held, (qkv_weight * norm_weight[:, None]).flatten(0, 1), bias.flatten(), proj
+    )
+
+
+def is_fused(features: Tensor, tensors: Sequence[Tensor], training: bool) -> bool:
+    """Whether kernels can take over; exported graphs are for any device."""
+    if features.device.type not in _DEVICES or torch.compiler.is_exporting():
+        return False
+    if any(tensor.dtype == torch.float64 for tensor in (features, *tensors)):
+        return False
+    return features.shape[-1] > 0 and not (training and are_shared())
+
+
+def fused(
+    features: Tensor,
+    plan: GuidedPlan,
+    view_norm: BatchNorm,
+    space_norm: BatchNorm | None,
+    *,
+    num_cells: int,
+    num_heads: int,
+    coefficient: float,
+    scale: float,
+    pooling: str,
+    ensemble: str,
+    count_empty: bool,
+    drop_path: float,
+    drop_path_rows: bool,
+    training: bool,
+    momentum: float,
+    eps: float,
+    norm_eps: float,
+) -> Tensor:
+    """`any2point.ops.guided_aggregate` after its checks."""
+    batch, count, width = features.shape
+    views = plan.proj.shape[0]
+    normalized = F.layer_norm(features.float(), (width,), eps=norm_eps)
+    qkv = F.linear(normalized, plan.qkv_weight, plan.qkv_bias)
+    keep = None
+    if training and drop_path > 0:
+        drawn = torch.rand(views, batch, count if drop_path_rows else 1, device=features.device)
+        keep = ((drawn >= drop_path).float() / (1 - drop_path)).expand(views, batch, count).contiguous()
+    both = [view_norm] if space_norm is None or ensemble != "adaptive" else [view_norm, space_norm]
+    norms = [tensor.float().contiguous() for norm in both for tensor in (norm.weight, norm.bias)]
+    statistics = [tensor for norm in both for tensor in (norm.running_mean, norm.running_var)]
+    running = [] if training else [tensor.float().contiguous() for tensor in statistics]
+    out, mean, _, unbiased = checked(
+        _ops._guided_aggregate.default,
+        features.contiguous(),
+        qkv.view(batch, count, views, 3, -1),
+        plan.proj,
+        norms,
+        running,
+        plan.order,
+        plan.segment,
+        plan.start,
+        plan.held,
+        keep,
+        num_heads,
+        scale,
+        coefficient,
+        pooling == "max+mean",
+        ensemble,
+        batch * num_cells if count_empty else 0,
+        eps,
+    )
+    if training:
+        with torch.no_grad():
+            new = [mean[:views], unbiased[:views], mean[-1], unbiased[-1]][: len(statistics)]
+            new = [value.to(old.dtype) for value, old in zip(new, statistics)]
+            torch._foreach_lerp_(statistics, new, momentum)
+    return out
+
+
+@torch.library.register_fake("any2point::_guided_lists")
+def _lists_fake(
+    cell: Tensor, cluster: Tensor | None, num_cells: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, views, count = cell.shape
+    layers, rows = views + (cluster is not None), batch * count
+
+    def make(*size: int) -> Tensor:
+        return cell.new_empty(size, dtype=torch.int32)
+
+    return make(layers, rows), make(layers, rows), make(layers, rows + 1), make(layers, batch)
+
+
+@torch.library.register_fake("any2point::_guided_aggregate")
+def _fake(
+    features: Tensor,
+    qkv: Tensor,
+    proj: Tensor,
+    norms: list[Tensor],
+    running: list[Tensor],
+    order: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    shape = order.shape[0], features.shape[-1]
+    statistics = [features.new_empty(shape, dtype=torch.float32) for _ in range(3)]
+    return torch.empty_like(features), statistics[0], statistics[1], statistics[2]
+
+
+@torch.library.register_fake("any2point::_guided_aggregate_backward")
+def _backward_fake(
+    grad: Tensor, features: Tensor, qkv: Tensor, proj: Tensor, norms: list[Tensor], *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    shapes = [torch.empty_like(norm) for norm in norms]
+    return torch.empty_like(features), torch.empty_like(qkv), torch.empty_like(proj), shapes
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    features, qkv, proj, norms, running, *lists = inputs[:9]
+    keep, *options, _ = inputs[9:]
+    ctx.options = *options, not running
+    ctx.norms, ctx.running = len(norms), len(running)
+    ctx.save_for_backward(features, qkv, proj, *norms, *output[1:3], *lists, keep)
+
+
+def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
+    features, qkv, proj, *rest = ctx.saved_tensors
+    norms, rest = rest[: ctx.norms], rest[ctx.norms :]
+    found = _ops._guided_aggregate_backward.default(
+        grad.contiguous(), features, qkv, proj, norms, *rest, *ctx.options
+    )
+    return *found, [None] * ctx.running, *[None] * 12
+
+
+torch.library.register_autograd("any2point::_guided_aggregate", _backward, setup_context=_setup)

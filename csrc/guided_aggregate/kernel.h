@@ -1,0 +1,76 @@
+// Guided aggregation in passes, torch-free. R = B * S tokens, V views, L layers of segments: the cells of
+// every view, then (adaptive ensemble) the voxels. Segments that hold tokens are rows z [L, R, C]:
+//
+//   views:  z = pool over tokens of x + proj' [h; keep]   (h: heads of the attention inside the cell, times
+//   keep) voxels: z = max x + mean x y = (z - mean) * deviation * weight + bias,  g = GELU(y), per token g_v
+//   and s out = x + coefficient * sum_v w_v g_v / sum_v w_v,  w_v = (cos(g_v, s) + 1) / 2
+//
+// Backward, with G = coefficient * dout, u_v = cos(g_v, s), W = sum w_v, norms n clamped at 1e-8:
+//
+//   du_v = (G g_v - G blend) / (2 W)
+//   dg_v = w_v / W G + du_v / (n_v n_s) s - du_v u_v / n_v^2 g_v,  summed over the tokens of a segment
+//   ds   = sum_v du_v / (n_v n_s) g_v - du_v u_v / n_s^2 s
+//   dy = dg GELU'(y),  dz = deviation weight (dy - (sum dy + z^ sum dy z^) / N), z^ normalised z
+//   dx = dout + sum_v dz / n + ..., dh = proj dz / n, dproj = sum [h; keep] dz'
+#pragma once
+
+#include <stdint.h>
+
+#include "common/dtype.h"
+
+namespace any2point {
+
+enum class Ensemble { adaptive, mean, max };
+
+// What forward and backward share. All pointers are to contiguous arrays.
+struct Guided {
+  Dtype dtype, qkv_dtype;
+  int64_t clouds, tokens, channels, views, layers;  // B, S, C, V, L
+  int64_t inner, heads;                             // M, H
+  int64_t total;  // rows that the statistics of views count, 0: the segments that hold tokens
+  bool maximum;   // views pool by maximum + mean
+  bool training;
+  Ensemble ensemble;
+  float scale, coefficient, eps;
+  const void* features;                                                  // [R, C]
+  const void* qkv;                                                       // [R, V, 3, M]
+  const float* proj;                                                     // [V, M + 1, C]
+  const float *view_weight, *view_bias, *space_weight, *space_bias;      // [V, C], [C]
+  const float *view_mean, *view_variance, *space_mean, *space_variance;  // running, in evaluation
+  const int32_t* order;                                                  // [L, R]
+  const int32_t* segment;                                                // [L, R]
+  const int32_t* start;                                                  // [L, R + 1]
+  const int32_t* count;                                                  // [L, B]
+  const float* keep;                                                     // [V, R] or null
+};
+
+struct GuidedForward : Guided {
+  void* out;                           // [R, C]
+  float *mean, *deviation, *unbiased;  // [L, C]
+};
+
+struct GuidedBackward : Guided {
+  const float *mean, *deviation;  // [L, C]
+  const void* grad;               // [R, C] of the features' dtype
+  void* grad_features;            // [R, C]
+  void* grad_qkv;                 // [R, V, 3, M]
+  float* grad_proj;               // [V, M + 1, C]
+  float *grad_view_weight, *grad_view_bias, *grad_space_weight, *grad_space_bias;
+};
+
+struct GuidedLists {
+  int64_t clouds, tokens, views, layers, cells;
+  const int64_t* cell;     // [B, V, S], in range
+  const int64_t* cluster;  // [B, S], or null without voxels
+  int32_t *order, *segment, *start, *count;
+};
+
+// On CUDA: bytes of workspace, and the work itself, asynchronous. They return a cudaError_t.
+int64_t guided_lists_workspace(const GuidedLists& args);
+int guided_lists_cuda(const GuidedLists& args, void* workspace, int64_t bytes, void* stream);
+int64_t guided_forward_workspace(const Guided& args);
+int guided_forward_cuda(const GuidedForward& args, void* workspace, void* stream);
+int64_t guided_backward_workspace(const Guided& args);
+int guided_backward_cuda(const GuidedBackward& args, void* workspace, void* stream);
+
+}  // namespace any2point

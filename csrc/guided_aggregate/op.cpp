@@ -1,0 +1,159 @@
+#include <algorithm>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "guided_aggregate/kernel.h"
+#include "inverse_list/op.h"
+
+namespace any2point {
+namespace {
+
+using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+float* floats(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
+
+// The data of a contiguous tensor of a dtype and shape, on the device of `like`.
+const void* data_of(const char* name, const Tensor& tensor, ScalarType dtype, std::vector<int64_t> shape,
+                    const Tensor& like) {
+  check_same_device(name, tensor, like);
+  A2P_CHECK(tensor.scalar_type() == dtype && tensor.is_contiguous() &&
+                tensor.dim() == static_cast<int64_t>(shape.size()),
+            name, ": expected a contiguous tensor of other dtype or dimensions");
+  for (size_t i = 0; i < shape.size(); i++) {
+    A2P_CHECK(tensor.size(i) == shape[i], name, ": expected size ", shape[i], " in dimension ", i, ", got ",
+              tensor.size(i));
+  }
+  return tensor.const_data_ptr();
+}
+
+const float* floats_of(const char* name, const Tensor& tensor, std::vector<int64_t> shape,
+                       const Tensor& like) {
+  return static_cast<const float*>(data_of(name, tensor, ScalarType::Float, shape, like));
+}
+
+const int32_t* ints_of(const char* name, const Tensor& tensor, std::vector<int64_t> shape,
+                       const Tensor& like) {
+  return static_cast<const int32_t*>(data_of(name, tensor, ScalarType::Int, shape, like));
+}
+
+Ensemble ensemble_of(const std::string& name) {
+  A2P_CHECK(name == "adaptive" || name == "mean" || name == "max",
+            "ensemble: expected adaptive, mean or max");
+  return name == "adaptive" ? Ensemble::adaptive : name == "mean" ? Ensemble::mean : Ensemble::max;
+}
+
+
+// The checked arguments that forward and backward share.
+template <typename Args>
+Args guided(const Tensor& features, const Tensor& qkv, const Tensor& proj, const std::vector<Tensor>& norms,
+            const Tensor& order, const Tensor& segment, const Tensor& start, const Tensor& count,
+            const OptionalTensor& keep, int64_t heads, double scale, double coefficient, bool maximum,
+            const std::string& ensemble, int64_t total) {
+  Args args{};
+  A2P_CHECK(features.dim() == 3 && features.is_contiguous(), "features: expected [B, S, C]");
+  A2P_CHECK(qkv.dim() == 5 && qkv.is_contiguous() && proj.dim() == 3, "qkv: expected [B, S, V, 3, M]");
+  args.dtype = dtype_of("features", features);
+  args.qkv_dtype = dtype_of("qkv", qkv);
+  A2P_CHECK(args.dtype != Dtype::f64 && args.qkv_dtype != Dtype::f64, "features: expected float32 or less");
+  args.ensemble = ensemble_of(ensemble);
+  args.clouds = features.size(0);
+  args.tokens = features.size(1);
+  args.channels = features.size(2);
+  args.views = qkv.size(2);
+  args.layers = args.views + (args.ensemble == Ensemble::adaptive ? 1 : 0);
+  args.inner = qkv.size(4);
+  args.heads = heads;
+  args.total = total;
+  args.maximum = maximum;
+  args.scale = static_cast<float>(scale);
+  args.coefficient = static_cast<float>(coefficient);
+  const int64_t rows = args.clouds * args.tokens, views = args.views, width = args.channels;
+  A2P_CHECK(width > 0 && args.inner > 0 && heads > 0 && args.inner % heads == 0,
+            "num_heads: expected a divisor");
+  A2P_CHECK(order.dim() == 2 && order.size(0) >= args.layers, "order: expected [L, R]");
+  const int64_t layers = order.size(0);
+  args.features = features.const_data_ptr();
+  args.qkv =
+      data_of("qkv", qkv, qkv.scalar_type(), {args.clouds, args.tokens, views, 3, args.inner}, features);
+  args.proj = floats_of("proj", proj, {views, args.inner + 1, width}, features);
+  const bool voxels = args.ensemble == Ensemble::adaptive;
+  A2P_CHECK(norms.size() == (voxels ? 4 : 2), "norms: expected two or four tensors");
+  args.view_weight = floats_of("norms", norms[0], {views, width}, features);
+  args.view_bias = floats_of("norms", norms[1], {views, width}, features);
+  if (voxels) {
+    args.space_weight = floats_of("norms", norms[2], {width}, features);
+    args.space_bias = floats_of("norms", norms[3], {width}, features);
+  }
+  args.order = ints_of("order", order, {layers, rows}, features);
+  args.segment = ints_of("segment", segment, {layers, rows}, features);
+  args.start = ints_of("start", start, {layers, rows + 1}, features);
+  args.count = ints_of("count", count, {layers, args.clouds}, features);
+  if (keep) args.keep = floats_of("keep", *keep, {views, args.clouds, args.tokens}, features);
+  return args;
+}
+
+Four forward(const Tensor& features, const Tensor& qkv, const Tensor& proj, std::vector<Tensor> norms,
+             std::vector<Tensor> running, const Tensor& order, const Tensor& segment, const Tensor& start,
+             const Tensor& count, const OptionalTensor& keep, int64_t heads, double scale, double coefficient,
+             bool maximum, std::string ensemble, int64_t total, double eps) {
+  GuidedForward args = guided<GuidedForward>(features, qkv, proj, norms, order, segment, start, count, keep,
+                                             heads, scale, coefficient, maximum, ensemble, total);
+  const int64_t views = args.views, width = args.channels;
+  args.eps = static_cast<float>(eps);
+  args.training = running.empty();
+  A2P_CHECK(args.training || running.size() == norms.size(), "running: expected as many as norms");
+  if (!args.training) {
+    args.view_mean = floats_of("running", running[0], {views, width}, features);
+    args.view_variance = floats_of("running", running[1], {views, width}, features);
+    if (args.layers > views) {
+      args.space_mean = floats_of("running", running[2], {width}, features);
+      args.space_variance = floats_of("running", running[3], {width}, features);
+    }
+  }
+  Tensor out = torch::stable::new_empty(features, {args.clouds, args.tokens, width});
+  const auto statistic = [&] {
+    return torch::stable::new_empty(features, {order.size(0), width}, ScalarType::Float);
+  };
+  Tensor mean = statistic(), deviation = statistic(), unbiased = statistic();
+  args.out = out.mutable_data_ptr();
+  args.mean = floats(mean);
+  args.deviation = floats(deviation);
+  args.unbiased = floats(unbiased);
+  A2P_CHECK(false, "features: expected a device with kernels of guided aggregation");
+  return {out, mean, deviation, unbiased};
+}
+
+std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> backward(
+    const Tensor& grad, const Tensor& features, const Tensor& qkv, const Tensor& proj,
+    std::vector<Tensor> norms, const Tensor& mean, const Tensor& deviation, const Tensor& order,
+    const Tensor& segment, const Tensor& start, const Tensor& count, const OptionalTensor& keep,
+    int64_t heads, double scale, double coefficient, bool maximum, std::string ensemble, int64_t total,
+    bool training) {
+  GuidedBackward args = guided<GuidedBackward>(features, qkv, proj, norms, order, segment, start, count, keep,
+                                               heads, scale, coefficient, maximum, ensemble, total);
+  args.training = training;
+  const int64_t width = args.channels;
+  args.mean = floats_of("mean", mean, {order.size(0), width}, features);
+  args.deviation = floats_of("deviation", deviation, {order.size(0), width}, features);
+  args.grad = data_of("grad", grad, features.scalar_type(), {args.clouds, args.tokens, width}, features);
+  Tensor grad_features = torch::stable::empty_like(features), grad_qkv = torch::stable::empty_like(qkv);
+  Tensor grad_proj = torch::stable::empty_like(proj);
+  std::vector<Tensor> grad_norms;
+  for (const Tensor& norm : norms) grad_norms.push_back(torch::stable::empty_like(norm));
+  args.grad_features = grad_features.mutable_data_ptr();
+  args.grad_qkv = grad_qkv.mutable_data_ptr();
+  args.grad_proj = floats(grad_proj);
+  args.grad_view_weight = floats(grad_norms[0]);
+  args.grad_view_bias = floats(grad_norms[1]);
+  if (grad_norms.size() == 4) {
+    args.grad_space_weight = floats(grad_norms[2]);
+    args.grad_space_bias = floats(grad_norms[3]);
+  }
+  A2P_CHECK(false, "features: expected a device with kernels of guided aggregation");
+  return {grad_features, grad_qkv, grad_proj, grad_norms};
+}
+
+}  // namespace
+}  // namespace any2point
+
