@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from any2point._version import __version__
+from any2point.bench.commands import bench
 
 _typer = typer.Typer(
     name="any2point",
@@ -21,6 +21,8 @@ _typer = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+_typer.add_typer(bench, name="bench")
 
 Run = Annotated[Path, typer.Argument(help="Folder of a run or of a saved model.", show_default=False)]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
@@ -244,17 +246,6 @@ def sources(
     from any2point.sources.table import print_sources
 
     print_sources(path, family=family, heads=heads, as_json=as_json)
-
-
-@_typer.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
-def bench(context: typer.Context) -> None:
-    """Run the benchmark suites of a checkout; further arguments go to pytest."""
-    folder = Path(__file__).resolve().parents[1] / "benchmarks"
-    if not folder.is_dir():
-        raise ValueError("bench: expected a checkout with a benchmarks folder, got an installed package")
-    raise typer.Exit(
-        subprocess.call([sys.executable, "-m", "pytest", str(folder), *context.args], cwd=folder.parent)
-    )
 
 
 @_typer.command()

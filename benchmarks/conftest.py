@@ -1,4 +1,4 @@
-"""One thread for everybody, inputs, floors in `extra_info`, and a CSV of the rows (`--rows FILE`).
+"""One thread for everybody, floors in `extra_info`, and a CSV of the rows (`--rows FILE`).
 
 pytest benchmarks                                     # every suite that this machine can run
 pytest benchmarks/bench_knn.py --rows benchmarks/results/NAME.csv
@@ -7,14 +7,15 @@ pytest benchmarks/test_claims.py -s                   # the claimed ratios, meas
 
 from __future__ import annotations
 
-import functools
 import os
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before the first import that starts a pool
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 os.environ["MKL_NUM_THREADS"] = "1"
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler announces itself
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,111 +23,84 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import common, peers
+from any2point.bench import run, timing
+from any2point.bench.table import Row, write_csv
+from benchmarks import suites
 
 torch.set_num_threads(1)
 
-DEVICES = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--peers", default=None, help="folder with GPU peers (see benchmarks/peers.py)")
+    parser.addoption("--peers", default=None, help="folder with GPU peers (see any2point/bench/peers.py)")
     parser.addoption("--rows", default=None, type=Path, help="add the measurements to this CSV")
+    parser.addoption("--compile", action="store_true", help="measure torch.compile on CPUs, too")
 
 
-@pytest.fixture(params=DEVICES)
-def device(request: pytest.FixtureRequest) -> str:
-    return request.param
-
-
-@pytest.fixture
-def gpu_peer(request: pytest.FixtureRequest) -> Callable[..., Any]:
-    """`gpu_peer(provider, op, ours, *inputs) -> (run, finish)`; skips where the peer or its op is missing."""
-
-    def find(provider: str, op: str, ours: Callable[..., Any], *inputs: Any) -> tuple[Any, Any]:
-        if provider == "any2point":
-            return functools.partial(ours, *inputs), lambda result: result
-        found = peers.gpu_peers(request.config.getoption("--peers")).get(provider)
-        if found is None or getattr(found, op) is None:
-            pytest.skip(f"{provider} has no {op}" if found else f"{provider}: not given by --peers")
-        peer = getattr(found, op)
-        run = functools.partial(peer.run, *peer.prepare(*inputs))
-        return run, lambda result: peer.finish(result, *inputs)
-
-    return find
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    op = getattr(metafunc.module, "OP", None)
+    if op is None or "provider" not in metafunc.fixturenames:
+        return
+    option = metafunc.config.getoption
+    for_cpu = suites.parameters(op, "cpu", None, option("--compile"))
+    for_gpu = suites.parameters(op, "cuda", option("--peers"), True)
+    metafunc.parametrize(("op", "device", "shape", "provider", "mode"), for_cpu + for_gpu)
 
 
 @pytest.fixture
-def measure(benchmark: Any) -> Callable[..., Any]:
-    """`measure(function, op=..., provider=..., shape=..., mode=..., device=..., cost=...)`: one row."""
+def measure(benchmark: Any, request: pytest.FixtureRequest) -> Callable[..., None]:
+    """`measure(op, device, shape, provider, mode)`: checks, then times, then notes a row."""
 
-    def run(
-        function: Callable[[], Any],
-        *,
-        op: str,
-        provider: str,
-        shape: str,
-        cost: common.Cost,
-        mode: str = "forward",
-        device: str = "cpu",
-        match: float | None = None,
-    ) -> Any:
-        machine = common.cpu() if device == "cpu" else common.gpu()
-        floor, direct = cost.us(machine)
-        benchmark.group = f"{op} {shape} {mode} {device}"
-        benchmark.extra_info.update(
-            op=op,
-            provider=provider,
-            shape=shape,
-            mode=mode,
-            bytes=cost.bytes,
-            operations=cost.operations,
-            floor_us=round(floor, 2),
-            direct_us=round(direct, 2),
-            match=match,
-            machine=machine.device,
-            simd=machine.simd,
-            torch=machine.torch,
-            kind=device,
-        )
-        call = function
+    def time(op: str, device: str, shape: str, name: str, mode: str) -> None:
+        folder = request.config.getoption("--peers") if device == "cuda" else None
+        case, provider, match, wrong = suites.checked(op, device, folder, shape, name)
+        if wrong and not name.startswith("any2point"):
+            pytest.skip(f"{name}: {wrong}")
+        assert not wrong, f"{name}: {wrong}"
+        machine = timing.machine_of(device)
+        row = Row(op, name, shape, run.MODES.get(mode, mode), match=match, command="pytest benchmarks")
+        row.floor_us, row.direct_us = case.cost.us(machine)
+        benchmark.group = f"{op} {shape} {row.mode} {device}"
+        calls = run.calls_of(case, provider, mode, provider.run)
+        row.mem_mb = timing.peak(calls[0], device)
+        rows = [row]
+        if device == "cuda":
+            row.times(timing.event_times(calls, warmup=0.5, seconds=0.2))
+            if provider.graph is not None and mode != "backward":
+                rows += _replayed(case, provider, mode, row)
+        call = calls[0]
         if device == "cuda":
 
-            def call() -> Any:
-                result = function()
+            def call() -> None:
+                calls[0]()
                 torch.cuda.synchronize()
-                return result
 
-        seconds = min(common._timed(call) for _ in range(3))
+        seconds = min(timing.timed(call) for _ in range(3))
         rounds = int(np.clip(0.3 / max(seconds, 1e-9), 3, 2000))
-        return benchmark.pedantic(call, rounds=rounds, iterations=1, warmup_rounds=1)
+        benchmark.pedantic(call, rounds=rounds, iterations=1, warmup_rounds=1)
+        if device == "cpu":
+            row.times([1e6 * each for each in benchmark.stats.stats.sorted_data])
+        benchmark.extra_info["rows"] = [asdict(each.place(machine)) for each in rows]
 
-    return run
+    return time
+
+
+def _replayed(case: Any, provider: Any, mode: str, row: Row) -> list[Row]:
+    """The row of a CUDA graph, if the provider can be captured."""
+    try:
+        calls = run.calls_of(case, provider, mode, provider.graph)
+        times = timing.graph_times(calls, timing.Settings())
+    except (RuntimeError, AssertionError):
+        torch.cuda.synchronize()
+        return []
+    other = Row(row.op, row.provider, row.shape, f"{row.mode} graph", match=row.match, mem_mb=row.mem_mb)
+    other.floor_us, other.direct_us, other.command = row.floor_us, row.direct_us, row.command
+    return [other.times(times)]
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     path, measured = session.config.getoption("--rows"), getattr(session.config, "_benchmarksession", None)
     if path is None or measured is None:
         return
-    rows = []
-    for bench in measured.benchmarks:
-        info = bench.extra_info
-        if "op" not in info:
-            continue
-        p20, p50, p80 = np.quantile(bench.stats.sorted_data, [0.2, 0.5, 0.8]) * 1e6
-        row = common.Row(
-            op=info["op"],
-            provider=info["provider"],
-            shape=info["shape"],
-            mode=info["mode"],
-            p20_us=float(p20),
-            p50_us=float(p50),
-            p80_us=float(p80),
-            floor_us=info["floor_us"],
-            direct_us=info["direct_us"],
-            match=info["match"],
-            command="pytest benchmarks",
-        )
-        rows.append(row.place(common.cpu() if info["kind"] == "cpu" else common.gpu()))
+    rows = [Row(**row) for bench in measured.benchmarks for row in bench.extra_info.get("rows", ())]
     if rows:
-        common.write_rows(path, rows)
+        write_csv(path, rows)

@@ -14,8 +14,12 @@ import pytest
 import torch
 
 from any2point import ops, reference
-from benchmarks import common, peers
-from benchmarks.bench_local_aggregate import STAGES, units
+from any2point.bench import peers
+from any2point.bench.cases import check_neighbors, check_samples
+from any2point.bench.costs import cloud
+from any2point.bench.feature_cases import STAGES, residual_units
+from any2point.bench.table import Row, write_csv
+from any2point.bench.timing import cpu, interleave
 
 OURS = "any2point"
 
@@ -23,17 +27,16 @@ OURS = "any2point"
 def compare(
     functions: dict[str, Callable[[], Any]], required: float, rounds: int, shape: str, request: Any
 ) -> None:
-    times = common.interleave(functions, rounds=rounds)
+    times = interleave(functions, rounds=rounds)
     op = request.node.originalname.removeprefix("test_")
     label = f"{op} {shape}"
     if path := request.config.getoption("--rows"):
         rows = []
         for name, values in times.items():
-            p20, p50, p80 = (float(q) * 1e6 for q in np.quantile(values, [0.2, 0.5, 0.8]))
-            row = common.Row(op, name, shape, "forward, CPU time", p20_us=p20, p50_us=p50, p80_us=p80)
+            row = Row(op, name, shape, "forward, CPU time").times([1e6 * value for value in values])
             row.command = "pytest benchmarks/test_claims.py"
-            rows.append(row.place(common.cpu()))
-        common.write_rows(path, rows)
+            rows.append(row.place(cpu()))
+        write_csv(path, rows)
     best = {name: min(values) for name, values in times.items()}
     middle = {name: float(np.median(values)) for name, values in times.items()}
     rival = min((name for name in best if name != OURS), key=best.__getitem__)
@@ -51,19 +54,17 @@ def compare(
 def test_farthest_point_sample(
     rows: int, samples: int, required: float, rounds: int, request: pytest.FixtureRequest
 ) -> None:
-    points = common.cloud("cube", 1, rows)[0]
+    points = cloud("cube", 1, rows)[0]
     numpy_ops = pytest.importorskip("any2point.numpy")
     functions: dict[str, Callable[[], Any]] = {OURS: lambda: numpy_ops.farthest_point_sample(points, samples)}
-    common.check_samples(
-        functions[OURS](), ops.farthest_point_sample(torch.from_numpy(points)[None], samples)[0]
-    )
+    check_samples(functions[OURS](), ops.farthest_point_sample(torch.from_numpy(points)[None], samples)[0])
     for name, sample in peers.samplers().items():
         if rows > 10_000 and name == "fpsample vanilla":
             continue  # seconds a call
         # From its own first pick: its trees reorder the points before they look up the start.
         picks = sample(points, samples)
         same = ops.farthest_point_sample(torch.from_numpy(points)[None], samples, start=int(picks[0]))[0]
-        common.check_samples(picks, same, exact=False, match=0.99)
+        check_samples(picks, same, exact=False, match=0.99)
         functions[name] = lambda sample=sample: sample(points, samples)
     compare(functions, required, rounds, f"1,{rows},{samples}", request)
 
@@ -76,14 +77,14 @@ def test_farthest_point_sample(
 def test_knn(
     queries: int, rows: int, k: int, required: float, rounds: int, request: pytest.FixtureRequest
 ) -> None:
-    points = common.cloud("cube", 1, rows)[0]
+    points = cloud("cube", 1, rows)[0]
     query = points[:queries].copy()
     numpy_ops = pytest.importorskip("any2point.numpy")
     functions: dict[str, Callable[[], Any]] = {OURS: lambda: numpy_ops.knn(query, points, k)}
     expected = functions[OURS]()
     for name, search in peers.searches().items():
         index, distance = search(query, points, k)
-        common.check_neighbors(index, np.asarray(distance, dtype=np.float64) ** 2, expected)
+        check_neighbors(index, np.asarray(distance, dtype=np.float64) ** 2, expected)
         functions[name] = lambda search=search: search(query, points, k)
     compare(functions, required, rounds, f"1,{queries},{rows},{k}", request)
 
@@ -93,11 +94,11 @@ def test_local_aggregate(training: bool, batch: int, required: float, request: p
     """The three stages of the tokenizer on clouds of 1024 points; in training forward and backward."""
     stages = []
     for rows, centers, k, width, hidden, count in STAGES:
-        points = torch.from_numpy(common.cloud("ball", batch, rows))
+        points = torch.from_numpy(cloud("ball", batch, rows))
         neighbor = ops.knn(points[:, :centers], points, k, sorted=False).index
         features = torch.randn(batch, rows, width, generator=torch.Generator().manual_seed(0))
         center = torch.arange(centers).expand(batch, -1).contiguous()
-        weights = units(2 * width, hidden, count, "cpu")
+        weights = residual_units(2 * width, hidden, count, "cpu")
         stages.append((points, features.requires_grad_(training), center, neighbor, weights))
 
     def encode(function: Callable[..., torch.Tensor]) -> list[torch.Tensor]:

@@ -15,12 +15,16 @@ STYLE: Any = {
     "axes.titlesize": 10,
     "figure.dpi": 110,
     "savefig.bbox": "tight",
+    "svg.hashsalt": "any2point",
+    "svg.fonttype": "none",
 }
 
 
 @contextlib.contextmanager
 def figure(path: str | Path, size: tuple[float, float]) -> Iterator[Any]:
     """A figure of `size` inches that is written to `path` when the block ends, whole or not at all.
+
+    What the name ends in is the format, PNG or SVG. The same figure gives the same file.
 
     It is drawn by the Agg canvas alone, so that neither a display nor pyplot's global state is touched.
     """
@@ -37,5 +41,6 @@ def figure(path: str | Path, size: tuple[float, float]) -> Iterator[Any]:
         FigureCanvasAgg(drawn)
         yield drawn
         buffer = io.BytesIO()
-        drawn.savefig(buffer, format="png")
+        vector = Path(path).suffix == ".svg"
+        drawn.savefig(buffer, format="svg" if vector else "png", metadata={"Date": None} if vector else None)
         write_atomic(Path(path), buffer.getvalue())

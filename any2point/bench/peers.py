@@ -1,4 +1,4 @@
-"""The CPU peers of the op benchmarks, each guarded: absent ones are skipped with a reason.
+"""What the ops are measured against: other libraries, each guarded, and what people write in torch.
 
 GPU peers come from a folder outside the repository (`--peers DIR`) that holds a module `peers` with
 `load() -> {name: Peer}`; a `Peer` has `fps`, `knn` and `group`, each None or an op with
@@ -25,6 +25,7 @@ Search = Callable[[np.ndarray, np.ndarray, int], tuple[np.ndarray, np.ndarray]]
 GPU_PEERS = ["pointnet2_ops", "pytorch3d", "pointops", "torch_fps"]
 
 
+@cache
 def missing(module: str) -> str:
     """Why a module cannot be used here; empty if it can."""
     try:
@@ -48,6 +49,12 @@ def samplers() -> dict[str, Sampler]:
     found["fpsample kdtree"] = lambda points, samples: fpsample.bucket_fps_kdtree_sampling(points, samples, 0)
     found["fpsample vanilla"] = lambda points, samples: fpsample.fps_sampling(points, samples, 0)
     return found
+
+
+def skipped() -> list[str]:
+    """Why each library that is not here is not measured."""
+    modules = ("fpsample", "scipy.spatial", "pykdtree.kdtree", "sklearn.neighbors")
+    return [missing(module) for module in modules if missing(module)]
 
 
 @cache
@@ -93,6 +100,14 @@ def searches() -> dict[str, Search]:
 
         found["pykdtree"] = lambda query, points, k: pykdtree(query, points, k, 16)
         found["pykdtree leaf=32"] = lambda query, points, k: pykdtree(query, points, k, 32)
+    if not missing("sklearn.neighbors"):
+        from sklearn.neighbors import KDTree as SklearnTree
+
+        def sklearn(query: np.ndarray, points: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+            distance, index = SklearnTree(points).query(query, k)
+            return index, distance
+
+        found["scikit-learn KDTree"] = sklearn
     return found
 
 
@@ -113,6 +128,29 @@ def gpu_peers(folder: str | None) -> dict[str, Any]:
     return module.load(verbose=True)
 
 
+def torch_farthest_points(points: Tensor, samples: int) -> Tensor:
+    """The loop over picks that most PyTorch code has, all clouds at once."""
+    batch = points.shape[0]
+    nearest = points.new_full(points.shape[:2], torch.inf)
+    index = torch.zeros(batch, samples, dtype=torch.int64, device=points.device)
+    which = torch.arange(batch, device=points.device)
+    for pick in range(1, samples):
+        last = points[which, index[:, pick - 1]]
+        nearest = torch.minimum(nearest, (points - last[:, None]).square().sum(-1))
+        index[:, pick] = nearest.argmax(-1)
+    return index
+
+
+def torch_farthest_hierarchy(points: Tensor, sizes: list[int]) -> list[Tensor]:
+    """One loop per level, each on the points of the level before."""
+    levels: list[Tensor] = []
+    for size in sizes:
+        index = torch_farthest_points(points, size)
+        points = points.gather(1, index[..., None].expand(-1, -1, points.shape[-1]))
+        levels.append(levels[-1].gather(1, index) if levels else index)
+    return levels
+
+
 def torch_knn(query: Tensor, points: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """`cdist` + `topk` (not squared: the order is the same)."""
     distance, index = torch.cdist(query, points).topk(k, dim=-1, largest=False)
@@ -130,3 +168,35 @@ def torch_group_gather(features: Tensor, index: Tensor) -> Tensor:
     flat = index.flatten(1)
     rows = features.gather(1, flat[..., None].expand(-1, -1, features.shape[-1]))
     return rows.view(*index.shape, features.shape[-1])
+
+
+def expanded_knn(query: Tensor, points: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """|a|^2 + |b|^2 - 2ab and an unsorted topk, as the published code computes it."""
+    distance = -2 * query @ points.transpose(1, 2) + query.square().sum(-1)[..., None]
+    distance = distance + points.square().sum(-1)[:, None]
+    values, index = distance.topk(k, dim=-1, largest=False, sorted=False)
+    return index, values
+
+
+def torch_interpolate(features: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+    """Advanced indexing and a weighted sum."""
+    return (torch_group(features, index) * weight[..., None]).sum(2)
+
+
+def torch_voxels(points: Tensor, size: float) -> Tensor:
+    """Cluster of each point by floor and unique, numbered by (cloud, z, y, x)."""
+    voxel = ((points - points.amin(1, keepdim=True)) / size).long()
+    extent = voxel.amax((0, 1)) + 1
+    cloud = torch.arange(len(points), device=points.device)[:, None]
+    key = ((cloud * extent[2] + voxel[..., 2]) * extent[1] + voxel[..., 1]) * extent[0] + voxel[..., 0]
+    return torch.unique(key, return_inverse=True)[1]
+
+
+def torch_segment_pool(features: Tensor, segment: Tensor, count: int, reduce: str) -> Tensor:
+    """`scatter_reduce`, or `index_add` over counts."""
+    out = features.new_zeros(count, features.shape[1])
+    if reduce == "max":
+        rows = segment[:, None].expand_as(features)
+        return out.scatter_reduce(0, rows, features, "amax", include_self=False)
+    total = out.index_add(0, segment, features)
+    return total / torch.bincount(segment, minlength=count).clamp(min=1)[:, None].to(features)
