@@ -128,11 +128,12 @@ def gpu_peers(folder: str | None) -> dict[str, Any]:
     return module.load(verbose=True)
 
 
-def torch_farthest_points(points: Tensor, samples: int) -> Tensor:
+def torch_farthest_points(points: Tensor, samples: int, start: int | Tensor = 0) -> Tensor:
     """The loop over picks that most PyTorch code has, all clouds at once."""
     batch = points.shape[0]
     nearest = points.new_full(points.shape[:2], torch.inf)
     index = torch.zeros(batch, samples, dtype=torch.int64, device=points.device)
+    index[:, 0] = start
     which = torch.arange(batch, device=points.device)
     for pick in range(1, samples):
         last = points[which, index[:, pick - 1]]

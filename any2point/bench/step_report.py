@@ -107,8 +107,8 @@ def _composed(step: Step, ours: Row, settings: Settings) -> Row:
 def composed_ops() -> Iterator[None]:
     """Models made of torch ops alone, while inside: the specification, and a loop over farthest points."""
 
-    def hierarchy(points: Any, sizes: Any, **_: Any) -> Any:
-        levels = peers.torch_farthest_points(points, sizes[0])
+    def hierarchy(points: Any, sizes: Any, start: Any, **_: Any) -> Any:
+        levels = peers.torch_farthest_points(points, sizes[0], start)
         return [levels[:, :size] for size in sizes]
 
     def knn(query: Any, points: Any, k: int, **_: Any) -> Any:
