@@ -89,7 +89,7 @@ def knn(
         ValueError: A shape or a value is wrong.
 
     Deterministic: yes.
-    Complexity: O(Q N D) work; large clouds with D <= 3 go through a tree.
+    Complexity: O(Q N D) work; large clouds go through a tree.
 
     Example:
         >>> knn(np.float32([[0, 0]]), np.float32([[3, 0], [1, 0], [2, 0]]), 2)

@@ -67,7 +67,8 @@ def ball_query(
 
     Differentiable in: query and points, through distance (twice too); index -1 carries no gradient.
     Deterministic: yes, backward included; CPU and CUDA give the same bits.
-    Complexity: that of :func:`knn`; ``"first"`` stops at the k-th hit.
+    Complexity: that of :func:`knn`; a scan for the ``"first"`` stops at the k-th hit, and so balls that hold
+        very many are scanned for them in large clouds too.
 
     Source: C. R. Qi et al., "PointNet++", 2017, section 3.2.
 

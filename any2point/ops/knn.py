@@ -66,9 +66,10 @@ def knn(
 
     Differentiable in: query and points, through distance (twice too); index -1 carries no gradient.
     Deterministic: yes, backward included; CPU and CUDA give the same bits.
-    Complexity: O(S N D) work, O((N + S) D + S k) memory. On the CPU large clouds with D <= 3 go through a
-    tree: O(S (k + log N)) for points spread like those of a surface or a volume. On CUDA too, in float32 for
-    k <= 280, with about 100 bytes of workspace a point. `exclude_self` searches for k + 1.
+    Complexity: O(S N D) work, O((N + S) D + S k) memory. Large clouds go through a tree: O(S (k + log N)) for
+    points spread like those of a surface or a volume, whatever their density. On the CPU with D <= 3, and
+    with D <= 16 where it keeps most points away, which some of the queries tell. On CUDA with D <= 3 in
+    float32 for k <= 280, with about 100 bytes of workspace a point. `exclude_self` searches for k + 1.
 
     Example:
         >>> points = torch.rand(2, 1024, 3)

@@ -13,6 +13,7 @@ namespace A2P_ISA {
 
 A2P_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 A2P_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+A2P_INLINE int64_t groups_of(int64_t n) { return (n + kFanout - 1) / kFanout; }
 A2P_INLINE Mask first_lanes(int64_t n) { return n >= kLanes ? (1u << kLanes) - 1 : (1u << n) - 1; }
 
 // Ends a list for readers of whole vectors: NaN fails every comparison.

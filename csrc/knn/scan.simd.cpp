@@ -49,23 +49,6 @@ A2P_INLINE int64_t measure(const Columns points, const float* query, float t, co
   return m;
 }
 
-// The k lowest rows within the limit.
-A2P_INLINE int64_t first_rows(const Columns& points, const float* query, const Wanted& wanted,
-                              const Scratch& scratch) {
-  const Float bound = splat(wanted.limit);
-  int64_t m = 0;
-  for (int64_t i = 0; i < points.stride && m < wanted.k; i += kVectors * kLanes) {
-    Float d[kVectors];
-    distances_at<kVectors>(points, i, query, d);
-    for (int v = 0; v < kVectors; v++) {
-      const Mask keep = less_equal(d[v], bound);
-      compress_index(scratch.place + m, (int32_t)(i + v * kLanes), keep);
-      m += compress(scratch.near + m, d[v], keep);
-    }
-  }
-  return smaller(m, wanted.k);
-}
-
 // The k nearest within the limit, in the order that is wanted. `guess` is a radius for this query and becomes
 // one for the next.
 A2P_INLINE int64_t nearest_rows(const Columns& points, const float* query, const Wanted& wanted,
@@ -106,6 +89,22 @@ A2P_INLINE int64_t nearest_rows(const Columns& points, const float* query, const
 
 }  // namespace
 
+int64_t first_rows(const Columns& points, const float* query, const Wanted& wanted, const Scratch& scratch,
+                   int64_t end) {
+  const Float bound = splat(wanted.limit);
+  int64_t m = 0;
+  for (int64_t i = 0; i < end && m < wanted.k; i += kVectors * kLanes) {
+    Float d[kVectors];
+    distances_at<kVectors>(points, i, query, d);
+    for (int v = 0; v < kVectors; v++) {
+      const Mask keep = less_equal(d[v], bound);
+      compress_index(scratch.place + m, (int32_t)(i + v * kLanes), keep);
+      m += compress(scratch.near + m, d[v], keep);
+    }
+  }
+  return smaller(m, wanted.k);
+}
+
 void scan(const ScanTask& task, const Wanted& wanted, const Scratch& scratch) {
   float query[3];
   float guess = 1;
@@ -122,7 +121,7 @@ void scan(const ScanTask& task, const Wanted& wanted, const Scratch& scratch) {
       given = query;
     }
     const int64_t found = wanted.choice == Choice::first
-                              ? first_rows(task.points, given, wanted, scratch)
+                              ? first_rows(task.points, given, wanted, scratch, task.points.stride)
                               : nearest_rows(task.points, given, wanted, scratch, &guess);
     write(wanted, i, found, scratch.near, scratch.place, nullptr);
   }

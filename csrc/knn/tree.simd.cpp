@@ -1,13 +1,11 @@
-// Neighbour search in large clouds of up to three coordinates: a tree of boxes over points in k-d order.
-//
-// Order: the points are split at a multiple of kFanout of them along the longest side of their box, again and
-// again, so that every kFanout points in a row (a block), every kFanout blocks in a row, and so on, fill a
-// compact box. The splits follow ranks, not lengths: density may vary by any factor.
+// Neighbour search in large clouds of up to three coordinates: a tree of boxes over points in k-d order
+// (order.simd.cpp).
 //
 // Search: with a guess of the radius (from the k-th distance of the query before, which is close by) the
 // boxes within reach are listed level by level and the blocks of the last level are scanned. If that finds k
 // points, they contain the k nearest. If not, the radius is enlarged; at last to the k-th distance among the
-// points around the nearest block, which cannot be too small.
+// points around the nearest block, which cannot be too small. For the lowest rows in a ball all its points
+// are packed, unless there are so many that the rows from 0 on hold enough of them sooner.
 //
 // Exact: the distance to a box is computed with the same operations in the same order as that to a point,
 // from differences that are not larger, and rounding is monotonic: it never exceeds the computed distance of
@@ -17,120 +15,6 @@
 namespace any2point {
 namespace A2P_ISA {
 namespace {
-
-A2P_INLINE int64_t groups_of(int64_t n) { return (n + kFanout - 1) / kFanout; }
-
-// ---- order
-
-// The value of rank r among n; spoils nothing, `work` and `spare` have room for n.
-float value_of_rank(const float* d, int64_t n, int64_t r, float* work, float* spare) {
-  while (n > kRankLimit) {
-    constexpr int kSamples = 32;
-    float sample[kSamples + 4 * kLanes];
-    int32_t rank[kSamples + 4 * kLanes];
-    for (int s = 0; s < kSamples; s++) sample[s] = d[(2 * s + 1) * n / (2 * kSamples)];
-    for (int s = kSamples; s < kSamples + 4 * kLanes; s++) sample[s] = 0;
-    rank_all(sample, kSamples, rank);
-    const int wanted = (int)smaller(kSamples - 1, r * kSamples / n);
-    int chosen = 0;
-    for (int s = 0; s < kSamples; s++) chosen = rank[s] == wanted ? s : chosen;
-    const Float pivot = splat(sample[chosen]);
-    int64_t left = 0, right = 0, same = 0;
-    for (int64_t i = 0; i < n; i += kLanes) {
-      const Float a = load(d + i);
-      const Mask valid = first_lanes(n - i), front = less(a, pivot) & valid, ties = equal(a, pivot) & valid;
-      left += compress(work + left, a, front);
-      right += compress(spare + right, a, valid & ~front & ~ties);
-      same += __builtin_popcount(ties);
-    }
-    if (r >= left && r < left + same) return sample[chosen];
-    if (r < left) {
-      d = work;
-      n = left;
-    } else {
-      d = spare;
-      r -= left + same;
-      n = right;
-      float* other = work;
-      work = spare;
-      spare = other;
-    }
-  }
-  int32_t rank[kRankLimit + 4 * kLanes];
-  rank_all(d, (int)n, rank);
-  for (int64_t i = 0; i < n; i++) {
-    if (rank[i] == r) return d[i];
-  }
-  return d[0];
-}
-
-// Brings the `front` first points by (coordinate, row) to the front; `value` is the last one's coordinate.
-void split(float* const axis[3], int32_t* row, int64_t n, int chosen, float value, int64_t front,
-           const OrderScratch& scratch) {
-  const Float v = splat(value);
-  int64_t below = 0;
-  for (int64_t i = 0; i < n; i += kLanes) {
-    below += __builtin_popcount(less(load(axis[chosen] + i), v) & first_lanes(n - i));
-  }
-  int64_t quota = front - below, left = 0, right = 0;
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const Float a[3] = {load(axis[0] + i), load(axis[1] + i), load(axis[2] + i)};
-    const Int r = load(row + i);
-    const Mask valid = first_lanes(n - i);
-    Mask ties = equal(a[chosen], v) & valid;
-    while (__builtin_popcount(ties) > quota) ties &= ~(1u << (31 - __builtin_clz(ties)));
-    quota -= __builtin_popcount(ties);
-    const Mask first = (less(a[chosen], v) & valid) | ties, second = valid & ~first;
-    for (int c = 0; c < 3; c++) {
-      compress(axis[c] + left, a[c], first);
-      compress(scratch.axis[c] + right, a[c], second);
-    }
-    left += compress(row + left, r, first);
-    right += compress(scratch.row + right, r, second);
-  }
-  for (int c = 0; c < 3; c++) {
-    __builtin_memcpy(axis[c] + left, scratch.axis[c], (size_t)right * sizeof(float));
-  }
-  __builtin_memcpy(row + left, scratch.row, (size_t)right * sizeof(int32_t));
-}
-
-// n is a multiple of kFanout unless these are the last points, so whole vectors may be written.
-void order_branch(float* const axis[3], int32_t* row, int64_t n, int64_t keep, const OrderScratch& scratch) {
-  if (n <= kFanout && n <= keep) return;
-  float longest = -1;
-  int chosen = 0;
-  // Packing has written past the end of the last branch: no part of its box.
-  for (int c = 0; c < 3 && n % kFanout; c++) terminate(axis[c] + n);
-  for (int c = 0; c < 3; c++) {
-    Float low = splat(__builtin_inff()), high = splat(-__builtin_inff());
-    for (int64_t i = 0; i < n; i += kLanes) {
-      const Float a = load(axis[c] + i);
-      low = min(a, low);
-      high = max(a, high);
-    }
-    const float side = reduce_max(high) - reduce_min(low);
-    if (side > longest) {
-      longest = side;
-      chosen = c;
-    }
-  }
-  if (longest == 0) {
-    // Coincident points are everybody's neighbours in the order of their rows: those behind the first `keep`
-    // are nobody's.
-    for (int64_t i = keep; i < n; i++) axis[0][i] = __builtin_nanf("");
-    return;
-  }
-  if (n <= kFanout) return;
-  int64_t front = kFanout;
-  while (2 * front < n) front *= 2;
-  const float value = value_of_rank(axis[chosen], n, front - 1, scratch.axis[0], scratch.axis[1]);
-  split(axis, row, n, chosen, value, front, scratch);
-  float* const rest[3] = {axis[0] + front, axis[1] + front, axis[2] + front};
-  order_branch(axis, row, front, keep, scratch);
-  order_branch(rest, row + front, n - front, keep, scratch);
-}
-
-// ---- search
 
 // Which of a group's boxes are within reach: bit b for box b. NaN (no box) stays out, as max and less_equal
 // pass it on.
@@ -169,11 +53,11 @@ A2P_INLINE int pack_points(float* const axis[3], int64_t at, const Float query[3
   return compress(near, d, keep);
 }
 
-// Packs all points within t; returns how many.
-A2P_INLINE int64_t collect(const Tree& tree, const float q[3], float t, const Scratch& s) {
-  const Float query[3] = {splat(q[0]), splat(q[1]), splat(q[2])};
+// Lists the blocks within t in s.groups[0]; returns how many.
+A2P_INLINE int64_t list_blocks(const Tree& tree, const Float query[3], float t, const Scratch& s) {
   const Float bound = splat(t);
-  int32_t *list = s.groups[0], *next = s.groups[1];
+  // The last of `levels` lists goes to groups[0].
+  int32_t *list = s.groups[tree.levels & 1], *next = s.groups[~tree.levels & 1];
   int64_t n = 1;
   list[0] = 0;
   for (int level = tree.levels - 1; level >= 0; level--) {
@@ -188,6 +72,13 @@ A2P_INLINE int64_t collect(const Tree& tree, const float q[3], float t, const Sc
     list = next;
     next = other;
   }
+  return n;
+}
+
+// Packs all points within t of the n listed blocks; returns how many.
+A2P_INLINE int64_t pack_blocks(const Tree& tree, const Float query[3], float t, int64_t n, const Scratch& s) {
+  const Float bound = splat(t);
+  const int32_t* const list = s.groups[0];
   float* const axis[3] = {tree.axis[0], tree.axis[1], tree.axis[2]};
   float* const near = s.near;
   int32_t* const place = s.place;
@@ -199,6 +90,12 @@ A2P_INLINE int64_t collect(const Tree& tree, const float q[3], float t, const Sc
   }
   terminate(s.near + m);
   return m;
+}
+
+// Packs all points within t; returns how many.
+A2P_INLINE int64_t collect(const Tree& tree, const float q[3], float t, const Scratch& s) {
+  const Float query[3] = {splat(q[0]), splat(q[1]), splat(q[2])};
+  return pack_blocks(tree, query, t, list_blocks(tree, query, t, s), s);
 }
 
 // A radius that surely holds k points: the k-th distance among the points of a branch near the query.
@@ -233,11 +130,11 @@ float sure_radius(const Tree& tree, const float q[3], int64_t k, float limit, co
     if (end - begin < k) continue;
     int64_t m = 0;
     for (int64_t at = begin; at < end; at += kLanes) {
-      m += pack_points(tree.axis, at, query, splat(limit), s.near + m, s.place + m);
+      m += pack_points(tree.axis, at, query, splat(__FLT_MAX__), s.near + m, s.place + m);
     }
     if (m < k) continue;
     sort(s.near, s.place, m, k, s.spare, s.spare_place);
-    return s.near[k - 1];
+    return s.near[k - 1] < limit ? s.near[k - 1] : limit;
   }
   return limit;
 }
@@ -267,21 +164,22 @@ A2P_INLINE bool has_ties(const float* d, int64_t n) {
   return ties != 0;
 }
 
-// The m candidates by row.
-void sort_rows(const Tree& tree, int64_t m, const Scratch& s) {
+// The m candidates by row, so far that the first `need` are final.
+void sort_rows(const Tree& tree, int64_t m, int64_t need, const Scratch& s) {
   move(s.copy, s.copy_place, s.near, s.place, m);
   int32_t* order = s.place;
   for (int64_t i = 0; i < m; i++) order[i] = (int32_t)i;
-  const int step = tree.points < 1 << 24 ? 24 : 16;
-  for (int shift = 0; shift < 31; shift += step) {
+  // Rows beyond 2^24 are no exact floats: two passes, low half first, each of them stable.
+  const int step = tree.rows <= 1 << 24 ? 24 : 16;
+  const int last = step == 24 ? 0 : 16;
+  for (int shift = 0; shift <= last; shift += step) {
     const int32_t low = (1 << step) - 1;
     for (int64_t i = 0; i < m; i++) {
       s.near[i] = (float)(tree.row[s.copy_place[order[i]]] >> shift & low);
     }
-    sort(s.near, order, m, m, s.spare, s.spare_place);
-    if (step == 24) break;
+    sort(s.near, order, m, shift == last ? need : m, s.spare, s.spare_place);
   }
-  for (int64_t i = 0; i < m; i++) {
+  for (int64_t i = 0; i < need; i++) {
     s.near[i] = s.copy[order[i]];
     order[i] = s.copy_place[order[i]];
   }
@@ -342,11 +240,44 @@ A2P_INLINE int64_t nearest_places(const Tree& tree, const float q[3], const Want
     if (has_ties(s.near, smaller(m - 1, found))) sort_ties(tree, m, found, s);
     t = s.near[found - 1];
   }
-  if (by_rows) sort_rows(tree, found, s);
+  if (by_rows) sort_rows(tree, found, found, s);
   if (found == k) {
     const int64_t bits = (int64_t)float_bits(t) + radius_step(k, k + k / 8 + 6);
     *guess = bits_float((int32_t)smaller(bits, float_bits(__builtin_inff())));
+  } else {
+    *guess = limit;
   }
+  return found;
+}
+
+// The k lowest rows within the limit. A block within reach has about half of its points in the ball; to pack
+// and sort them costs about as much as to scan 300 points. `rows`: where the query before found its last one
+// by scanning, not positive if it did not; then a scan up to twice as far comes first, as listing all blocks
+// of a large ball is dear.
+A2P_INLINE int64_t first_places(const TreeTask& task, const float q[3], const Wanted& wanted,
+                                const Scratch& s, int64_t* rows) {
+  const Tree& tree = task.tree;
+  int64_t found = 0;
+  bool done = false;
+  if (*rows > 0) {
+    const int64_t end = smaller(2 * *rows + 256, task.points.stride);
+    found = first_rows(task.points, q, wanted, s, end);
+    done = found == wanted.k || end == task.points.stride;
+  }
+  if (!done) {
+    const Float query[3] = {splat(q[0]), splat(q[1]), splat(q[2])};
+    const int64_t n = list_blocks(tree, query, wanted.limit, s);
+    const int64_t expected = smaller(tree.rows, tree.rows * wanted.k / (kFanout / 2 * n + 1));
+    if (expected >= 300 * n) {
+      const int64_t m = pack_blocks(tree, query, wanted.limit, n, s);
+      *rows = 0;
+      found = smaller(m, wanted.k);
+      sort_rows(tree, m, found, s);
+      return found;
+    }
+    found = first_rows(task.points, q, wanted, s, task.points.stride);
+  }
+  *rows = found == wanted.k ? s.place[found - 1] + 1 : -1;
   return found;
 }
 
@@ -361,44 +292,37 @@ A2P_INLINE void fetch_row(const Wanted& wanted, int64_t query) {
 
 }  // namespace
 
-void order(float* const axis[3], int32_t* row, int64_t count, int64_t keep, const OrderScratch& scratch) {
-  order_branch(axis, row, count, keep, scratch);
-  for (int c = 0; c < 3; c++) {
-    for (int64_t i = count; i < groups_of(count) * kFanout; i++) axis[c][i] = __builtin_nanf("");
-  }
-}
-
-void enclose(const Tree& tree) {
-  int64_t items = groups_of(tree.points);
-  for (int level = 0; level < tree.levels; level++) {
-    for (int64_t i = 0; i < tree.groups[level] * kFanout; i++) {
-      float* box = tree.box[level] + i / kFanout * (6 * kFanout) + i % kFanout;
-      for (int c = 0; c < 3; c++) {
-        const float* lows =
-            level ? tree.box[level - 1] + i * (6 * kFanout) + 2 * c * kFanout : tree.axis[c] + i * kFanout;
-        const float* highs = level ? lows + kFanout : lows;
-        Float low = splat(__builtin_inff()), high = splat(-__builtin_inff());
-        for (int half = 0; half < kFanout && i < items; half += kLanes) {
-          low = min(load(lows + half), low);
-          high = max(load(highs + half), high);
-        }
-        const bool none = i >= items;
-        box[2 * c * kFanout] = none ? __builtin_nanf("") : reduce_min(low);
-        box[(2 * c + 1) * kFanout] = none ? __builtin_nanf("") : reduce_max(high);
+void enclose(const Tree& tree, int level, int64_t first, int64_t last) {
+  const int64_t items = level ? tree.groups[level - 1] : groups_of(tree.points);
+  for (int64_t i = first * kFanout; i < last * kFanout; i++) {
+    float* box = tree.box[level] + i / kFanout * (6 * kFanout) + i % kFanout;
+    for (int c = 0; c < 3; c++) {
+      const float* lows =
+          level ? tree.box[level - 1] + i * (6 * kFanout) + 2 * c * kFanout : tree.axis[c] + i * kFanout;
+      const float* highs = level ? lows + kFanout : lows;
+      Float low = splat(__builtin_inff()), high = splat(-__builtin_inff());
+      for (int half = 0; half < kFanout && i < items; half += kLanes) {
+        low = min(load(lows + half), low);
+        high = max(load(highs + half), high);
       }
+      const bool none = i >= items;
+      box[2 * c * kFanout] = none ? __builtin_nanf("") : reduce_min(low);
+      box[(2 * c + 1) * kFanout] = none ? __builtin_nanf("") : reduce_max(high);
     }
-    items = groups_of(items);
   }
 }
 
 void search(const TreeTask& task, const Wanted& wanted, const Scratch& scratch) {
   float guess = 0;
+  int64_t scanned = 0;
   for (int64_t i = task.first; i < task.last; i++) {
     // Rows of results lie anywhere in memory.
     if (i + kAhead < task.last) fetch_row(wanted, task.row[i + kAhead]);
     const float q[3] = {task.axis[0][i], task.axis[1][i], task.axis[2][i]};
-    const int64_t found = nearest_places(task.tree, q, wanted, scratch, &guess);
-    write(wanted, task.row[i], found, scratch.near, scratch.place, task.tree.row);
+    const bool nearest = wanted.choice != Choice::first;
+    const int64_t found = nearest ? nearest_places(task.tree, q, wanted, scratch, &guess)
+                                  : first_places(task, q, wanted, scratch, &scanned);
+    write(wanted, task.row[i], found, scratch.near, scratch.place, scanned != 0 ? nullptr : task.tree.row);
   }
 }
 
