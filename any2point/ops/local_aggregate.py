@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 
 import torch
@@ -29,6 +30,8 @@ from any2point.reference.local_aggregate import local_aggregate as _composition
 
 __all__ = ["BatchNorm", "ResidualUnit", "local_aggregate"]
 
+_TRITON = importlib.util.find_spec("triton") is not None
+
 
 def local_aggregate(
     points: Tensor,
@@ -53,7 +56,7 @@ def local_aggregate(
 
     Args:
         points: `[B, N, 3]` coordinates, float32 or float64 (float16 and bfloat16 are raised to float32).
-        features: `[B, N, C]`; float16 and bfloat16 are computed in float32 and rounded at the end.
+        features: `[B, N, C]`. On the CPU float16 and bfloat16 are computed in float32 and rounded at the end.
         center: `[B, S]` int64 or int32, rows of the S centres.
         neighbor: `[B, S, K]`, rows of their neighbours; -1 (missing) counts as the centre itself.
         units: weights of the residual units on `2C` channels; see `ResidualUnit`.
@@ -79,6 +82,13 @@ def local_aggregate(
     Complexity: O(B S K (C H + C)) time, O(B S K C) memory. On the CPU, in float32 or less, kernels take over:
     evaluation without a gradient to keep needs O(B S C) memory, training O(B S K H) (with several units
     O(B S K C) for a while in backward), unless a gradient of the points is wanted; it differentiates once.
+    On CUDA (sm_80 and newer, with Triton) kernels evaluate in O(B S C) memory.
+
+    Precision: on CUDA the kernels multiply in the dtype of `features` and add up in float32. float16 and
+    bfloat16 round rows, hidden layers and weights to their own precision (float16 overflows beyond 65504);
+    float32 is as accurate as float32 products, or TF32 where torch allows that for products
+    (`torch.backends.cuda.matmul.fp32_precision`, `torch.set_float32_matmul_precision`). Offsets are float32.
+    Under autocast on CUDA float32 features are rounded to its dtype, which is then that of the result.
 
     Source: Point-NN / Point-PN (Zhang et al., CVPR 2023), LGA module; Any2Point (Tang et al., ECCV 2024).
 
@@ -99,6 +109,8 @@ def local_aggregate(
     if features.shape[:2] != points.shape[:2]:
         expected = f"[{points.shape[0]}, {points.shape[1]}, C]"
         raise ValueError(f"features: expected shape {expected} as in `points`, got {shape_text(features)}")
+    if features.is_cuda and features.dtype == torch.float32 and torch.is_autocast_enabled("cuda"):
+        features = features.to(torch.get_autocast_dtype("cuda"))
     center = check_index("center", center, like=points, like_name="points")
     neighbor = check_index("neighbor", neighbor, like=points, like_name="points")
     if center.dim() != 2 or center.shape[0] != points.shape[0]:
@@ -119,7 +131,8 @@ def local_aggregate(
             offset = group_offsets(points, center, neighbor, group)
             divisor = offset_deviation(offset, guard=guard).expand(points.shape[0]).contiguous()
         wavelength = wavelengths(2 * features.shape[-1], alpha, like=points)
-        rows = (points.contiguous(), features.float().contiguous(), center, neighbor, divisor, wavelength)
+        operand = features if features.is_cuda else features.float()
+        rows = (points.contiguous(), operand.contiguous(), center, neighbor, divisor, wavelength)
         if training:
             return _train(rows, units, beta, guard, momentum, eps).to(features.dtype)
         return _evaluate(rows, units, beta, guard, eps).to(features.dtype)
@@ -153,8 +166,15 @@ def local_aggregate(
 def _is_fused(
     points: Tensor, features: Tensor, neighbor: Tensor, units: Sequence[ResidualUnit], training: bool
 ) -> bool:
-    """Whether the CPU's kernels can take over; exported graphs are for any device."""
-    if features.device.type != "cpu" or torch.compiler.is_exporting():
+    """Whether kernels can take over; exported graphs are for any device."""
+    if torch.compiler.is_exporting():
+        return False
+    if features.is_cuda:
+        if training or not units or not _TRITON:
+            return False
+        if torch.cuda.get_device_properties(features.device).major < 8:
+            return False
+    elif features.device.type != "cpu":
         return False
     layers = [(u.in_weight, u.in_bias, *u.in_norm, u.out_weight, u.out_bias, *u.out_norm) for u in units]
     tensors = [points, features, *(tensor for layer in layers for tensor in layer if tensor is not None)]
@@ -226,3 +246,23 @@ def _fake(
     guard: bool,
 ) -> Tensor:
     return features.new_empty(*center.shape, 2 * features.shape[-1])
+
+
+def _cuda(
+    points: Tensor,
+    features: Tensor,
+    center: Tensor,
+    neighbor: Tensor,
+    divisor: Tensor | None,
+    wavelength: Tensor,
+    units: list[Tensor],
+    beta: float,
+    guard: bool,
+) -> Tensor:
+    from any2point.triton.local_aggregate import local_aggregate
+
+    return local_aggregate(points, features, center, neighbor, divisor, wavelength, units, beta, guard)
+
+
+if _TRITON:
+    torch.library.impl("any2point::_local_aggregate", "CUDA")(_cuda)

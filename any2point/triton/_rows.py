@@ -184,9 +184,9 @@ def columns(
         angle = offset * length[None, :] + phase[None, :]
         if SINE == "plain":
             wave = tl.sin(angle)
-        else:  # not pure: declared so, it would be computed once per layout of its result
+        else:  # pure, so that copies of it in layouts that turn out to be unused are dropped
             wave = tl.inline_asm_elementwise(
-                "sin.approx.ftz.f32 $0, $1;", "=f,f", [angle], dtype=tl.float32, is_pure=False, pack=1
+                "sin.approx.ftz.f32 $0, $1;", "=f,f", [angle], dtype=tl.float32, is_pure=True, pack=1
             )
     return feature.to(tl.float32) + wave
 
