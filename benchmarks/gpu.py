@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument("--peers", help="folder with peers.py")
     parser.add_argument("--commit", default="", help="revision to write into the rows (default: from git)")
     parser.add_argument("--only", nargs="+", choices=KINDS, default=list(KINDS))
-    parser.add_argument("--warmup", type=float, default=1.0, help="seconds before each measurement")
+    parser.add_argument("--warmup", type=float, default=1.0, help="seconds at first, a tenth of it each time")
     parser.add_argument("--seconds", type=float, default=0.5, help="about how long a measurement takes")
     parser.add_argument("--max-rows", type=int, default=1 << 30, help="leave out shapes of larger clouds")
     parser.add_argument("--no-graph", action="store_true")
@@ -43,7 +43,8 @@ def main() -> None:
     if not torch.cuda.is_available():
         raise SystemExit("benchmarks/gpu.py: expected a CUDA device, found none")
     machine, rivals = timing.gpu(), peers.gpu_peers(args.peers)
-    settings = timing.Settings(args.warmup, args.seconds, not args.no_graph, not args.no_compile)
+    timing.event_times([lambda: torch.ones(1 << 24, device="cuda").sum()], warmup=args.warmup, seconds=0.1)
+    settings = timing.Settings(args.warmup / 10, args.seconds, not args.no_graph, not args.no_compile)
     print(f"{machine.device}, driver {machine.driver}, torch {machine.torch}")
     print(f"copy {machine.bandwidth / 1e12:.2f} TB/s, {machine.lanes / 1e12:.1f} T lane operations/s")
     names = ", ".join(f"{name} {peer.version}" for name, peer in rivals.items())

@@ -116,7 +116,7 @@ def segment_pool(device: str, shapes: Shapes | None = None) -> Iterator[Case]:
                 costs.cost_segment_pool(rows, width, count),
                 [
                     Provider.plain("any2point", ops.segment_pool),
-                    Provider.plain("torch", peers.torch_segment_pool),
+                    Provider("torch", peers.torch_segment_pool),
                 ],
                 backward=True,
                 reference=reference.segment_pool,
@@ -148,7 +148,7 @@ def virtual_project(device: str, shapes: Shapes | None = None) -> Iterator[Case]
             costs.cost_virtual_project(batch, count, positions, width, views),
             [
                 Provider.plain("any2point", partial(_projection, ops.virtual_project, 2.0)),
-                Provider.plain("torch", composed),
+                Provider("torch", composed),
             ],
             backward=True,
             reference=composed,
@@ -203,13 +203,13 @@ def local_aggregate(device: str, shapes: Shapes | None = None) -> Iterator[Case]
             costs.cost_local_aggregate(batch, rows, centers, k, width, hidden, count),
             [
                 Provider.plain("any2point", ops.local_aggregate),
-                Provider.plain("torch", reference.local_aggregate),
+                Provider("torch", reference.local_aggregate),
             ],
             backward=True,
             reference=reference.local_aggregate,
             tolerance=2e-2,  # of many maxima and ReLUs a few go the other way
             training=_TRAINING,
-            compilable=reference.local_aggregate,
+            compilable=reference.local_aggregate if count == 2 else None,  # half a minute each
         )
 
 

@@ -199,8 +199,7 @@ def _check_gradient(case: Case, provider: Provider) -> None:
     inputs = case.inputs[0]
     args = provider.prepare(*inputs)
     out = provider.finish(provider.run(*args, **case.training), *inputs)
-    generator = torch.Generator().manual_seed(1)
-    grad = torch.randn(out.shape, generator=generator, dtype=out.dtype).to(out.device)
+    grad = _gradient(out)
     actual = torch.autograd.grad(out, _leaves(args), grad)
     assert case.reference is not None
     wanted = torch.autograd.grad(case.reference(*inputs, **case.training), _leaves(inputs), grad)
@@ -227,12 +226,18 @@ def calls_of(case: Case, provider: Provider, mode: str, function: Callable[..., 
             continue
         run = functools.partial(function, *args, **case.training)
         leaves, out = _leaves(args), run()
-        grad = torch.randn_like(out)
+        grad = _gradient(out)
         if mode == "backward":
             calls.append(functools.partial(torch.autograd.grad, out, leaves, grad, retain_graph=True))
         else:
             calls.append(functools.partial(_both, run, leaves, grad))
     return calls
+
+
+def _gradient(out: torch.Tensor) -> torch.Tensor:
+    """Drawn on the CPU, because a failed capture leaves the GPU's generator unusable."""
+    drawn = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    return drawn.to(out)
 
 
 def _both(run: Call, leaves: list[torch.Tensor], grad: torch.Tensor) -> Any:

@@ -154,7 +154,7 @@ def step_table(rows: Sequence[Row]) -> str:
     for name, each in parts.items():
         times = {direction: row.p50_us for direction, row in each.items()}
         share = sum(times.values()) / total
-        if share < 5e-4:
+        if share < 1e-4:
             continue
         cells = [time_text(times[d]) if times.get(d) else "" for d in ("forward", "backward")]
         floor = sum(row.floor_us for row in each.values())

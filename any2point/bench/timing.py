@@ -264,7 +264,7 @@ def peak(call: Call, device: str) -> float:
         torch.cuda.synchronize()
         return (torch.cuda.max_memory_allocated() - before) / 1e6
     with torch.profiler.profile(
-        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
     ) as trace:
         result = call()  # kept until the trace ends, as on a GPU
     del result
