@@ -162,7 +162,7 @@ def farthest_point_sample(device: str, shapes: Shapes | None = None, kind: str =
         ) -> float:
             index, expected = index.cpu(), ops.farthest_point_sample(host[i], samples)
             if exact:  # a few clouds and picks by the definition, all of them by the CPU
-                few = min(512, samples)
+                few = min(samples, 512, max(16, (1 << 24) // host[i].shape[1]))
                 start = expected[:2, 0]
                 first = reference.farthest_point_sample(host[i][:2], few, start=start)
                 check_samples(index[:2, :few], first)
@@ -176,8 +176,8 @@ def farthest_point_sample(device: str, shapes: Shapes | None = None, kind: str =
             return check_samples(index, expected, exact=False)
 
         providers = [Provider.plain("any2point", ops.farthest_point_sample)]
-        if device == "cuda" or rows <= 10_000:
-            providers.append(Provider.plain("torch loop", peers.torch_farthest_points))
+        if samples <= 4096:
+            providers.append(Provider("torch loop", peers.torch_farthest_points))
         if device == "cpu" and batch == 1:
             for name, sample in peers.samplers().items():
                 if rows > 10_000 and name == "fpsample vanilla":
@@ -218,7 +218,7 @@ def farthest_point_hierarchy(device: str, shapes: Shapes | None = None) -> Itera
 
         providers = [
             Provider.plain("any2point", ops.farthest_point_hierarchy),
-            Provider.plain("torch loop", peers.torch_farthest_hierarchy),
+            Provider("torch loop", peers.torch_farthest_hierarchy),
         ]
         cost = costs.cost_farthest_point_sample(batch, rows, sizes[0])
         name = f"{batch},{rows},{'+'.join(map(str, sizes))}"
@@ -247,7 +247,8 @@ def knn(device: str, shapes: Shapes | None = None, kind: str = "ball") -> Iterat
 
         def check(result: Any, i: int, exact: bool, host: list[Any] = host) -> float:
             query, points, k = host[i]
-            some = torch.from_numpy(np.random.default_rng(1).permutation(query.shape[1])[:256].copy())
+            few = min(256, max(8, (1 << 24) // points.shape[1]))
+            some = torch.from_numpy(np.random.default_rng(1).permutation(query.shape[1])[:few].copy())
             index = result[0].cpu()
             expected = _cpu_knn(query, points, k)
             if exact:
