@@ -2,7 +2,7 @@
 
 Ours and theirs run in turn and each one's quietest round counts, in CPU time of the process: what else the
 machine does falls on both. The bounds are about half of what was measured, so that only a lost fast path
-fails: a kernel no longer vectorised, a fused op that falls back to its composition, an O(N^2) where a tree was.
+fails: a kernel no longer vectorised, a fused op back at its composition, an O(N^2) where a tree was.
 """
 
 from __future__ import annotations
