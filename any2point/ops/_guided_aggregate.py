@@ -22,7 +22,7 @@ from any2point.reference.batch_norm import BatchNorm, are_shared
 from any2point.reference.guided_aggregate import CellAttention
 
 _ops = torch.ops.any2point
-_DEVICES: tuple[str, ...] = ()  # those with kernels
+_DEVICES = ("cpu",)  # those with kernels
 
 
 class GuidedPlan(NamedTuple):
@@ -103,7 +103,7 @@ def fused(
     out, mean, _, unbiased = checked(
         _ops._guided_aggregate.default,
         features.contiguous(),
-        qkv.view(batch, count, views, 3, -1),
+        qkv.view(batch, count, views, 3, plan.proj.shape[1] - 1),
         plan.proj,
         norms,
         running,

@@ -3,7 +3,7 @@
 #include <tuple>
 #include <vector>
 
-#include "guided_aggregate/kernel.h"
+#include "guided_aggregate/cpu.h"
 #include "inverse_list/op.h"
 
 namespace any2point {
@@ -42,7 +42,6 @@ Ensemble ensemble_of(const std::string& name) {
             "ensemble: expected adaptive, mean or max");
   return name == "adaptive" ? Ensemble::adaptive : name == "mean" ? Ensemble::mean : Ensemble::max;
 }
-
 
 // The checked arguments that forward and backward share.
 template <typename Args>
@@ -120,6 +119,10 @@ Four forward(const Tensor& features, const Tensor& qkv, const Tensor& proj, std:
   args.mean = floats(mean);
   args.deviation = floats(deviation);
   args.unbiased = floats(unbiased);
+  if (!features.is_cuda()) {
+    guided_forward_cpu(args);
+    return {out, mean, deviation, unbiased};
+  }
   A2P_CHECK(false, "features: expected a device with kernels of guided aggregation");
   return {out, mean, deviation, unbiased};
 }
@@ -150,6 +153,10 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> backward(
     args.grad_space_weight = floats(grad_norms[2]);
     args.grad_space_bias = floats(grad_norms[3]);
   }
+  if (!features.is_cuda()) {
+    guided_backward_cpu(args);
+    return {grad_features, grad_qkv, grad_proj, grad_norms};
+  }
   A2P_CHECK(false, "features: expected a device with kernels of guided aggregation");
   return {grad_features, grad_qkv, grad_proj, grad_norms};
 }
@@ -157,3 +164,7 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> backward(
 }  // namespace
 }  // namespace any2point
 
+STABLE_TORCH_LIBRARY_IMPL(any2point, CPU, m) {
+  m.impl("_guided_aggregate", TORCH_BOX(&any2point::forward));
+  m.impl("_guided_aggregate_backward", TORCH_BOX(&any2point::backward));
+}

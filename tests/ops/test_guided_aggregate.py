@@ -85,7 +85,7 @@ class TestGuidedAggregate(OpContract):
         )
         yield {"cell": torch.zeros(2, 2, 9)}, TypeError, "cell: expected int64"
         yield {"cluster": torch.zeros(9, dtype=torch.int64)}, ValueError, r"cluster: expected shape \[2, 9\]"
-        yield {"cluster": torch.full((2, 9), 18)}, ValueError, "segment"
+        yield {"cluster": torch.full((2, 9), 18)}, ValueError, r"cluster: expected values in -1\.\.17"
         yield (
             {"attention": make(views=3)["attention"]},
             ValueError,
