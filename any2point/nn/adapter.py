@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from any2point.nn.batch_norm import BatchNorm
 from any2point.ops import CellAttention as CellAttentionTensors
 from any2point.ops import guided_aggregate
+from any2point.sources.glue import quick_gelu
 
 
 class Adapter(nn.Module):
@@ -22,8 +23,7 @@ class Adapter(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[B, T, C]` -> `[B, T, C]`."""
-        x = self.down(x)
-        x = F.dropout(x * torch.sigmoid(1.702 * x), self.dropout, self.training)
+        x = F.dropout(quick_gelu(self.down(x)), self.dropout, self.training)
         return self.scale * self.up(x)
 
 

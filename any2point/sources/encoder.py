@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from any2point.sources.glue import fork_norm, join, quick_gelu
+
 Activation = Literal["gelu", "quick_gelu", "gelu_tanh", "relu", "swiglu"]
 
 
@@ -117,7 +119,7 @@ class MLP(nn.Module):
             gate, y = y.chunk(2, dim=-1)
             y = F.silu(gate) * y
         elif self.activation == "quick_gelu":
-            y = y * torch.sigmoid(1.702 * y)
+            y = quick_gelu(y)
         elif self.activation == "relu":
             y = F.relu(y)
         else:
@@ -163,10 +165,9 @@ class Block(nn.Module):
         path_rate: float = 0.0,
     ) -> Tensor:
         """The first half, `[B, T, C]` -> `[B, T, C]`; `adapter` takes the attention's branch."""
-        y = self.attn(x if self.post_norm else self.norm1(x), axis=axis, causal=causal, dropout=dropout)
-        y = y if self.ls1 is None else self.ls1 * y
-        y = drop_path(y, path_rate) if path_rate else y
-        out = x + y if adapter is None else x + y + adapter(y)
+        x, inputs = self._fork(x, self.norm1, self.attn.qkv)
+        y = self.attn(inputs, axis=axis, causal=causal, dropout=dropout)
+        out = self._join(x, y, self.ls1, adapter, None, path_rate)
         return (self.norm1(out) if self.post_norm else out).to(x.dtype)
 
     def transform(
@@ -178,12 +179,30 @@ class Block(nn.Module):
         path_rate: float = 0.0,
     ) -> Tensor:
         """The second half; `adapter` takes the MLP's branch, or with `parallel` what the MLP takes."""
-        inputs = x if self.post_norm else self.norm2(x)
-        y = self.mlp(inputs)
-        y = y if self.ls2 is None else self.ls2 * y
-        y = drop_path(y, path_rate) if path_rate else y
-        out = x + y if adapter is None else x + y + adapter(inputs if parallel else y)
+        x, inputs = self._fork(x, self.norm2, self.mlp.fc1)
+        out = self._join(x, self.mlp(inputs), self.ls2, adapter, inputs if parallel else None, path_rate)
         return (self.norm2(out) if self.post_norm else out).to(x.dtype)
+
+    def _fork(self, x: Tensor, norm: LayerNorm, layer: nn.Linear) -> tuple[Tensor, Tensor]:
+        """What goes on beside a branch, and what the branch takes; its first layer is `layer`."""
+        return (x, x) if self.post_norm else fork_norm(x, norm, layer.weight.dtype)
+
+    def _join(
+        self,
+        x: Tensor,
+        y: Tensor,
+        scale: Tensor | None,
+        adapter: Callable[[Tensor], Tensor] | None,
+        taken: Tensor | None,
+        path_rate: float,
+    ) -> Tensor:
+        """Branch `y` and what the adapter makes of it, or of `taken`, added to `x`."""
+        if path_rate or (scale is not None and adapter is not None and taken is None):
+            y = y if scale is None else scale * y
+            y, scale = drop_path(y, path_rate) if path_rate else y, None
+        if adapter is None:
+            return join(x, y, scale, None)
+        return join(x, y, scale, adapter(y if taken is None else taken))
 
 
 class FrozenEncoder(nn.Module):
