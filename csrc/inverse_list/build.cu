@@ -1,8 +1,9 @@
 // Builds inverse lists on CUDA: a stable sort of the entries by row.
 //
-// For clouds of few rows it is one pass of counting: a warp counts its 1,024 entries in shared memory, a
-// block per cloud turns the counts of all warps into first places, and the warps put their entries there, 32
-// at a time in order. Otherwise CUB's radix sort does it, on the bits that (cloud, row) needs.
+// For clouds of few rows it is one pass of counting, in two kernels. Each block has 4,096 entries of a cloud
+// and writes how many point at each row. Then, from these counts, each block knows where its entries of a row
+// begin; its warps count theirs again in shared memory and put them there, 32 at a time in order. Otherwise
+// CUB's radix sort does it, on the bits that (cloud, row) needs.
 #include "common/grid.cuh"
 #include "common/radix_sort.h"
 #include "inverse_list/kernel.h"
@@ -10,10 +11,11 @@
 namespace any2point {
 namespace {
 
-constexpr int64_t kChunk = 1024;        // entries of one warp
-constexpr int64_t kCountedRows = 2048;  // 8 kB of counters per warp
-constexpr int64_t kCountedChunks = 128;
-constexpr int kSharedBytes = 48 << 10;
+constexpr int kEach = 16;                     // entries of a thread
+constexpr int64_t kChunk = kEach * kThreads;  // of a block
+constexpr int kWarps = kThreads / kWarp;
+constexpr int64_t kCountedRows = 2048;  // 2 bytes of counters for each warp, 4 for the block
+constexpr int64_t kCountedChunks = 32;
 
 struct Chunks {
   const int64_t* index;  // [B, R]
@@ -24,87 +26,99 @@ struct Chunks {
   uint32_t* order;
 };
 
-// What a warp works on: its chunk's entries and its counters.
-struct Warp {
-  int64_t cloud, begin, end;  // entries of the cloud
-  uint32_t* counters;         // in shared memory
-  uint32_t* counts;           // in global memory
-  int lane;
+// A block's part of a cloud, and the rows that its entries point at: entry e of this thread is number
+// first + 32 e of the cloud.
+struct Part {
+  int64_t cloud, chunk, first;
+  int row[kEach];  // -1: none
 
-  __device__ Warp(const Chunks& args, uint32_t* shared) {
-    const int warp = threadIdx.x / kWarp;
-    const int64_t chunk = int64_t(blockIdx.x) * (blockDim.x / kWarp) + warp;
-    cloud = chunk / args.chunks;
-    begin = chunk % args.chunks * kChunk;
-    end = begin + kChunk < args.entries ? begin + kChunk : args.entries;
-    counters = shared + warp * args.rows;
-    counts = args.counts + chunk * args.rows;
-    lane = threadIdx.x % kWarp;
-  }
-  // Entry i of the cloud, -1 if it is none or points at no row.
-  __device__ int64_t row(const Chunks& args, int64_t i) const {
-    if (i >= end) return -1;
-    const int64_t row = args.index[cloud * args.entries + i];
-    return row >= 0 && row < args.rows ? row : -1;
+  __device__ explicit Part(const Chunks& args) {
+    cloud = blockIdx.x / args.chunks;
+    chunk = blockIdx.x - cloud * args.chunks;
+    first = chunk * kChunk + threadIdx.x / kWarp * (kEach * kWarp) + threadIdx.x % kWarp;
+#pragma unroll
+    for (int e = 0; e < kEach; e++) {
+      const int64_t i = first + e * kWarp;
+      const int64_t value = i < args.entries ? args.index[cloud * args.entries + i] : -1;
+      row[e] = value >= 0 && value < args.rows ? int(value) : -1;
+    }
   }
 };
 
-__global__ void count_kernel(Chunks args) {
-  extern __shared__ uint32_t shared[];
-  const Warp warp(args, shared);
-  if (warp.cloud >= args.clouds) return;
-  for (int64_t n = warp.lane; n < args.rows; n += kWarp) warp.counters[n] = 0;
-  __syncwarp();
-  for (int64_t i = warp.begin + warp.lane; i < warp.end; i += kWarp) {
-    const int64_t row = warp.row(args, i);
-    if (row >= 0) atomicAdd(warp.counters + row, 1u);
+__global__ __launch_bounds__(kThreads) void count_kernel(Chunks args) {
+  __shared__ uint32_t counters[kCountedRows];
+  const Part part(args);
+  for (int64_t n = threadIdx.x; n < args.rows; n += kThreads) counters[n] = 0;
+  __syncthreads();
+#pragma unroll
+  for (int e = 0; e < kEach; e++) {
+    if (part.row[e] >= 0) atomicAdd(counters + part.row[e], 1u);
   }
-  __syncwarp();
-  for (int64_t n = warp.lane; n < args.rows; n += kWarp) warp.counts[n] = warp.counters[n];
+  __syncthreads();
+  uint32_t* counts = args.counts + int64_t(blockIdx.x) * args.rows;
+  for (int64_t n = threadIdx.x; n < args.rows; n += kThreads) counts[n] = counters[n];
 }
 
-// One block per cloud: counts become the number of entries in earlier chunks, start the rows' beginnings.
-__global__ void start_kernel(Chunks args) {
-  const int64_t cloud = blockIdx.x;
-  uint32_t* counts = args.counts + cloud * args.chunks * args.rows;
-  uint32_t* start = args.start + cloud * (args.rows + 1);
-  uint32_t base = uint32_t(cloud * args.entries);
-  for (int64_t first = 0; first < args.rows; first += kThreads) {
-    const int64_t n = first + threadIdx.x;
-    uint32_t sum = 0;
-    if (n < args.rows) {
-#pragma unroll 8
-      for (int64_t c = 0; c < args.chunks; c++) {
-        const uint32_t count = counts[c * args.rows + n];
-        counts[c * args.rows + n] = sum;
-        sum += count;
-      }
+__global__ __launch_bounds__(kThreads) void place_kernel(Chunks args) {
+  constexpr int kRowsEach = kCountedRows / kThreads;
+  __shared__ uint32_t first_place[kCountedRows];                  // of the block's entries of a row
+  __shared__ alignas(4) uint16_t counters[kWarps][kCountedRows];  // of a warp's
+  const Part part(args);
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, rows = int(args.rows);
+  uint32_t* pairs = reinterpret_cast<uint32_t*>(counters[warp]);
+  for (int i = lane; i < (rows + 1) / 2; i += kWarp) pairs[i] = 0;
+  __syncwarp();
+#pragma unroll
+  for (int e = 0; e < kEach; e++) {
+    const int row = part.row[e];
+    if (row >= 0) atomicAdd(pairs + row / 2, row % 2 ? 0x10000u : 1u);
+  }
+
+  uint32_t total[kRowsEach] = {}, before[kRowsEach] = {};  // of row j * kThreads + thread, over the chunks
+  const uint32_t* counts = args.counts + part.cloud * args.chunks * rows;
+#pragma unroll 2
+  for (int c = 0; c < args.chunks; c++) {
+#pragma unroll
+    for (int j = 0; j < kRowsEach; j++) {
+      const int n = j * kThreads + threadIdx.x;
+      const uint32_t count = n < rows ? counts[int64_t(c) * rows + n] : 0;
+      total[j] += count;
+      before[j] += c < part.chunk ? count : 0;
     }
-    uint32_t total;
-    const uint32_t before = exclusive_sum(sum, &total);
-    if (n < args.rows) start[n] = base + before;
-    base += total;
   }
-  if (threadIdx.x == 0) start[args.rows] = base;
-}
+  uint32_t base = uint32_t(part.cloud * args.entries);
+  uint32_t* start = args.start + part.cloud * (rows + 1);
+#pragma unroll
+  for (int j = 0; j < kRowsEach; j++) {
+    const int n = j * kThreads + threadIdx.x;
+    if (j * kThreads >= rows) break;
+    uint32_t sum;
+    const uint32_t begin = base + exclusive_sum(total[j], &sum);
+    base += sum;
+    if (n >= rows) continue;
+    if (part.chunk == 0) start[n] = begin;
+    first_place[n] = begin + before[j];
+    uint32_t of_warps = 0;
+    for (int w = 0; w < kWarps; w++) {
+      const uint32_t count = counters[w][n];
+      counters[w][n] = uint16_t(of_warps);
+      of_warps += count;
+    }
+  }
+  if (part.chunk == 0 && threadIdx.x == 0) start[rows] = base;
+  __syncthreads();
 
-__global__ void place_kernel(Chunks args) {
-  extern __shared__ uint32_t shared[];
-  const Warp warp(args, shared);
-  if (warp.cloud >= args.clouds) return;
-  const uint32_t* start = args.start + warp.cloud * (args.rows + 1);
-  for (int64_t n = warp.lane; n < args.rows; n += kWarp) warp.counters[n] = warp.counts[n] + start[n];
-  __syncwarp();
-  for (int64_t first = warp.begin; first < warp.end; first += kWarp) {
-    const int64_t i = first + warp.lane, row = warp.row(args, i);
-    const unsigned same = __match_any_sync(kAll, static_cast<int>(row));
-    const int earlier = __popc(same & ((1u << warp.lane) - 1));
-    uint32_t place = 0;
-    if (row >= 0) place = warp.counters[row];
+#pragma unroll
+  for (int e = 0; e < kEach; e++) {
+    const int row = part.row[e];
+    const unsigned same = __match_any_sync(kAll, row);
+    const int earlier = __popc(same & ((1u << lane) - 1));
+    const uint32_t place = row >= 0 ? counters[warp][row] : 0;
     __syncwarp();
     if (row >= 0) {
-      if (earlier == 0) warp.counters[row] = place + __popc(same);
-      args.order[place + earlier] = static_cast<uint32_t>(warp.cloud * args.entries + i);
+      if (earlier == 0) counters[warp][row] = uint16_t(place + __popc(same));
+      const int64_t entry = part.cloud * args.entries + part.first + e * kWarp;
+      args.order[first_place[row] + place + earlier] = uint32_t(entry);
     }
     __syncwarp();
   }
@@ -170,13 +184,9 @@ int inverse_list_cuda(const InverseListCuda& list, void* workspace, int64_t byte
   if (counted(list)) {
     args.chunks = (list.entries + kChunk - 1) / kChunk;
     args.counts = reinterpret_cast<uint32_t*>(memory);
-    const int64_t fitting = kSharedBytes / (4 * list.rows), warps = fitting < 8 ? fitting : 8;
-    const int shared = static_cast<int>(4 * warps * list.rows);
-    const int threads = static_cast<int>(warps * kWarp);
-    const int blocks = static_cast<int>((list.clouds * args.chunks + warps - 1) / warps);
-    count_kernel<<<blocks, threads, shared, stream>>>(args);
-    start_kernel<<<static_cast<int>(list.clouds), kThreads, 0, stream>>>(args);
-    place_kernel<<<blocks, threads, shared, stream>>>(args);
+    const auto blocks = static_cast<unsigned>(list.clouds * args.chunks);
+    count_kernel<<<blocks, kThreads, 0, stream>>>(args);
+    place_kernel<<<blocks, kThreads, 0, stream>>>(args);
     return cudaGetLastError();
   }
   SortBuffers buffers;

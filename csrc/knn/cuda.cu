@@ -19,9 +19,10 @@
 // H200, us a call as a graph, and the best of pytorch3d, pointops, torch.compile of distances + topk:
 //   32 x   512 of  1,024, k = 81     36.8     545     2.2 times the instructions above
 //   32 x   512 of  4,096, k = 32    171
-// Clouds for which a tree pays go there, wants_tree says which.
+// Clouds for which a tree pays go there, plan.h says which.
 //
 // No host synchronisation. CUDA, not Triton: what a warp does next depends on its data.
+#include "knn/plan.h"
 #include "knn/warp.cuh"
 
 namespace any2point {
@@ -256,7 +257,7 @@ __global__ __launch_bounds__(32 * kBlockWarps) void nearest_large_kernel(Neighbo
 
 // Launches.
 
-constexpr int64_t kSmallest = 1024, kSmall = 2048;  // points of a small cloud
+constexpr int64_t kSmallest = 1024;  // points that a warp holds in half as many registers
 
 template <int kPoints, int kKeys>
 cudaError_t launch_small(const Neighbours<float>& run, int64_t above, cudaStream_t stream) {
@@ -287,28 +288,18 @@ cudaError_t launch_nearest(const Neighbours<float>& run, cudaStream_t stream) {
   if (most <= 256) return launch_small<8>(run, -1, stream);
   if (most <= 512) return launch_small<16>(run, -1, stream);
   if (most <= kSmallest) return launch_small<32>(run, -1, stream);
-  if (most <= kSmall && !run.rows.packed()) return launch_small<64>(run, -1, stream);
+  if (most <= kSmallCloud && !run.rows.packed()) return launch_small<64>(run, -1, stream);
   int64_t above = -1;
   if (run.rows.packed()) {
     // Each launch takes the clouds of its range of sizes, the blocks of the others leave at once.
     cudaError_t error = launch_small<32>(run, above, stream);
     if (error != cudaSuccess) return error;
     error = launch_small<64>(run, kSmallest, stream);
-    if (error != cudaSuccess || most <= kSmall) return error;
-    above = kSmall;
+    if (error != cudaSuccess || most <= kSmallCloud) return error;
+    above = kSmallCloud;
   }
   if (run.k <= 64) return launch_large<4, 8>(run, above, stream);
   return launch_large<8, 4>(run, above, stream);
-}
-
-// A tree takes about 80 us to build. Scans take that for some 10^8 pairs of query and point, or for
-// 50,000 points, however few the queries are.
-bool wants_tree(const Neighbours<float>& run) {
-  const Rows &rows = run.rows, &queries = run.query_rows;
-  if (run.dim > 3 || run.k == 0 || run.k > kTreeMost || rows.clouds == 0 || queries.total == 0) return false;
-  if (rows.total >= 1 << 30 || queries.total >= 1 << 30) return false;
-  const int64_t points = rows.packed() ? rows.total / rows.clouds : rows.padded;
-  return points > kSmall && (points >= 50000 || double(queries.total) * double(points) >= 1e8);
 }
 
 }  // namespace
@@ -319,7 +310,7 @@ int64_t neighbours_workspace(const Neighbours<double>&) {
 }
 template <>
 int64_t neighbours_workspace(const Neighbours<float>& run) {
-  return wants_tree(run) ? tree_workspace(run) : 0;
+  return wants_tree(sizes_of(run)) ? tree_workspace(run) : 0;
 }
 
 template <>
@@ -329,14 +320,15 @@ int neighbours_cuda(const Neighbours<double>& run, void*, void* stream) {
 
 template <>
 int neighbours_cuda(const Neighbours<float>& run, void* workspace, void* stream) {
-  const int64_t most = run.rows.packed() ? run.rows.total : run.rows.padded;
   if (run.query_rows.total == 0) return cudaSuccess;
-  if (wants_tree(run)) return neighbours_tree_cuda(run, workspace, stream);
-  if (run.dim > 3 || run.k > 192 || run.k == 0 || run.choice == Choice::first || most >= 1 << 30 ||
-      run.query_rows.clouds == 0) {
-    return neighbours_general_cuda(run, stream);
+  switch (plan_search(sizes_of(run), 0).kernel) {
+    case SearchPlan::tree:
+      return neighbours_tree_cuda(run, workspace, stream);
+    case SearchPlan::scan:
+      return launch_nearest(run, static_cast<cudaStream_t>(stream));
+    default:
+      return neighbours_general_cuda(run, stream);
   }
-  return launch_nearest(run, static_cast<cudaStream_t>(stream));
 }
 
 }  // namespace any2point

@@ -1,8 +1,11 @@
 // any2point::knn for torch.
 #include <limits>
+#include <sstream>
+#include <string>
 #include <tuple>
 
 #include "knn/call.h"
+#include "knn/plan.h"
 
 namespace any2point {
 namespace {
@@ -40,8 +43,22 @@ std::tuple<Tensor, Tensor> knn_cuda(const Tensor& query, const Tensor& points, i
 }
 #endif
 
+std::string launches(int64_t shared, int64_t clouds, int64_t queries, int64_t points, int64_t dim, int64_t k,
+                     bool packed, bool same, bool first, bool wide) {
+  const SearchPlan plan = plan_search({clouds, dim, k, points, queries, packed, same, first, wide}, shared);
+  const char* names[] = {"general", "scan", "tree"};
+  std::ostringstream text;
+  text << "{\"kernel\": \"" << names[plan.kernel] << "\", \"sorted\": " << plan.each * kSortThreads
+       << ", \"shared\": " << plan.shared << "}";
+  return text.str();
+}
+
 }  // namespace
 }  // namespace any2point
+
+STABLE_TORCH_LIBRARY_IMPL(any2point, CompositeExplicitAutograd, m) {
+  m.impl("_neighbour_launches", TORCH_BOX(&any2point::launches));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(any2point, CPU, m) { m.impl("knn", TORCH_BOX(&any2point::knn_cpu)); }
 

@@ -7,75 +7,14 @@
 // 100,000 rows that is the latency of 9 to 12 launches one after the other: each pass of the radix sort takes
 // 8 to 13.
 #include "common/radix_sort.h"
-#include "knn/tree.cuh"
+#include "knn/curve.cuh"
+#include "knn/tree_sort.cuh"
 
 namespace any2point {
 namespace {
 
 constexpr int kThreads = 256;
 constexpr int kChunk = 2048;  // rows of a block that looks for extents
-
-__device__ float3 row_of(const float* rows, int64_t dim, int64_t i) {
-  const float* p = rows + i * dim;
-  return {p[0], dim > 1 ? p[1] : 0.0f, dim > 2 ? p[2] : 0.0f};
-}
-__device__ bool finite_point(float3 p) { return finite(p.x) && finite(p.y) && finite(p.z); }
-
-__device__ uint32_t rising_bits(float a) {
-  const uint32_t bits = __float_as_uint(a);
-  return bits ^ (bits >> 31 ? 0xffffffffu : 0x80000000u);
-}
-__device__ float from_rising_bits(uint32_t bits) {
-  return __uint_as_float(bits ^ (bits >> 31 ? 0x80000000u : 0xffffffffu));
-}
-
-__device__ uint32_t warp_min(uint32_t value) {
-#if __CUDA_ARCH__ >= 800
-  return __reduce_min_sync(kAll, value);
-#else
-  for (int d = 16; d; d >>= 1) value = min(value, __shfl_xor_sync(kAll, value, d));
-  return value;
-#endif
-}
-
-// By the whole block: kThreads rows of a cloud, sorted along each axis. Between 1/32 and 31/32 of them the
-// cloud has its usual extent; the box is larger by four times the longest side of that.
-__device__ void find_usual_extent(const float* cloud, int64_t count, int64_t dim, Extent* extent) {
-  __shared__ float sample[3][kThreads];
-  __shared__ int finite_samples;
-  if (threadIdx.x == 0) finite_samples = 0;
-  __syncthreads();
-  const int thread = threadIdx.x;
-  const float3 p = row_of(cloud, dim, thread * count / kThreads);
-  const bool usable = finite_point(p);
-  sample[0][thread] = usable ? p.x : infinite();
-  sample[1][thread] = usable ? p.y : infinite();
-  sample[2][thread] = usable ? p.z : infinite();
-  if (usable) atomicAdd(&finite_samples, 1);
-  for (int size = 2; size <= kThreads; size *= 2) {
-    for (int stride = size / 2; stride > 0; stride /= 2) {
-      __syncthreads();
-      const int other = stride == size / 2 ? thread ^ (size - 1) : thread ^ stride;
-      if (other > thread) {
-        for (int c = 0; c < 3; c++) {
-          const float a = sample[c][thread], b = sample[c][other];
-          sample[c][thread] = fminf(a, b);
-          sample[c][other] = fmaxf(a, b);
-        }
-      }
-    }
-  }
-  __syncthreads();
-  if (thread != 0 || finite_samples == 0) return;
-  const int last = finite_samples - 1, low = finite_samples / 32;
-  float side = 0;
-  for (int c = 0; c < 3; c++) side = fmaxf(side, sample[c][last - low] - sample[c][low]);
-  if (side == 0) return;
-  for (int c = 0; c < 3; c++) {
-    extent->usual_low[c] = sample[c][low] - 4 * side;
-    extent->usual_high[c] = sample[c][last - low] + 4 * side;
-  }
-}
 
 // A block per cloud for its usual extent, the others for all rows.
 __global__ __launch_bounds__(kThreads) void extent_kernel(Rows rows, const float* points, int64_t dim,
@@ -88,37 +27,17 @@ __global__ __launch_bounds__(kThreads) void extent_kernel(Rows rows, const float
   const Tile tile = tile_of(rows, kChunk, blockIdx.x - rows.clouds);
   if (tile.first < 0 || tile.first >= tile.last) return;
   const float* cloud = points + rows.begin(tile.cloud) * dim;
-  uint32_t least[6] = {~0u, ~0u, ~0u, ~0u, ~0u, ~0u};
-  int usable = 0;
-  for (int64_t i = tile.first + threadIdx.x; i < min(tile.last, tile.count); i += kThreads) {
-    const float3 p = row_of(cloud, dim, i);
-    if (!finite_point(p)) continue;
-    const uint32_t bits[3] = {rising_bits(p.x), rising_bits(p.y), rising_bits(p.z)};
-#pragma unroll
-    for (int c = 0; c < 3; c++) {
-      least[c] = min(least[c], bits[c]);
-      least[3 + c] = min(least[3 + c], ~bits[c]);
-    }
-    usable++;
-  }
-  __shared__ uint32_t shared[6];
-  __shared__ int sum;
-  if (threadIdx.x < 6) shared[threadIdx.x] = ~0u;
-  if (threadIdx.x == 0) sum = 0;
+  __shared__ Extent shared;
+  clear(&shared);
   __syncthreads();
-  const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int c = 0; c < 6; c++) {
-    const uint32_t least_of_warp = warp_min(least[c]);
-    if (lane == 0) atomicMin(&shared[c], least_of_warp);
-  }
-  usable = warp_sum(usable);
-  if (lane == 0) atomicAdd(&sum, usable);
+  extend(&shared, cloud, dim, tile.first + threadIdx.x, min(tile.last, tile.count), kThreads);
   __syncthreads();
   Extent* const all = extent + tile.cloud;
-  if (threadIdx.x < 3) atomicMin(&all->low[threadIdx.x], shared[threadIdx.x]);
-  if (threadIdx.x >= 3 && threadIdx.x < 6) atomicMin(&all->high[threadIdx.x - 3], shared[threadIdx.x]);
-  if (threadIdx.x == 0) atomicAdd(&all->count, uint32_t(sum));
+  if (threadIdx.x < 3) {
+    atomicMin(&all->low[threadIdx.x], shared.low[threadIdx.x]);
+    atomicMin(&all->high[threadIdx.x], shared.high[threadIdx.x]);
+  }
+  if (threadIdx.x == 0) atomicAdd(&all->count, uint32_t(shared.points()));
 }
 
 // Bits of a sort key, from the top: query or point, cloud, no point at all, place on the curve.
@@ -143,58 +62,6 @@ __device__ int64_t cloud_of(const Rows& rows, int64_t row) {
   return low;
 }
 
-__device__ uint64_t spread(uint32_t a) {  // bit i to bit 3 i, for up to 21 bits
-  uint64_t x = a;
-  x = (x | x << 32) & 0x1f00000000ffffull;
-  x = (x | x << 16) & 0x1f0000ff0000ffull;
-  x = (x | x << 8) & 0x100f00f00f00f00full;
-  x = (x | x << 4) & 0x10c30c30c30c30c3ull;
-  return (x | x << 2) & 0x1249249249249249ull;
-}
-
-// J. Skilling, "Programming the Hilbert curve", 2004.
-__device__ uint64_t place_on_curve(uint32_t x, uint32_t y, uint32_t z, int bits) {
-  for (uint32_t bit = 1u << (bits - 1); bit > 1; bit >>= 1) {
-    const uint32_t below = bit - 1;
-    if (x & bit) x ^= below;
-    uint32_t change = (x ^ y) & below;
-    if (y & bit) {
-      x ^= below;
-    } else {
-      x ^= change;
-      y ^= change;
-    }
-    change = (x ^ z) & below;
-    if (z & bit) {
-      x ^= below;
-    } else {
-      x ^= change;
-      z ^= change;
-    }
-  }
-  y ^= x;
-  z ^= y;
-  uint32_t flips = z >> 1;  // bit i: the parity of the bits of z above it
-  for (int d = 1; d < bits; d *= 2) flips ^= flips >> d;
-  return spread(x ^ flips) << 2 | spread(y ^ flips) << 1 | spread(z ^ flips);
-}
-
-// Any float will do: what is not in the box goes to its wall. Halves, as a difference may overflow.
-__device__ uint64_t place_in(const Extent& extent, float3 p, int bits) {
-  float low[3], longest = 0;
-#pragma unroll
-  for (int c = 0; c < 3; c++) {
-    low[c] = 0.5f * fmaxf(from_rising_bits(extent.low[c]), extent.usual_low[c]);
-    const float high = 0.5f * fminf(from_rising_bits(~extent.high[c]), extent.usual_high[c]);
-    longest = fmaxf(longest, high - low[c]);
-  }
-  const float scale = float(1u << bits) / longest;
-  const uint32_t last = (1u << bits) - 1;
-  return place_on_curve(min(__float2uint_rz((0.5f * p.x - low[0]) * scale), last),
-                        min(__float2uint_rz((0.5f * p.y - low[1]) * scale), last),
-                        min(__float2uint_rz((0.5f * p.z - low[2]) * scale), last), bits);
-}
-
 __global__ __launch_bounds__(kThreads) void key_kernel(Keys keys, uint64_t* key, uint32_t* value) {
   const int64_t item = int64_t(blockIdx.x) * kThreads + threadIdx.x, points = keys.rows.total;
   const bool is_query = item >= points;
@@ -204,7 +71,7 @@ __global__ __launch_bounds__(kThreads) void key_kernel(Keys keys, uint64_t* key,
   uint64_t high = cloud << 1, place = 0;
   const float3 p = row_of(is_query ? keys.query : keys.points, keys.dim, row);
   if (row - rows.begin(cloud) < rows.count(cloud) && finite_point(p)) {
-    place = place_in(keys.extent[cloud], p, keys.bits);
+    place = place_on_curve<uint64_t>(Frame(keys.extent[cloud], keys.bits), p, keys.bits);
   } else {
     high |= 1;
   }
@@ -357,33 +224,39 @@ class Pieces {
 };
 
 struct Plan {
-  SortBuffers sort;
+  int64_t items;     // points and queries
+  int each;          // rows of a thread if a block sorts each cloud; 0: one sort for all
+  SortBuffers sort;  // values[0] alone if blocks sort
   char* scratch;
-  int64_t scratch_bytes, items;
+  int64_t scratch_bytes;
   Extent* extent;
   float4* query;
   uint32_t* nearest;
 };
 
-// The points are the queries, row for row.
-bool same_rows(const Neighbours<float>& run) {
-  const Rows &a = run.query_rows, &b = run.rows;
-  return run.query == run.points && a.total == b.total && a.padded == b.padded && a.lengths == b.lengths &&
-         a.offsets == b.offsets;
+// Bytes that a block can have on the current device.
+int64_t shared_memory() {
+  int device = 0, bytes = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return bytes;
 }
 
 int64_t plan_for(const Neighbours<float>& run, void* workspace, Plan* plan, PointTree* tree) {
   Pieces pieces(workspace);
-  const bool same = same_rows(run);
+  const SearchSizes sizes = sizes_of(run);
+  const bool same = sizes.same;
   const int64_t leaves = PointTree::nodes(run.rows, 0) + 1;
   plan->items = run.rows.total + (same ? 0 : run.query_rows.total);
+  plan->each = sort_each(sizes, shared_memory());
   plan->extent = pieces.take<Extent>(run.rows.clouds);
-  for (int i = 0; i < 2; i++) {
-    plan->sort.keys[i] = pieces.take<uint64_t>(plan->items);
-    plan->sort.values[i] = pieces.take<uint32_t>(plan->items);
+  plan->sort.values[0] = pieces.take<uint32_t>(plan->items);
+  if (plan->each == 0) {
+    plan->sort.values[1] = pieces.take<uint32_t>(plan->items);
+    for (int i = 0; i < 2; i++) plan->sort.keys[i] = pieces.take<uint64_t>(plan->items);
+    plan->scratch_bytes = static_cast<int64_t>(radix_sort_scratch(plan->items));
+    plan->scratch = pieces.take<char>(plan->scratch_bytes);
   }
-  plan->scratch_bytes = static_cast<int64_t>(radix_sort_scratch(plan->items));
-  plan->scratch = pieces.take<char>(plan->scratch_bytes);
   plan->query = pieces.take<float4>(same ? 0 : run.query_rows.total);
   plan->nearest = pieces.take<uint32_t>(same ? 0 : run.query_rows.total);
   tree->rows = run.rows;
@@ -410,7 +283,7 @@ unsigned blocks_for(int64_t items, int64_t each) { return static_cast<unsigned>(
 }  // namespace
 
 int64_t tree_workspace(const Neighbours<float>& run) {
-  Plan plan;
+  Plan plan{};
   PointTree tree;
   return plan_for(run, nullptr, &plan, &tree);
 }
@@ -418,9 +291,9 @@ int64_t tree_workspace(const Neighbours<float>& run) {
 int build_tree(TreeSearch* search, void* workspace, cudaStream_t stream) {
   const Neighbours<float>& run = search->run;
   PointTree& tree = search->tree;
-  Plan plan;
+  Plan plan{};
   plan_for(run, workspace, &plan, &tree);
-  const bool same = same_rows(run);
+  const bool same = sizes_of(run).same;
   search->query = same ? nullptr : plan.query;
   search->nearest = plan.nearest;
 
@@ -434,19 +307,26 @@ int build_tree(TreeSearch* search, void* workspace, cudaStream_t stream) {
   keys.bits = (8 * (digits < 8 ? digits : 8) - other) / 3;
   if (keys.bits > 20) keys.bits = 20;
 
-  cudaError_t error = cudaMemsetAsync(plan.extent, 0xff, run.rows.clouds * sizeof(Extent), stream);
-  if (error != cudaSuccess) return error;
-  const auto extent_blocks = static_cast<unsigned>(run.rows.clouds + tiles_of(run.rows, kChunk));
-  extent_kernel<<<extent_blocks, kThreads, 0, stream>>>(run.rows, run.points, run.dim, plan.extent);
-  key_kernel<<<blocks_for(plan.items, kThreads), kThreads, 0, stream>>>(keys, plan.sort.keys[0],
-                                                                        plan.sort.values[0]);
-  if (const int failed = radix_sort(&plan.sort, plan.items, 0, keys.total(), plan.scratch,
-                                    static_cast<size_t>(plan.scratch_bytes), stream)) {
-    return failed;
+  unsigned query_blocks = 0;  // of the leaf kernel
+  if (plan.each > 0) {
+    const BlockSort sort{run.rows,    run.query_rows,      keys.points, keys.query,  run.dim,
+                         plan.extent, plan.sort.values[0], plan.query,  plan.nearest};
+    if (const int failed = block_sort(sort, plan.each, stream)) return failed;
+  } else {
+    cudaError_t error = cudaMemsetAsync(plan.extent, 0xff, run.rows.clouds * sizeof(Extent), stream);
+    if (error != cudaSuccess) return error;
+    const auto extent_blocks = static_cast<unsigned>(run.rows.clouds + tiles_of(run.rows, kChunk));
+    extent_kernel<<<extent_blocks, kThreads, 0, stream>>>(run.rows, run.points, run.dim, plan.extent);
+    key_kernel<<<blocks_for(plan.items, kThreads), kThreads, 0, stream>>>(keys, plan.sort.keys[0],
+                                                                          plan.sort.values[0]);
+    if (const int failed = radix_sort(&plan.sort, plan.items, 0, keys.total(), plan.scratch,
+                                      static_cast<size_t>(plan.scratch_bytes), stream)) {
+      return failed;
+    }
+    if (!same) query_blocks = blocks_for(run.query_rows.total, kThreads);
   }
   const Ordered sorted{keys,       plan.sort.keys[0], plan.sort.values[0],
                        plan.query, plan.nearest,      static_cast<unsigned>(tiles_of(run.rows, kThreads))};
-  const unsigned query_blocks = same ? 0 : blocks_for(run.query_rows.total, kThreads);
   leaf_kernel<<<sorted.leaf_blocks + query_blocks, kThreads, 0, stream>>>(tree, sorted);
   for (int level = 2; level <= tree.top; level++) {
     node_kernel<<<blocks_for(PointTree::nodes(run.rows, level), kThreads / 32), kThreads, 0, stream>>>(tree,
