@@ -221,6 +221,34 @@ class OpContract:
             if results:
                 assert_same(results[0], results[1], sample.name)
 
+    def test_gradient_in_low_precision(self, device: str) -> None:
+        """In the dtype of the inputs; no further from the exact one than twice what plain PyTorch is."""
+        if not self.differentiable:
+            pytest.skip("no gradient")
+
+        def gradients(function: Callable[..., Any], sample: Sample) -> tuple[Tensor | None, ...]:
+            graded, leaves = self._with_grad(sample)
+            outputs = [x for x in tensors(function(**graded.kwargs)) if x.requires_grad and x.numel()]
+            # Eighths: the same in every dtype.
+            incoming = [
+                (torch.arange(x.numel(), device=x.device) * 7 % 17 - 8).view(x.shape).to(x.dtype) / 8
+                for x in outputs
+            ]
+            if not outputs:
+                return (None,) * len(leaves)
+            return torch.autograd.grad(outputs, leaves, incoming, allow_unused=True)
+
+        op, reference = type(self).op, type(self).reference
+        for dtype in self.low_precision:
+            for sample in self.samples(device):
+                low = sample.to(dtype)
+                exact = gradients(reference, low.to("cpu").to(torch.float64))
+                plain = gradients(reference, low.to("cpu"))
+                for x, y, z in zip(gradients(op, low), plain, exact, strict=True):
+                    if x is not None and y is not None and z is not None:
+                        assert x.dtype == dtype
+                        assert_within_twice(x, y, z, f"{sample.name} in {dtype}")
+
     def test_opcheck(self, device: str) -> None:
         if not self.registered:
             pytest.skip("composed of torch ops")
