@@ -10,8 +10,7 @@ from __future__ import annotations
 import os
 
 # One for everybody, unless asked (test_threads.py); before the first import that starts a pool.
-THREADS = os.environ.get("ANY2POINT_BENCH_THREADS", "1")
-os.environ["OMP_NUM_THREADS"] = THREADS
+os.environ["OMP_NUM_THREADS"] = os.environ.get("ANY2POINT_BENCH_THREADS", "1")
 os.environ["OPENBLAS_NUM_THREADS"] = "1"
 os.environ["MKL_NUM_THREADS"] = "1"
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # torch's profiler announces itself
@@ -29,7 +28,7 @@ from any2point.bench import run, timing
 from any2point.bench.table import Row, write_csv
 from benchmarks import suites
 
-torch.set_num_threads(int(THREADS))
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

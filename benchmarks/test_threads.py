@@ -1,9 +1,10 @@
-"""Large neighbour searches and batches of samples by a number of threads, ours and others', only when asked for:
+"""Large neighbour searches and batches of samples by a number of threads; only when asked for:
 
     ANY2POINT_BENCH_THREADS=2 pytest benchmarks/test_threads.py -s --rows benchmarks/results/NAME.csv
 
-All run in turn, round by round. With one thread it is CPU time that counts, with more wall time: then the machine
-must be quiet, and ours by one thread is measured too. Trees are built and queried in the timed call.
+All libraries run in turn, round by round. With one thread it is CPU time that counts, with more wall time:
+then the machine must be quiet, and ours by one thread is measured too. Trees are built and queried in the
+timed call.
 """
 
 from __future__ import annotations
@@ -29,7 +30,10 @@ from any2point.bench.timing import cpu, interleave
 THREADS = int(os.environ.get("ANY2POINT_BENCH_THREADS", "0"))
 OURS = "any2point"
 
-pytestmark = pytest.mark.skipif(THREADS < 1, reason="ANY2POINT_BENCH_THREADS is not set")
+pytestmark = [
+    pytest.mark.skipif(THREADS < 1, reason="ANY2POINT_BENCH_THREADS is not set"),
+    pytest.mark.timeout(1800),
+]
 
 
 def by_one_thread(function: Callable[[], Any]) -> Any:
@@ -72,8 +76,7 @@ def compare(op: str, shape: str, functions: dict[str, Callable[[], Any]], rounds
     ],
 )
 def test_knn(kind: str, rows: int, dim: int, dtype: torch.dtype, rounds: int, request: Any) -> None:
-    """16 neighbours of every point. `normals`: with the directions of a surface; `clusters`: of densities that
-    differ by 10^12."""
+    """16 neighbours of every point. `normals`: of a surface; `clusters`: densities that differ by 10^12."""
     rng = np.random.default_rng(0)
     if kind == "normals":
         points = np.concatenate([cloud("surface", 1, rows)[0], cloud("surface", 1, rows)[0]], 1)
