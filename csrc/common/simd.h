@@ -52,6 +52,10 @@ A2P_INLINE Float max(Float a, Float b) { return _mm512_max_ps(a, b); }
 A2P_INLINE Mask less(Float a, Float b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
 A2P_INLINE Mask less_equal(Float a, Float b) { return _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ); }
 A2P_INLINE Mask equal(Float a, Float b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
+// `value` in the lanes where a is positive, else 0.
+A2P_INLINE Float where_positive(Float a, Float value) {
+  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a, _mm512_setzero_ps(), _CMP_GT_OQ), value);
+}
 A2P_INLINE float reduce_max(Float a) { return _mm512_reduce_max_ps(a); }
 A2P_INLINE float reduce_min(Float a) { return _mm512_reduce_min_ps(a); }
 // The largest lane, in every lane.
@@ -125,6 +129,9 @@ A2P_INLINE Float max(Float a, Float b) { return _mm256_max_ps(a, b); }
 A2P_INLINE Mask less(Float a, Float b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_LT_OQ)); }
 A2P_INLINE Mask less_equal(Float a, Float b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_LE_OQ)); }
 A2P_INLINE Mask equal(Float a, Float b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_EQ_OQ)); }
+A2P_INLINE Float where_positive(Float a, Float value) {
+  return _mm256_and_ps(_mm256_cmp_ps(a, _mm256_setzero_ps(), _CMP_GT_OQ), value);
+}
 A2P_INLINE float reduce_max(Float a) {
   __m128 b = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
   b = _mm_max_ps(b, _mm_movehl_ps(b, b));
@@ -243,6 +250,10 @@ A2P_COMPARE(less, <)
 A2P_COMPARE(less_equal, <=)
 A2P_COMPARE(equal, ==)
 #undef A2P_COMPARE
+A2P_INLINE Float where_positive(Float a, Float value) {
+  A2P_LANES value.lane[i] = a.lane[i] > 0 ? value.lane[i] : 0.0f;
+  return value;
+}
 A2P_INLINE float reduce_max(Float a) {
   float r = a.lane[0];
   A2P_LANES r = a.lane[i] > r ? a.lane[i] : r;

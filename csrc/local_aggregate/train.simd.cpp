@@ -280,16 +280,29 @@ void hidden_grad(const TrainedRows& args, const TrainedUnit& unit, const RowGrad
         add_scaled(grad, weight + c * hidden, hidden, tile.z + row * tile.h_stride);
       });
     }
-    for (int64_t r = 0; r < tile.used; r++) {
-      const float* z = tile.z + r * tile.h_stride;
-      const float* h = tile.h + r * tile.h_stride;
-      const float* before = unit.before + (first_row(args, tile) + r) * hidden;
-      float* to = dz + (first_row(args, tile) + r) * hidden;
-      for (int64_t j = 0; j < hidden; j++) {
-        const float grad = h[j] > 0 ? z[j] : 0.0f;
-        to[j] = grad;
+    const float* before = unit.before + first_row(args, tile) * hidden;
+    float* to = dz + first_row(args, tile) * hidden;
+    int64_t j = 0;
+    for (; j + kLanes <= hidden; j += kLanes) {
+      Float total = load(sum + j), normed = load(sum_normed + j);
+      const Float mean = load(norm.mean + j), deviation = load(norm.deviation + j);
+      for (int64_t r = 0; r < tile.used; r++) {
+        const int64_t at = r * tile.h_stride + j;
+        const Float grad = where_positive(load(tile.h + at), load(tile.z + at));
+        store(to + r * hidden + j, grad);
+        total = add(total, grad);
+        normed = fma(grad, mul(sub(load(before + r * hidden + j), mean), deviation), normed);
+      }
+      store(sum + j, total);
+      store(sum_normed + j, normed);
+    }
+    for (; j < hidden; j++) {
+      for (int64_t r = 0; r < tile.used; r++) {
+        const int64_t at = r * tile.h_stride + j;
+        const float grad = tile.h[at] > 0 ? tile.z[at] : 0.0f;
+        to[r * hidden + j] = grad;
         sum[j] += grad;
-        sum_normed[j] += grad * ((before[j] - norm.mean[j]) * norm.deviation[j]);
+        sum_normed[j] += grad * ((before[r * hidden + j] - norm.mean[j]) * norm.deviation[j]);
       }
     }
   }
@@ -356,9 +369,9 @@ void rows_grad(const TrainedRows& args, const TrainedUnit& unit, const RowGradie
     if (!du.dense) {
       each_entry(args, tile, du, [&](int64_t r, int64_t c, float grad) {
         const int64_t g = tile.first + r / count, cloud = g / args.from.centers * args.from.rows;
-        const int64_t middle = args.from.center[g], near = args.from.neighbor[g * count + r % count];
+        const int64_t middle = args.from.center[g], near = args.from.neighbor[row + r];
         const int64_t point = c < half && near >= 0 ? near : middle;
-        if (point >= 0) to.features[(cloud + point) * half + c % half] += grad;
+        if (point >= 0) to.features[(cloud + point) * half + (c < half ? c : c - half)] += grad;
       });
     }
   }
