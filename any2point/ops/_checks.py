@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Integral, Real
 from typing import NamedTuple
 
 import torch
@@ -26,12 +27,25 @@ def check_tensor(name: str, value: object, *, dims: int | tuple[int, ...], layou
 
 
 def check_int(name: str, value: object, *, at_least: int) -> int:
-    """An int (bool and float are refused: they are mistakes, not counts)."""
+    """An int, NumPy's too (bool and float are refused: they are mistakes, not counts)."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+        if isinstance(value, bool) or not isinstance(value, Integral):
+            raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+        value = int(value)
     if value < at_least:
         raise ValueError(f"{name}: expected at least {at_least}, got {value}")
     return value  # type: ignore[return-value]
+
+
+def check_float(name: str, value: object) -> float:
+    """A finite or infinite number more than 0, NumPy's too."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        if isinstance(value, bool) or not isinstance(value, Real):
+            raise TypeError(f"{name}: expected a float, got {type(value).__name__}")
+        value = float(value)
+    if not value > 0:
+        raise ValueError(f"{name}: expected more than 0, got {value}")
+    return float(value)
 
 
 def check_floating(name: str, value: Tensor) -> None:

@@ -7,7 +7,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from any2point.ops._checks import check_int
+from any2point.ops._checks import check_float, check_int
 from any2point.ops.knn import check_pair, distance_backward
 
 
@@ -78,17 +78,14 @@ def ball_query(
         torch.Size([2, 512])
     """
     k = check_int("k", k, at_least=0)
-    if isinstance(radius, bool) or not isinstance(radius, (int, float)):
-        raise TypeError(f"radius: expected a float, got {type(radius).__name__}")
-    if not radius > 0:
-        raise ValueError(f"radius: expected more than 0, got {radius}")
+    radius = check_float("radius", radius)
     if mode not in ("nearest", "first"):
         raise ValueError(f'mode: expected "nearest" or "first", got {mode!r}')
     queries, clouds = check_pair(query, points, query_lengths, lengths, query_offsets, offsets)
     distance, index, count = torch.ops.any2point.ball_query.default(
         queries.points,
         clouds.points,
-        float(radius),
+        radius,
         k,
         queries.lengths,
         clouds.lengths,

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from any2point.ops._checks import check_floating, check_tensor, shape_text
+from any2point.ops._checks import check_float, check_floating, check_tensor, shape_text
 from any2point.ops.group import check_grouping, checked
 
 
@@ -75,7 +75,7 @@ def inverse_distance_weight(distance: Tensor, eps: float = 1e-8) -> Tensor:
         ``[..., K]`` in float32 (float64 for float64); 0 for infinite distances, also if all of a row are.
 
     Raises:
-        TypeError: ``distance`` is not a floating tensor.
+        TypeError: ``distance`` is not a floating tensor, or ``eps`` not a number.
         ValueError: ``eps`` is not positive.
 
     Differentiable in: distance.
@@ -91,8 +91,7 @@ def inverse_distance_weight(distance: Tensor, eps: float = 1e-8) -> Tensor:
     check_floating("distance", distance)
     if distance.dim() == 0:
         raise ValueError("distance: expected shape [..., K], got []")
-    if not eps > 0:
-        raise ValueError(f"eps: expected a positive number, got {eps}")
+    eps = check_float("eps", eps)
     if distance.dtype != torch.float64:
         distance = distance.float()  # eps vanishes in 16 bits
     weight = (distance + eps).reciprocal()

@@ -7,7 +7,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from any2point.ops._checks import Clouds, check_clouds, check_index, check_int, check_like, shape_text
+from any2point.ops._checks import (
+    Clouds,
+    check_clouds,
+    check_index,
+    check_int,
+    check_like,
+    readable,
+    shape_text,
+)
 
 
 class KNN(NamedTuple):
@@ -91,6 +99,12 @@ def knn(
             raise ValueError(
                 f"k_per_cloud: expected shape [B] = [{queries.batch}], got {shape_text(k_per_cloud)}"
             )
+        if (
+            readable(k_per_cloud)
+            and len(k_per_cloud)
+            and not 0 <= int(k_per_cloud.min()) <= int(k_per_cloud.max()) <= k
+        ):
+            raise ValueError(f"k_per_cloud: expected values in 0..k = {k}, got {k_per_cloud.tolist()[:8]}")
     distance, index = torch.ops.any2point.knn.default(
         queries.points,
         clouds.points,

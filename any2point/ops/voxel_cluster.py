@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -82,8 +83,8 @@ def voxel_cluster(
 
 
 def _edges(size: object, dims: int) -> list[float]:
-    edges = [size] * dims if isinstance(size, (int, float)) else size
-    if not isinstance(edges, Sequence) or not all(isinstance(e, (int, float)) for e in edges):
+    edges = [size] * dims if isinstance(size, Real) else size
+    if not isinstance(edges, Sequence) or not all(isinstance(e, Real) and e is not True for e in edges):
         raise TypeError(f"size: expected a number or a sequence of {dims} numbers, got {type(size).__name__}")
     if len(edges) != dims or not all(0 < e < math.inf for e in edges):
         raise ValueError(f"size: expected a positive number, or one for each of {dims} axes, got {size}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from neighbour_clouds import CLOUDS, cloud, grid
@@ -153,6 +154,16 @@ def test_every_number_of_neighbours(k: int, device: str) -> None:
     (grad,) = torch.autograd.grad(grouped.sum(), there)
     count = torch.bincount(index[index >= 0], minlength=700).float()
     assert_same(grad[0], count[:, None].expand(700, 5))
+
+
+def test_numbers_may_be_those_of_numpy(device: str) -> None:
+    points = grid(1, 90, 3).to(device)
+    k, radius = np.int64(5), np.float32(0.25)
+    assert_same(ops.knn(points, points, k), ops.knn(points, points, 5))
+    assert_same(ops.ball_query(points, points, radius, k), ops.ball_query(points, points, 0.25, 5))
+    assert_same(ops.farthest_point_sample(points, k), ops.farthest_point_sample(points, 5))
+    assert_same(ops.voxel_cluster(points, radius), ops.voxel_cluster(points, 0.25))
+    assert_same(ops.voxel_cluster(points, list(np.full(3, radius))), ops.voxel_cluster(points, 0.25))
 
 
 def random_batches(batches: int, clouds: int, largest: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -70,7 +70,8 @@ class TestBallQuery(OpContract):
         yield dict(k=-1), ValueError, r"k: expected at least 0"
         yield dict(radius=0.0), ValueError, r"radius: expected more than 0"
         yield dict(radius=float("nan")), ValueError, r"radius: expected more than 0, got nan"
-        yield dict(radius="1"), TypeError, r"radius: expected a float"
+        for radius in ("1", True, torch.tensor(1.0)):
+            yield dict(radius=radius), TypeError, r"radius: expected a float"
         yield dict(mode="last"), ValueError, r'mode: expected "nearest" or "first"'
 
 

@@ -173,6 +173,7 @@ def test_inverse_distance_weight_refuses() -> None:
         (torch.tensor([1]), 1e-8, TypeError),
         (torch.tensor(1.0), 1e-8, ValueError),
         (torch.ones(2), 0.0, ValueError),
+        (torch.ones(2), "small", TypeError),
     ):
         with pytest.raises(error, match=r"(distance|eps): expected"):
             ops.inverse_distance_weight(distance, eps)  # type: ignore[arg-type]

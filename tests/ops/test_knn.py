@@ -95,6 +95,9 @@ class TestKnn(OpContract):
         )
         yield dict(k_per_cloud=torch.tensor([1])), ValueError, r"k_per_cloud: expected shape \[B\]"
         yield dict(k_per_cloud=torch.tensor([1.0, 1.0])), TypeError, r"k_per_cloud: expected int64"
+        for values in ([1, 99], [-1, 1]):
+            wrong = torch.tensor(values)
+            yield dict(k_per_cloud=wrong), ValueError, r"k_per_cloud: expected values in 0..k = \d+, got"
         yield dict(k=1.5), TypeError, r"k: expected an int"
         yield dict(lengths=torch.tensor([1, 99])), ValueError, r"lengths: expected values in 0..N"
         yield dict(query_lengths=torch.tensor([1])), ValueError, r"query_lengths: expected shape \[B\]"

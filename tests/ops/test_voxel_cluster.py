@@ -56,7 +56,7 @@ class TestVoxelCluster(OpContract):
         yield dict(lengths=torch.tensor([5, 51])), ValueError, r"lengths: expected values in 0..N"
         for size in (0, -1.0, torch.inf, torch.nan, [0.1, 0.1], [0.1, 0.1, 0.0]):
             yield dict(size=size), ValueError, r"size: expected a positive number"
-        for size in ("0.1", None, torch.tensor(0.1), [0.1, "0.1", 0.1]):
+        for size in ("0.1", None, True, torch.tensor(0.1), [0.1, "0.1", 0.1]):
             yield dict(size=size), TypeError, r"size: expected a number"
         yield dict(origin=[0.0, 0.0, 0.0]), TypeError, r"origin: expected a tensor"
         yield dict(origin=torch.zeros(2)), ValueError, r"origin: expected shape \[3\] or \[2, 3\]"
