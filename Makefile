@@ -24,7 +24,7 @@ READY := $(VENV)/.ready
 endif
 PIP := $(PY) -m pip install -q --disable-pip-version-check
 
-.PHONY: test demo build bench lint clean
+.PHONY: test demo build bench plots docs wheel-check lint clean
 .DEFAULT_GOAL := test
 
 $(VENV)/.ready: pyproject.toml
@@ -49,6 +49,22 @@ demo: build
 
 bench: build
 	$(PY) -m pytest benchmarks
+
+# Everything that is made of measured rows: the pictures of docs/ and the tables of README.md.
+plots: build
+	$(PY) -m benchmarks.plots
+	$(PY) -m benchmarks.readme
+	$(PY) scripts/draw_docs.py
+
+# The site with the reference from the docstrings, into build/site; a warning is an error.
+docs: $(READY)
+	@test -n "$(SYSTEM)" || $(PY) -c "import mkdocs, mkdocstrings" 2>/dev/null || $(PIP) --no-build-isolation -e ".[docs]"
+	$(PY) -m mkdocs build --strict --quiet
+	@echo "build/site/index.html"
+
+# Source distribution and wheel, audited, and installed without a compiler with the oldest and the newest torch.
+wheel-check:
+	scripts/wheel_check.sh
 
 lint: build
 	$(PY) -m ruff check .

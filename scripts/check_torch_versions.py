@@ -3,7 +3,8 @@
     python scripts/check_torch_versions.py --folder DIR 2.10.0 2.11.0 2.13.0 2.15.0
 
 Each release gets a virtual environment in DIR (kept: a second run starts at once; a CUDA build of torch takes
-about 4 GB). The extension is the one in this checkout: it is built once and not rebuilt.
+about 4 GB). The extension is the one in this checkout: it is built once and not rebuilt. With --wheel it is a
+wheel's, installed where no compiler can be found.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 
 SMOKE = """
-import hashlib, sys, torch
+import hashlib, torch
+import any2point.numpy
 from any2point import ops
 points = torch.rand(2, 257, 3, generator=torch.Generator().manual_seed(0)).requires_grad_()
 index = ops.farthest_point_sample(points, 64)
@@ -36,27 +38,41 @@ print(torch.__version__, bits.hexdigest()[:16])
 """
 
 
+def pip(python: Path) -> list[str]:
+    return [str(python), "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-cache-dir"]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("versions", nargs="+", help="torch releases, such as 2.10.0")
     parser.add_argument("--folder", type=Path, required=True, help="where the environments live")
+    parser.add_argument("--wheel", type=Path, help="install this instead of using the checkout")
+    parser.add_argument(
+        "--index-url", help="where pip gets torch, such as https://download.pytorch.org/whl/cpu"
+    )
     parser.add_argument("--install-only", action="store_true", help="only make the environments")
     arguments = parser.parse_args()
     digests = set()
     for version in arguments.versions:
         home = arguments.folder / version
-        python = home / "bin" / "python"
+        python = home.resolve() / "bin" / "python"
         if not (home / ".ready").exists():
             venv.create(home, with_pip=True, clear=True)
-            pip = [str(python), "-m", "pip", "install", "-q", "--disable-pip-version-check", "--no-cache-dir"]
-            subprocess.run([*pip, f"torch=={version}", "numpy"], check=True)
+            index = ["--index-url", arguments.index_url] if arguments.index_url else []
+            subprocess.run([*pip(python), *index, f"torch=={version}"], check=True)
+            subprocess.run([*pip(python), "numpy"], check=True)
             (home / ".ready").touch()
         if arguments.install_only:
             continue
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
-        run = subprocess.run([python, "-c", SMOKE], env=environment, capture_output=True, text=True)
+        if arguments.wheel:
+            environment |= {"PYTHONPATH": "", "PATH": str(home / "bin")}
+            install = [*pip(python), "--no-deps", "--force-reinstall", str(arguments.wheel.resolve())]
+            subprocess.run(install, check=True, env=environment)
+        command = [python, "-c", SMOKE]
+        run = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True)
         if run.returncode:
             print(f"torch {version}: FAILED\n{run.stderr}", file=sys.stderr)
             return 1

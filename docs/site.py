@@ -1,0 +1,33 @@
+"""What building the site needs: the tutorial's page from its notebook, and examples as examples.
+
+Used by mkdocs.yml (`hooks`, and `extensions` of mkdocstrings).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import griffe
+from mkdocs.structure.files import File
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Add `tutorial.md`, made of the cells of `tutorial.ipynb`."""
+    notebook = json.loads((Path(config.docs_dir) / "tutorial.ipynb").read_text())
+    parts = []
+    for cell in notebook["cells"]:
+        text = "".join(cell["source"])
+        parts.append(text if cell["cell_type"] == "markdown" else f"```python\n{text}\n```")
+    parts.insert(1, "This page is a [notebook](tutorial.ipynb) that the tests run.")
+    files.append(File.generated(config, "tutorial.md", content="\n\n".join(parts)))
+    return files
+
+
+class ExampleSections(griffe.Extension):
+    """The docstrings say `Example:`; as `Examples:` they are shown as code."""
+
+    def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
+        if obj.docstring:
+            obj.docstring.value = obj.docstring.value.replace("\nExample:\n", "\nExamples:\n")
