@@ -29,7 +29,7 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
 Devices = Annotated[
     int, typer.Option(help="GPUs to share the work among, 0 for all; torchrun works too.", min=0)
 ]
-Precision = Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")]
+Precision = Annotated[str, typer.Option(help="auto, fp32, tf32, bf16 or fp16.")]
 SourceOption = Annotated[
     str | None, typer.Option(help="Checkpoint of the frozen transformer, where it is no longer where it was.")
 ]
@@ -134,7 +134,7 @@ def train(
     devices: Annotated[
         int | None, typer.Option(help="GPUs to share each batch among, 0 for all; torchrun works too.")
     ] = None,
-    precision: Annotated[str | None, typer.Option(help="auto, fp32, bf16 or fp16.")] = None,
+    precision: Annotated[str | None, typer.Option(help="auto, fp32, tf32, bf16 or fp16.")] = None,
     option: Annotated[
         list[str] | None,
         typer.Option("--set", help="Any option of the recipe: model.views=3, train.select=validation, ..."),

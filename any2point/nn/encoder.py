@@ -93,8 +93,9 @@ class AdaptedEncoder(nn.Module):
         guided = self.adapters[index]
         if guided.view_norm is None:
             return x
-        tokens = guided(x[:, self.prefix :], cell, cluster, self.attention)
-        return torch.cat([x[:, : self.prefix], tokens], dim=1)
+        # Not two slices: the gradient of a split is one pass, theirs are four and a sum.
+        prefix, tokens = x.split([self.prefix, x.shape[1] - self.prefix], dim=1)
+        return torch.cat([prefix, guided(tokens, cell, cluster, self.attention)], dim=1)
 
     def forward(
         self,

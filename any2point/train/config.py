@@ -39,7 +39,8 @@ class TrainConfig:
             off repeats its last epoch.
         seed: of everything random.
         deterministic: refuse operations whose result depends on timing, where PyTorch knows of them.
-        precision: "fp32", "bf16", "fp16", or "auto": bf16 where the hardware multiplies it, fp32 elsewhere.
+        precision: "fp32", "bf16", "fp16", "tf32" (fp32 whose products on a GPU round their operands to 10
+            bits), or "auto": bf16 where the hardware multiplies it, fp32 elsewhere.
         device: "cpu", "cuda", "cuda:1", ..., or "auto": the first GPU if there is one.
         devices: GPUs (on a CPU: processes) of this machine that share every batch; 0 for all GPUs. Under
             torchrun its number of processes counts.
@@ -142,7 +143,7 @@ class TrainConfig:
         for name, choices in {
             "schedule": ("epoch", "step"),
             "select": ("last", "validation", "test"),
-            "precision": ("auto", "fp32", "bf16", "fp16"),
+            "precision": ("auto", "fp32", "tf32", "bf16", "fp16"),
             "normalize": ("sphere", "center", "none"),
             "pool_start": ("first", "random"),
             "subset": ("per_cloud", "shared"),

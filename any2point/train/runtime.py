@@ -23,7 +23,7 @@ from any2point.train.config import TrainConfig
 from any2point.train.ranks import Ranks
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-_FABRIC = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
+_FABRIC = {"fp32": "32-true", "tf32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
 
 
 class Runtime:
@@ -37,12 +37,12 @@ class Runtime:
 
     Attributes:
         device: of this process.
-        precision: "fp32", "bf16" or "fp16".
+        precision: "fp32", "tf32", "bf16" or "fp16".
         ranks: this process among those of the run.
         scaler: of losses in fp16, None otherwise.
 
     Raises:
-        ValueError: a device that is not there, or fp16 on a CPU.
+        ValueError: a device that is not there, or tf32 or fp16 on a CPU.
         ImportError: without Lightning Fabric.
     """
 
@@ -64,7 +64,7 @@ class Runtime:
 
     def autocast(self) -> contextlib.AbstractContextManager:
         """The context to run the model and its loss in."""
-        return _with_plain_attention(self.fabric.autocast(), self.precision, self.device)
+        return _for_precision(self.fabric.autocast(), self.precision, self.device)
 
     def seed(self, value: int) -> None:
         """As `torch.manual_seed`, but for this device alone, which is 70 times faster."""
@@ -107,7 +107,8 @@ class Runtime:
             torch.use_deterministic_algorithms(True)
             memory.fill_uninitialized_memory = False  # for finding bugs, and slow
         try:
-            with torch.random.fork_rng(devices=devices):
+            # Gradients are computed outside `autocast`, so that it is here that tf32 holds for them.
+            with torch.random.fork_rng(devices=devices), _for_precision(None, self.precision, self.device):
                 yield
         except RuntimeError as error:
             if "deterministic" in str(error):
@@ -136,8 +137,8 @@ def pick_device(name: str) -> torch.device:
 
 def pick_precision(name: str, device: torch.device) -> str:
     """A precision by name; "auto" is bf16 on hardware with bf16 multipliers, fp32 elsewhere."""
-    if name == "fp16" and device.type != "cuda":
-        raise ValueError("`precision`: expected fp32 or bf16 on a CPU, got fp16")
+    if name in ("tf32", "fp16") and device.type != "cuda":
+        raise ValueError(f"`precision`: expected fp32 or bf16 on a CPU, got {name}")
     if name != "auto":
         return name
     if device.type == "cuda":
@@ -169,20 +170,26 @@ def pick_processes(devices: int, device: torch.device) -> tuple[int, int]:
 
 def autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager:
     """What `Runtime.autocast` gives, where nothing else of Fabric is needed."""
-    context = torch.autocast(device.type, dtype=_DTYPES.get(precision), enabled=precision != "fp32")
-    return _with_plain_attention(context, precision, device)
+    context = torch.autocast(device.type, dtype=_DTYPES.get(precision), enabled=precision in _DTYPES)
+    return _for_precision(context, precision, device)
 
 
-def _with_plain_attention(
-    context: contextlib.AbstractContextManager, precision: str, device: torch.device
-) -> contextlib.AbstractContextManager:
-    """PyTorch's fused attention on CPUs is up to five times slower backwards in bf16 than plain products."""
-    if precision == "fp32" or device.type != "cpu":
-        return context
-    both = contextlib.ExitStack()
-    both.enter_context(context)
-    both.enter_context(torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH))
-    return both
+@contextlib.contextmanager
+def _for_precision(
+    context: contextlib.AbstractContextManager | None, precision: str, device: torch.device
+) -> Iterator[None]:
+    """Autocast, if given, with what else a precision needs."""
+    with contextlib.ExitStack() as stack:
+        if context is not None:
+            stack.enter_context(context)
+            if precision == "bf16" and device.type == "cpu":
+                # PyTorch's fused attention on CPUs is up to five times slower backwards in bf16.
+                stack.enter_context(torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH))
+        if precision == "tf32":
+            before = torch.backends.cuda.matmul.fp32_precision
+            torch.backends.cuda.matmul.fp32_precision = "tf32"
+            stack.callback(setattr, torch.backends.cuda.matmul, "fp32_precision", before)
+        yield
 
 
 def _under_torchrun() -> bool:

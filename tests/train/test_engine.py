@@ -245,7 +245,7 @@ def test_bf16_trains() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp16"])
 def test_gpu_run_repeats(precision: str) -> None:
     options = {"device": "cuda", "precision": precision, "epochs": 30}
     (model, result), (twin, _) = run(**options), run(**options)

@@ -25,3 +25,32 @@ def test_update(precision: str, clip: float, device: str) -> None:
     for weight, gradient in zip(weights, (3.0, 4.0)):
         torch.testing.assert_close(weight.grad, torch.full_like(weight, gradient * scale), rtol=1e-4, atol=0)
         torch.testing.assert_close(weight.detach(), torch.full_like(weight, 0.9), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("precision", ["tf32", "fp16"])
+def test_precisions_of_gpus(precision: str) -> None:
+    with pytest.raises(ValueError, match=f"`precision`: expected fp32 or bf16 on a CPU, got {precision}"):
+        Runtime(TrainConfig(device="cpu", precision=precision))
+
+
+@pytest.mark.gpu
+def test_tf32_holds_for_the_run_alone() -> None:
+    """In the forward pass, in the backward one, and no longer."""
+    x = torch.randn(256, 256, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+    exact = x.double() @ x.double()
+
+    def error() -> float:
+        return float(((x @ x).double() - exact).norm() / exact.norm())
+
+    runtime = Runtime(TrainConfig(device="cuda", precision="tf32"))
+    before = torch.backends.cuda.matmul.fp32_precision
+    plain = error()
+    with runtime.session():
+        outside = error()
+        with runtime.autocast():
+            inside = error()
+    assert plain < 1e-6
+    assert inside > 1e-4
+    assert outside == inside
+    assert error() == plain
+    assert torch.backends.cuda.matmul.fp32_precision == before
