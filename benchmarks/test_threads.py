@@ -44,7 +44,14 @@ def by_one_thread(function: Callable[[], Any]) -> Any:
         torch.set_num_threads(THREADS)
 
 
-def compare(op: str, shape: str, functions: dict[str, Callable[[], Any]], rounds: int, request: Any) -> None:
+def compare(
+    op: str,
+    shape: str,
+    functions: dict[str, Callable[[], Any]],
+    rounds: int,
+    request: Any,
+    dtype: str = "float32",
+) -> None:
     ours, mode = functions[OURS], f"forward, {THREADS} thread{'s' * (THREADS > 1)}"
     if THREADS > 1:
         functions = {**functions, f"{OURS}, one thread": lambda: by_one_thread(ours)}
@@ -56,7 +63,10 @@ def compare(op: str, shape: str, functions: dict[str, Callable[[], Any]], rounds
     for name in sorted(best, key=best.__getitem__):
         print(f"  {best[name] * 1e3:10.3f} ms ({best[name] / best[OURS]:5.2f}x)  {name}")
     if path := request.config.getoption("--rows"):
-        rows = [Row(op, name, shape, mode).times([1e6 * x for x in values]) for name, values in times.items()]
+        rows = [
+            Row(op, name, shape, mode, dtype).times([1e6 * x for x in values])
+            for name, values in times.items()
+        ]
         for row in rows:
             row.command = f"ANY2POINT_BENCH_THREADS={THREADS} pytest benchmarks/test_threads.py"
         write_csv(path, [row.place(cpu()) for row in rows])
@@ -101,7 +111,7 @@ def test_knn(kind: str, rows: int, dim: int, dtype: torch.dtype, rounds: int, re
         other = functions[name]()
         check_neighbors(other[1], np.asarray(other[0], np.float64) ** 2, (index, distance))
     label = f"{kind} 1,{rows},{rows},16" + (f", D={dim}" if dim != 3 else "")
-    compare("knn", label + (", float64" if dtype == torch.float64 else ""), functions, rounds, request)
+    compare("knn", label, functions, rounds, request, str(dtype).removeprefix("torch."))
 
 
 @pytest.mark.parametrize(
