@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from any2point.nn.batch_norm import BatchNorm
 from any2point.ops import CellAttention as CellAttentionTensors
-from any2point.ops import guided_aggregate
+from any2point.ops import GuidedPlan, guided_aggregate
 from any2point.sources.glue import quick_gelu
 
 
@@ -103,7 +103,12 @@ class GuidedAdapter(nn.Module):
         self.path_rate, self.path_rows = path_rate, path_rows
 
     def forward(
-        self, tokens: Tensor, cell: Tensor, cluster: Tensor, attention: CellAttention | None
+        self,
+        tokens: Tensor,
+        cell: Tensor,
+        cluster: Tensor,
+        attention: CellAttention | None,
+        plan: GuidedPlan | None = None,
     ) -> Tensor:
         """`tokens [B, S, C]` -> `[B, S, C]`, see `any2point.ops.guided_aggregate`."""
         if self.view_norm is None or attention is None:
@@ -115,6 +120,7 @@ class GuidedAdapter(nn.Module):
             attention.tensors(),
             self.view_norm.tensors(),
             None if self.space_norm is None else self.space_norm.tensors(),
+            plan=plan,
             num_cells=self.num_cells,
             num_heads=attention.heads,
             coefficient=self.coefficient,

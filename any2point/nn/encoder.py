@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from any2point.nn.adapter import CellAttention, GuidedAdapter
 from any2point.nn.attention_map import class_attention
 from any2point.nn.recompute import recompute
+from any2point.ops import GuidedPlan, plan_guided
 from any2point.sources.encoder import FrozenEncoder
 
 # Where the bottleneck adapter stands, and behind which half of the block the guided aggregation follows.
@@ -61,7 +62,15 @@ class AdaptedEncoder(nn.Module):
         self.path_rates = [0.0] * len(adapters) if path_rates is None else list(path_rates)
         self.checkpointing = checkpointing
 
-    def block(self, index: int, x: Tensor, position: Tensor, cell: Tensor, cluster: Tensor) -> Tensor:
+    def block(
+        self,
+        index: int,
+        x: Tensor,
+        position: Tensor,
+        cell: Tensor,
+        cluster: Tensor,
+        plan: GuidedPlan | None = None,
+    ) -> Tensor:
         """Block `index` with its adapter and guided aggregation: `[B, P + S, C]` -> `[B, P + S, C]`."""
         if self.position_adds != "once":
             x = x + position
@@ -78,24 +87,33 @@ class AdaptedEncoder(nn.Module):
             path_rate=rate,
         )
         if early:
-            x = self._guide(index, x, cell, cluster)
+            x = self._guide(index, x, cell, cluster, plan)
         x = frozen.transform(
             x, None if early else adapter, parallel=self.insertion == "mlp_parallel", path_rate=rate
         )
-        return x if early else self._guide(index, x, cell, cluster)
+        return x if early else self._guide(index, x, cell, cluster, plan)
 
     def _is_random(self, index: int) -> bool:
         adapter: Any = self.adapters[index].adapter
         rates = self.dropout, self.path_rates[index], 0.0 if adapter is None else adapter.dropout
         return self.training and any(rates)
 
-    def _guide(self, index: int, x: Tensor, cell: Tensor, cluster: Tensor) -> Tensor:
+    def _plan(self, x: Tensor, cell: Tensor, cluster: Tensor) -> GuidedPlan | None:
+        """What the guided aggregations of all blocks share."""
+        every: list[Any] = [adapter for adapter in self.adapters if adapter.view_norm is not None]
+        if not every or self.attention is None:
+            return None
+        voxels = cluster if any(adapter.space_norm is not None for adapter in every) else None
+        tensors = self.attention.tensors()
+        return plan_guided(x, cell, voxels, tensors, num_cells=every[0].num_cells, training=self.training)
+
+    def _guide(self, index: int, x: Tensor, cell: Tensor, cluster: Tensor, plan: GuidedPlan | None) -> Tensor:
         guided = self.adapters[index]
         if guided.view_norm is None:
             return x
         # Not two slices: the gradient of a split is one pass, theirs are four and a sum.
         prefix, tokens = x.split([self.prefix, x.shape[1] - self.prefix], dim=1)
-        return torch.cat([prefix, guided(tokens, cell, cluster, self.attention)], dim=1)
+        return torch.cat([prefix, guided(tokens, cell, cluster, self.attention, plan)], dim=1)
 
     def forward(
         self,
@@ -120,14 +138,15 @@ class AdaptedEncoder(nn.Module):
         if self.position_adds != "every":
             x = x + position
         x = self.source.embed(x)
+        plan = self._plan(x, cell, cluster)
         for index in range(len(self.adapters)):
             if maps is not None:
                 seen = x if self.position_adds == "once" else x + position
                 frozen: Any = self.source.blocks[index]
                 maps.append(class_attention(frozen, seen)[..., self.prefix :])
             if self.checkpointing:
-                arguments = index, x, position, cell, cluster
+                arguments = index, x, position, cell, cluster, plan
                 x = recompute(self.adapters[index], self.block, *arguments, random=self._is_random(index))
             else:
-                x = self.block(index, x, position, cell, cluster)
+                x = self.block(index, x, position, cell, cluster, plan)
         return x

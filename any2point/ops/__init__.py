@@ -10,7 +10,7 @@ from any2point.ops.farthest_point_sample import (
     farthest_point_sample,
 )
 from any2point.ops.group import group
-from any2point.ops.guided_aggregate import CellAttention, guided_aggregate
+from any2point.ops.guided_aggregate import CellAttention, GuidedPlan, guided_aggregate, plan_guided
 from any2point.ops.interpolate import interpolate, inverse_distance_weight
 from any2point.ops.knn import KNN, knn
 from any2point.ops.local_aggregate import BatchNorm, ResidualUnit, local_aggregate
@@ -24,6 +24,7 @@ __all__ = [
     "BatchNorm",
     "CellAttention",
     "FarthestPoints",
+    "GuidedPlan",
     "ResidualUnit",
     "VirtualProjection",
     "VoxelCluster",
@@ -36,6 +37,7 @@ __all__ = [
     "inverse_distance_weight",
     "knn",
     "local_aggregate",
+    "plan_guided",
     "segment_pool",
     "virtual_project",
     "voxel_cluster",

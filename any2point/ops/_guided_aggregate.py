@@ -22,11 +22,11 @@ from any2point.reference.batch_norm import BatchNorm, are_shared
 from any2point.reference.guided_aggregate import CellAttention
 
 _ops = torch.ops.any2point
-_DEVICES = ("cpu",)  # those with kernels
+_DEVICES = ("cpu", "cuda")  # those with kernels
 
 
 class GuidedPlan(NamedTuple):
-    """What all blocks share, see `plan_guided`.
+    """What all blocks share, see `any2point.ops.plan_guided`.
 
     Layers of segments: cells of the V views, then voxels if there are any; R = B * S tokens.
 
@@ -44,7 +44,7 @@ class GuidedPlan(NamedTuple):
     proj: Tensor
 
 
-def plan_guided(
+def make_plan(
     cell: Tensor, cluster: Tensor | None, attention: CellAttention, *, num_cells: int
 ) -> GuidedPlan:
     """Lists of the tokens of every cell and voxel, and the attention's weights as the kernels take them."""
@@ -64,7 +64,7 @@ def is_fused(features: Tensor, tensors: Sequence[Tensor], training: bool) -> boo
         return False
     if any(tensor.dtype == torch.float64 for tensor in (features, *tensors)):
         return False
-    return features.shape[-1] > 0 and not (training and are_shared())
+    return all(tensor.numel() > 0 for tensor in tensors) and not (training and are_shared())
 
 
 def fused(
@@ -100,9 +100,10 @@ def fused(
     norms = [tensor.float().contiguous() for norm in both for tensor in (norm.weight, norm.bias)]
     statistics = [tensor for norm in both for tensor in (norm.running_mean, norm.running_var)]
     running = [] if training else [tensor.float().contiguous() for tensor in statistics]
+    rows = features if width % 4 == 0 else features.float()  # 16-bit rows are read four channels at a time
     out, mean, _, unbiased = checked(
         _ops._guided_aggregate.default,
-        features.contiguous(),
+        rows.contiguous(),
         qkv.view(batch, count, views, 3, plan.proj.shape[1] - 1),
         plan.proj,
         norms,
@@ -125,7 +126,7 @@ def fused(
             new = [mean[:views], unbiased[:views], mean[-1], unbiased[-1]][: len(statistics)]
             new = [value.to(old.dtype) for value, old in zip(new, statistics)]
             torch._foreach_lerp_(statistics, new, momentum)
-    return out
+    return out.to(features.dtype)
 
 
 @torch.library.register_fake("any2point::_guided_lists")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from any2point.ops._checks import check_floating, check_index, check_tensor, shape_text
-from any2point.ops._guided_aggregate import GuidedPlan, fused, is_fused, plan_guided
+from any2point.ops._guided_aggregate import GuidedPlan, fused, is_fused, make_plan
 from any2point.ops.group import group
 from any2point.ops.segment_pool import segment_pool
 from any2point.reference.batch_norm import BatchNorm
@@ -56,7 +56,8 @@ def guided_aggregate(
         view_norm: batch normalisations of the views, tensors `[V, C]`; running statistics updated in place
             when training.
         space_norm: batch normalisation of the voxels, tensors `[C]`; None likewise.
-        plan: `plan_guided(cell, cluster, attention, num_cells=...)`, where several calls share it.
+        plan: what `plan_guided` made of the same cell, cluster (None unless `ensemble` is "adaptive"),
+            attention and num_cells, for calls to share; made by the call without it.
         num_cells: cells per view and cloud.
         num_heads: heads of the attention; the inner width M is `attention.proj_weight.shape[-1]`.
         coefficient: factor on the blend.
@@ -127,7 +128,7 @@ def guided_aggregate(
     tensors = [*attention, *view_norm, *(space_norm or ())]
     if is_fused(features, tensors, training):
         if plan is None:
-            plan = plan_guided(
+            plan = make_plan(
                 cell, cluster if ensemble == "adaptive" else None, attention, num_cells=num_cells
             )
         return fused(
@@ -172,3 +173,33 @@ def guided_aggregate(
         group=group,
         segment_pool=segment_pool,
     )
+
+
+def plan_guided(
+    features: Tensor,
+    cell: Tensor,
+    cluster: Tensor | None,
+    attention: CellAttention,
+    *,
+    num_cells: int,
+    training: bool = False,
+) -> GuidedPlan | None:
+    """What calls of `guided_aggregate` with the same cells, voxels and attention share, for its `plan`.
+
+    Args:
+        features: of any of the calls.
+        cell: as there, and so are the others.
+        cluster: None unless the calls' `ensemble` is "adaptive".
+        attention: weights.
+        num_cells: cells per view and cloud.
+        training: as there.
+
+    Returns:
+        The plan, differentiable in the weights; None where the calls would have no use for it.
+    """
+    if not is_fused(features, attention, training):
+        return None
+    cell = check_index("cell", cell, like=features, like_name="features")
+    if cluster is not None:
+        cluster = check_index("cluster", cluster, like=features, like_name="features")
+    return make_plan(cell, cluster, attention, num_cells=num_cells)

@@ -11,7 +11,20 @@ namespace {
 
 using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
+int32_t* ints(const Tensor& tensor) { return static_cast<int32_t*>(tensor.mutable_data_ptr()); }
 float* floats(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
+
+// Contiguous, and where kernels may read 16 bytes at once.
+Tensor whole(const Tensor& tensor) {
+  const Tensor dense = torch::stable::contiguous(tensor);
+  const bool even = reinterpret_cast<uintptr_t>(dense.const_data_ptr()) % 16 == 0;
+  return even ? dense : torch::stable::clone(dense);
+}
+
+std::vector<Tensor> whole(std::vector<Tensor> tensors) {
+  for (Tensor& tensor : tensors) tensor = whole(tensor);
+  return tensors;
+}
 
 // The data of a contiguous tensor of a dtype and shape, on the device of `like`.
 const void* data_of(const char* name, const Tensor& tensor, ScalarType dtype, std::vector<int64_t> shape,
@@ -43,6 +56,38 @@ Ensemble ensemble_of(const std::string& name) {
   return name == "adaptive" ? Ensemble::adaptive : name == "mean" ? Ensemble::mean : Ensemble::max;
 }
 
+#ifdef ANY2POINT_WITH_CUDA
+// Voxels out of range count as none.
+Four lists(const Tensor& cell_, const OptionalTensor& cluster_, int64_t cells) {
+  A2P_CHECK(cell_.dim() == 3, "cell: expected [B, V, S]");
+  const int64_t clouds = cell_.size(0), views = cell_.size(1), tokens = cell_.size(2), rows = clouds * tokens;
+  A2P_CHECK(cells > 0 && rows < (int64_t(1) << 30), "cell: expected fewer than 2^30 tokens");
+  const Tensor cell = index_tensor("cell", cell_, {clouds, views, tokens}, cell_);
+  const int64_t layers = views + (cluster_ ? 1 : 0);
+  const auto make = [&](std::vector<int64_t> shape) {
+    return torch::stable::new_empty(cell, shape, ScalarType::Int);
+  };
+  Tensor order = make({layers, rows}), segment = make({layers, rows}), start = make({layers, rows + 1});
+  Tensor count = make({layers, clouds});
+  const OnDevice device(cell);
+  Tensor cluster;
+  GuidedLists args{clouds, tokens, views, layers, cells};
+  args.cell = cell.const_data_ptr<int64_t>();
+  if (cluster_) {
+    cluster = index_tensor("cluster", *cluster_, {clouds, tokens}, cell);
+    args.cluster = cluster.const_data_ptr<int64_t>();
+  }
+  args.order = ints(order);
+  args.segment = ints(segment);
+  args.start = ints(start);
+  args.count = ints(count);
+  const int64_t bytes = guided_lists_workspace(args);
+  const Tensor workspace = scratch(cell, bytes);
+  check_cuda("guided_lists", guided_lists_cuda(args, workspace.mutable_data_ptr(), bytes, device.stream));
+  return {order, segment, start, count};
+}
+#endif
+
 // The checked arguments that forward and backward share.
 template <typename Args>
 Args guided(const Tensor& features, const Tensor& qkv, const Tensor& proj, const std::vector<Tensor>& norms,
@@ -68,8 +113,10 @@ Args guided(const Tensor& features, const Tensor& qkv, const Tensor& proj, const
   args.scale = static_cast<float>(scale);
   args.coefficient = static_cast<float>(coefficient);
   const int64_t rows = args.clouds * args.tokens, views = args.views, width = args.channels;
-  A2P_CHECK(width > 0 && args.inner > 0 && heads > 0 && args.inner % heads == 0,
+  A2P_CHECK(width > 0 && args.views > 0 && args.inner > 0 && heads > 0 && args.inner % heads == 0,
             "num_heads: expected a divisor");
+  A2P_CHECK(!features.is_cuda() || args.dtype == Dtype::f32 || width % 4 == 0,
+            "features: expected a multiple of 4 channels in 16 bits on CUDA");
   A2P_CHECK(order.dim() == 2 && order.size(0) >= args.layers, "order: expected [L, R]");
   const int64_t layers = order.size(0);
   args.features = features.const_data_ptr();
@@ -92,10 +139,12 @@ Args guided(const Tensor& features, const Tensor& qkv, const Tensor& proj, const
   return args;
 }
 
-Four forward(const Tensor& features, const Tensor& qkv, const Tensor& proj, std::vector<Tensor> norms,
+Four forward(const Tensor& features_, const Tensor& qkv, const Tensor& proj_, std::vector<Tensor> norms_,
              std::vector<Tensor> running, const Tensor& order, const Tensor& segment, const Tensor& start,
              const Tensor& count, const OptionalTensor& keep, int64_t heads, double scale, double coefficient,
              bool maximum, std::string ensemble, int64_t total, double eps) {
+  const Tensor features = whole(features_), proj = whole(proj_);
+  const std::vector<Tensor> norms = whole(norms_);
   GuidedForward args = guided<GuidedForward>(features, qkv, proj, norms, order, segment, start, count, keep,
                                              heads, scale, coefficient, maximum, ensemble, total);
   const int64_t views = args.views, width = args.channels;
@@ -119,20 +168,26 @@ Four forward(const Tensor& features, const Tensor& qkv, const Tensor& proj, std:
   args.mean = floats(mean);
   args.deviation = floats(deviation);
   args.unbiased = floats(unbiased);
-  if (!features.is_cuda()) {
-    guided_forward_cpu(args);
+#ifdef ANY2POINT_WITH_CUDA
+  if (features.is_cuda()) {
+    const OnDevice device(features);
+    const Tensor workspace = scratch(features, guided_forward_workspace(args));
+    check_cuda("guided_aggregate", guided_forward_cuda(args, workspace.mutable_data_ptr(), device.stream));
     return {out, mean, deviation, unbiased};
   }
-  A2P_CHECK(false, "features: expected a device with kernels of guided aggregation");
+#endif
+  guided_forward_cpu(args);
   return {out, mean, deviation, unbiased};
 }
 
 std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> backward(
-    const Tensor& grad, const Tensor& features, const Tensor& qkv, const Tensor& proj,
-    std::vector<Tensor> norms, const Tensor& mean, const Tensor& deviation, const Tensor& order,
+    const Tensor& grad_, const Tensor& features_, const Tensor& qkv, const Tensor& proj_,
+    std::vector<Tensor> norms_, const Tensor& mean, const Tensor& deviation, const Tensor& order,
     const Tensor& segment, const Tensor& start, const Tensor& count, const OptionalTensor& keep,
     int64_t heads, double scale, double coefficient, bool maximum, std::string ensemble, int64_t total,
     bool training) {
+  const Tensor grad = whole(grad_), features = whole(features_), proj = whole(proj_);
+  const std::vector<Tensor> norms = whole(norms_);
   GuidedBackward args = guided<GuidedBackward>(features, qkv, proj, norms, order, segment, start, count, keep,
                                                heads, scale, coefficient, maximum, ensemble, total);
   args.training = training;
@@ -153,11 +208,15 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> backward(
     args.grad_space_weight = floats(grad_norms[2]);
     args.grad_space_bias = floats(grad_norms[3]);
   }
-  if (!features.is_cuda()) {
-    guided_backward_cpu(args);
+#ifdef ANY2POINT_WITH_CUDA
+  if (features.is_cuda()) {
+    const OnDevice device(features);
+    const Tensor workspace = scratch(features, guided_backward_workspace(args));
+    check_cuda("guided_aggregate", guided_backward_cuda(args, workspace.mutable_data_ptr(), device.stream));
     return {grad_features, grad_qkv, grad_proj, grad_norms};
   }
-  A2P_CHECK(false, "features: expected a device with kernels of guided aggregation");
+#endif
+  guided_backward_cpu(args);
   return {grad_features, grad_qkv, grad_proj, grad_norms};
 }
 
@@ -168,3 +227,10 @@ STABLE_TORCH_LIBRARY_IMPL(any2point, CPU, m) {
   m.impl("_guided_aggregate", TORCH_BOX(&any2point::forward));
   m.impl("_guided_aggregate_backward", TORCH_BOX(&any2point::backward));
 }
+#ifdef ANY2POINT_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(any2point, CUDA, m) {
+  m.impl("_guided_lists", TORCH_BOX(&any2point::lists));
+  m.impl("_guided_aggregate", TORCH_BOX(&any2point::forward));
+  m.impl("_guided_aggregate_backward", TORCH_BOX(&any2point::backward));
+}
+#endif

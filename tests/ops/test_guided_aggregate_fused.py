@@ -148,7 +148,8 @@ def test_bits_do_not_depend_on_threads(pooling: str) -> None:
 
 def test_plan_is_shared() -> None:
     kwargs = make()
-    plan = plan_guided(kwargs["cell"], kwargs["cluster"], kwargs["attention"], num_cells=5)
+    given = (kwargs[name] for name in ("features", "cell", "cluster", "attention"))
+    plan = plan_guided(*given, num_cells=5)
     assert_same(guided_aggregate(**kwargs, plan=plan), guided_aggregate(**kwargs))
     plain = kwargs | {"ensemble": "mean"}
     assert_same(guided_aggregate(**plain, plan=plan), guided_aggregate(**plain))

@@ -1,0 +1,417 @@
+// Guided aggregation backward on CUDA; kernel.h has the formulas. Rows are pooled again instead of kept.
+// Then: a block per token for the factors of its views; a walk over segments for dy, with the sums that batch
+// normalisation's gradient needs; dz, as what each token gets of it; its products with the projection; the
+// sum over views; attention.
+#include "guided_aggregate/passes.h"
+#include "guided_aggregate/rows.cuh"
+
+namespace any2point {
+namespace guided {
+namespace {
+
+constexpr int kColumns = 16;  // rows of the projection at once
+
+struct Workspace {
+  float *z, *heads, *inner;  // as in forward
+  Factors tokens;            // grad_space: later what voxels add to dx
+  float* dy;                 // [L, R, C]
+  float2* parts;             // [P, L, C]: sums of dy and of dy z^
+  float2* sums;              // [L, C]: their means over all rows
+  float* grads;              // [V, R, C]: dz per token of a segment, or by token with maxima
+  float* grad_parts;         // [slices, V, R, K]
+  float *grad_heads, *softmax;
+  float* proj_parts;  // [B, V, M + 1, C]
+  int64_t bytes;
+
+  Workspace(const Guided& args, void* memory, int64_t slices) {
+    Room room(memory);
+    const int64_t rows = args.clouds * args.tokens, pad = coefficients(args.inner);
+    const bool adaptive = args.ensemble == Ensemble::adaptive;
+    z = room.take<float>(args.layers * rows * args.channels);
+    heads = room.take<float>(args.views * rows * pad);
+    inner = room.take<float>(args.views * rows * pad);
+    tokens.factors = room.take<float>(3 * args.views * rows);
+    tokens.space = room.take<float>(adaptive ? rows * args.channels : 0);
+    tokens.grad_space = room.take<float>(adaptive ? rows * args.channels : 0);
+    tokens.shares = room.take<float>(args.ensemble == Ensemble::max ? args.views * rows * args.channels : 0);
+    dy = room.take<float>(args.layers * rows * args.channels);
+    parts = room.take<float2>(args.clouds * kParts * args.layers * args.channels);
+    sums = room.take<float2>(args.layers * args.channels);
+    grads = args.maximum ? room.take<float>(args.views * rows * args.channels) : dy;
+    grad_parts = room.take<float>(slices * args.views * rows * pad);
+    grad_heads = room.take<float>(args.views * rows * pad);
+    softmax = room.take<float>(args.views * rows * args.heads * 2);
+    proj_parts = room.take<float>(args.clouds * args.views * (args.inner + 1) * args.channels);
+    bytes = room.used;
+  }
+};
+
+// dy of every segment and its sums.
+template <typename T, int N>
+__global__ void __launch_bounds__(kThreads) segments_kernel(GuidedBackward args, Workspace work) {
+  extern __shared__ float shared[];
+  const Walk<N> walk(args);
+  const int lane = walk.lane, group = static_cast<int>(args.layers < kGroup ? args.layers : kGroup);
+  const int64_t rows = walk.rows, channels = args.channels, c = walk.active ? walk.c : 0;
+  const T* grad = static_cast<const T*>(args.grad) + c;
+  float2* kept = reinterpret_cast<float2*>(shared);
+  Lane<N> plain = zero<N>(), scaled = zero<N>();
+
+  const auto tile = [&](int64_t layer, int64_t first, int64_t end) {
+    const int32_t* start = args.start + layer * (rows + 1);
+    const bool voxels = layer == args.views;
+    const float* factors = work.tokens.factors + layer * rows;
+    for (int64_t segment = first; segment < first + kTile && segment < end; segment++) {
+      const Tokens tokens{args.order + layer * rows, start[segment], start[segment + 1], lane};
+      if (tokens.begin == tokens.end) continue;
+      Lane<N> dg = zero<N>();
+      float of_grad = 0.0f, of_space = 0.0f, of_own = 0.0f;
+      if (voxels) {
+        tokens.each([](int32_t, bool) {},
+                    [&](int, int32_t token) {
+                      add(&dg, 1.0f, load<N>(work.tokens.grad_space + token * channels + c));
+                    });
+      } else {
+        tokens.each(
+            [&](int32_t token, bool mine) {
+              of_grad = mine ? factors[token] : 0.0f;
+              of_space = mine ? factors[args.views * rows + token] : 0.0f;
+              of_own += mine ? factors[2 * args.views * rows + token] : 0.0f;
+            },
+            [&](int i, int32_t token) {
+              Lane<N> d = load<N>(grad + token * channels);
+              if (args.ensemble == Ensemble::max) {
+                const Lane<N> share = load<N>(work.tokens.shares + (layer * rows + token) * channels + c);
+#pragma unroll
+                for (int n = 0; n < N; n++) d.at[n] *= share.at[n];
+              }
+              add(&dg, __shfl_sync(kAll, of_grad, i), d);
+              if (args.ensemble == Ensemble::adaptive) {
+                add(&dg, __shfl_sync(kAll, of_space, i), load<N>(work.tokens.space + token * channels + c));
+              }
+            });
+        of_own = sum_of_warp(of_own);
+      }
+      const Norm<N> norm(args, args.mean, args.deviation, layer, c);
+      const int64_t at = (layer * rows + segment) * channels + c;
+      const Lane<N> z = load<N>(work.z + at), center = load<N>(args.mean + layer * channels + c);
+      const Lane<N> inverse = load<N>(args.deviation + layer * channels + c);
+      Lane<N> dy;
+#pragma unroll
+      for (int n = 0; n < N; n++) {
+        const Gelu g = gelu(norm(n, z.at[n]));
+        dy.at[n] = fmaf(of_own, g.value, dg.at[n]) * g.slope;
+        plain.at[n] += dy.at[n];
+        scaled.at[n] = fmaf(dy.at[n], (z.at[n] - center.at[n]) * inverse.at[n], scaled.at[n]);
+      }
+      if (walk.active) store(work.dy + at, dy);
+    }
+  };
+  const auto flush = [&](int64_t layer) {
+    const int place = (walk.warp * group + static_cast<int>(layer % kGroup)) * kWarp + lane;
+#pragma unroll
+    for (int n = 0; n < N; n++) kept[place * N + n] = make_float2(plain.at[n], scaled.at[n]);
+    plain = scaled = zero<N>();
+  };
+  const auto merge = [&](int64_t layer, int64_t last) {
+    const int width = kWarp * N;
+    for (int i = threadIdx.x; i < (last - layer) * width; i += kThreads) {
+      const int l = i / width, column = i % width;
+      float2 sum = make_float2(0.0f, 0.0f);
+      for (int w = 0; w < kWarps; w++) {
+        const float2 part = kept[(w * group + l) * width + column];
+        sum.x += part.x;
+        sum.y += part.y;
+      }
+      const int64_t channel = int64_t(blockIdx.y) * width + column;
+      if (channel < channels) work.parts[(walk.part * args.layers + layer + l) * channels + channel] = sum;
+    }
+  };
+  walk.run(tile, flush, merge);
+}
+
+__global__ void __launch_bounds__(kThreads) sums_kernel(GuidedBackward args, Workspace work) {
+  const int64_t columns = args.layers * args.channels, split = args.views * args.channels;
+  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (i >= columns) return;
+  double plain = 0.0, scaled = 0.0;
+  for (int64_t p = 0; p < args.clouds * kParts; p++) {
+    const float2 part = work.parts[p * columns + i];
+    plain += part.x;
+    scaled += part.y;
+  }
+  (i < split ? args.grad_view_weight + i : args.grad_space_weight + (i - split))[0] = float(scaled);
+  (i < split ? args.grad_view_bias + i : args.grad_space_bias + (i - split))[0] = float(plain);
+  double rows = 0.0;
+  for (int64_t b = 0; b < args.clouds; b++) rows += args.count[i / args.channels * args.clouds + b];
+  if (args.total > 0 && i < split) rows = double(args.total);
+  if (rows < 1.0) rows = 1.0;
+  work.sums[i] =
+      args.training ? make_float2(float(plain / rows), float(scaled / rows)) : make_float2(0.0f, 0.0f);
+}
+
+// dz of one segment.
+template <int N>
+struct RowGradient {
+  Lane<N> factor, center, inverse, plain, scaled;
+
+  __device__ RowGradient(const GuidedBackward& args, const Workspace& work, int64_t layer, int64_t c) {
+    const int64_t at = layer * args.channels + c;
+    const float* weight = layer == args.views ? args.space_weight : args.view_weight + layer * args.channels;
+    const Lane<N> weights = load<N>(weight + c);
+    center = load<N>(args.mean + at);
+    inverse = load<N>(args.deviation + at);
+#pragma unroll
+    for (int n = 0; n < N; n++) {
+      factor.at[n] = weights.at[n] * inverse.at[n];
+      plain.at[n] = work.sums[at + n].x;
+      scaled.at[n] = work.sums[at + n].y;
+    }
+  }
+  __device__ Lane<N> operator()(const Lane<N>& dy, const Lane<N>& z) const {
+    Lane<N> dz;
+#pragma unroll
+    for (int n = 0; n < N; n++) {
+      const float normed = (z.at[n] - center.at[n]) * inverse.at[n];
+      dz.at[n] = factor.at[n] * (dy.at[n] - plain.at[n] - normed * scaled.at[n]);
+    }
+    return dz;
+  }
+};
+
+// What a voxel gives each of its tokens: a share of its mean, and to the lowest largest one the maximum's.
+template <typename T, int N>
+__global__ void __launch_bounds__(kThreads) voxels_kernel(GuidedBackward args, Workspace work) {
+  const int64_t rows = args.clouds * args.tokens, channels = args.channels, layer = args.views;
+  const int64_t segment = int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp;
+  const int lane = threadIdx.x % kWarp;
+  const int64_t own = (int64_t(blockIdx.y) * kWarp + lane) * N, c = own < channels ? own : 0;
+  if (segment >= rows) return;
+  const int32_t* start = args.start + layer * (rows + 1);
+  const Tokens tokens{args.order + layer * rows, start[segment], start[segment + 1], lane};
+  if (tokens.begin == tokens.end) return;
+  const T* x = static_cast<const T*>(args.features) + c;
+  const int64_t at = (layer * rows + segment) * channels + c;
+  const RowGradient<N> gradient(args, work, layer, c);
+  const Lane<N> dz = gradient(load<N>(work.dy + at), load<N>(work.z + at));
+  Lane<N> most = zero<N>();
+  int32_t first[N];
+#pragma unroll
+  for (int n = 0; n < N; n++) first[n] = -1;
+  tokens.each([](int32_t, bool) {},
+              [&](int, int32_t token) {
+                const Lane<N> value = load<N>(x + token * channels);
+#pragma unroll
+                for (int n = 0; n < N; n++) {
+                  if (first[n] >= 0 && !exceeds(value.at[n], most.at[n])) continue;
+                  most.at[n] = value.at[n];
+                  first[n] = token;
+                }
+              });
+  const float count = float(tokens.end - tokens.begin);
+  tokens.each([](int32_t, bool) {},
+              [&](int, int32_t token) {
+                Lane<N> share;
+#pragma unroll
+                for (int n = 0; n < N; n++) {
+                  share.at[n] = dz.at[n] / count + (first[n] == token ? dz.at[n] : 0.0f);
+                }
+                if (own < channels) store(work.tokens.grad_space + token * channels + c, share);
+              });
+}
+
+// A block per slice of channels and cloud. First what the cells of each view give their tokens, then its
+// products with the projection and with the heads.
+template <typename T, int N>
+__global__ void __launch_bounds__(kThreads) cells_kernel(GuidedBackward args, Workspace work) {
+  extern __shared__ float shared[];  // [warps, kColumns / 2, channels of the slice]
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int64_t rows = args.clouds * args.tokens, channels = args.channels, cloud = blockIdx.x;
+  const int64_t own = (int64_t(blockIdx.y) * kWarp + lane) * N, c = own < channels ? own : 0;
+  const bool active = own < channels;
+  const int64_t base = cloud * args.tokens;
+  const int pad = static_cast<int>(coefficients(args.inner)), inner = static_cast<int>(args.inner);
+  const T* x = static_cast<const T*>(args.features) + c;
+  for (int64_t view = 0; view < args.views; view++) {
+    const int64_t held = args.count[view * args.clouds + cloud], layer = view * rows;
+    const int32_t* start = args.start + view * (rows + 1);
+    const float* proj = args.proj + view * (inner + 1) * channels + c;
+    const RowGradient<N> gradient(args, work, view, c);
+    for (int64_t segment = base + warp; segment < base + held; segment += kWarps) {
+      const Tokens tokens{args.order + layer, start[segment], start[segment + 1], lane};
+      const int64_t at = (layer + segment) * channels + c;
+      Lane<N> dz = gradient(load<N>(work.dy + at), load<N>(work.z + at));
+      Lane<N> share;
+      const float count = float(tokens.end - tokens.begin);
+#pragma unroll
+      for (int n = 0; n < N; n++) share.at[n] = dz.at[n] / count;
+      if (!args.maximum) {
+        if (active) store(work.grads + at, share);
+        continue;
+      }
+      Lane<N> most = zero<N>();
+      int32_t first[N];
+#pragma unroll
+      for (int n = 0; n < N; n++) first[n] = -1;
+      for (int32_t i = tokens.begin; i < tokens.end; i += kTile) {
+        Lane<N> value[kTile];
+        const float* coefficient[kTile];
+        int32_t token[kTile];
+#pragma unroll
+        for (int t = 0; t < kTile; t++) {
+          token[t] = tokens.order[i + t < tokens.end ? i + t : i];
+          value[t] = load<N>(x + token[t] * channels);
+          coefficient[t] = work.heads + (layer + token[t]) * pad;
+        }
+        project(value, coefficient, proj, inner, channels);
+#pragma unroll
+        for (int t = 0; t < kTile; t++) {
+          if (i + t >= tokens.end) continue;
+#pragma unroll
+          for (int n = 0; n < N; n++) {
+            if (first[n] >= 0 && !exceeds(value[t].at[n], most.at[n])) continue;
+            most.at[n] = value[t].at[n];
+            first[n] = token[t];
+          }
+        }
+      }
+      tokens.each([](int32_t, bool) {},
+                  [&](int, int32_t token) {
+                    Lane<N> part = share;
+#pragma unroll
+                    for (int n = 0; n < N; n++) part.at[n] += first[n] == token ? dz.at[n] : 0.0f;
+                    if (active) store(work.grads + (layer + token) * channels + c, part);
+                  });
+    }
+    __syncthreads();
+    const int64_t last = base + (args.maximum ? args.tokens : held);
+    for (int begin = 0; begin <= inner; begin += kColumns) {
+      Lane<N> sum[kColumns];
+#pragma unroll
+      for (int k = 0; k < kColumns; k++) sum[k] = zero<N>();
+      for (int64_t row = base + warp; row < last; row += kWarps) {
+        Lane<N> d = load<N>(work.grads + (layer + row) * channels + c);
+        if (!active) d = zero<N>();
+        const float* from = (args.maximum ? work.heads : work.inner) + (layer + row) * pad;
+        const float count = args.maximum ? 1.0f : float(start[row + 1] - start[row]);
+        float product[kColumns];
+#pragma unroll
+        for (int k = 0; k < kColumns; k++) {
+          product[k] = 0.0f;
+          if (begin + k > inner) continue;
+          const Lane<N> w = load<N>(proj + (begin + k) * channels);
+#pragma unroll
+          for (int n = 0; n < N; n++) product[k] = fmaf(w.at[n], d.at[n], product[k]);
+          add(&sum[k], from[begin + k] * count, d);
+        }
+        const float total = sums_of_warp(product, lane);
+        if (lane % 2 == 0 && begin + lane / 2 < pad) {
+          const int64_t at = (int64_t(blockIdx.y) * args.views * rows + layer + row) * pad;
+          work.grad_parts[at + begin + lane / 2] = total;
+        }
+      }
+#pragma unroll
+      for (int half = 0; half < kColumns; half += kColumns / 2) {
+        __syncthreads();
+#pragma unroll
+        for (int k = 0; k < kColumns / 2; k++) {
+          store(shared + ((warp * kColumns / 2 + k) * kWarp + lane) * N, sum[half + k]);
+        }
+        __syncthreads();
+        const int width = kWarp * N;
+        for (int i = threadIdx.x; i < kColumns / 2 * width; i += kThreads) {
+          const int k = begin + half + i / width;
+          const int64_t channel = int64_t(blockIdx.y) * width + i % width;
+          if (k > inner || channel >= channels) continue;
+          float total = 0.0f;
+          for (int w = 0; w < kWarps; w++) total += shared[w * kColumns / 2 * width + i];
+          work.proj_parts[((cloud * args.views + view) * (inner + 1) + k) * channels + channel] = total;
+        }
+      }
+    }
+  }
+}
+
+template <typename T, int N>
+__global__ void __launch_bounds__(kThreads) features_kernel(GuidedBackward args, Workspace work) {
+  const int64_t rows = args.clouds * args.tokens, columns = args.channels / N;
+  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (i >= rows * columns) return;
+  const int64_t token = i / columns, c = i % columns * N, at = token * args.channels + c;
+  Lane<N> sum = load<N>(static_cast<const T*>(args.grad) + at);
+  for (int64_t v = 0; v < args.views; v++) {
+    const int64_t row = args.maximum ? token : args.segment[v * rows + token];
+    add(&sum, 1.0f, load<N>(work.grads + (v * rows + row) * args.channels + c));
+  }
+  if (args.ensemble == Ensemble::adaptive && args.segment[args.views * rows + token] >= 0) {
+    add(&sum, 1.0f, load<N>(work.tokens.grad_space + at));
+  }
+  store(static_cast<T*>(args.grad_features) + at, sum);
+}
+
+__global__ void __launch_bounds__(kThreads)
+    proj_kernel(GuidedBackward args, const float* __restrict__ parts) {
+  const int64_t columns = args.views * (args.inner + 1) * args.channels;
+  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  if (i >= columns) return;
+  float sum = 0.0f;
+#pragma unroll 8
+  for (int64_t b = 0; b < args.clouds; b++) sum += parts[b * columns + i];
+  args.grad_proj[i] = sum;
+}
+
+int64_t slices_of(const Guided& args) { return packs(args) ? Walk<4>::slices(args) : Walk<1>::slices(args); }
+
+int blocks_of(int64_t items) { return static_cast<int>((items + kThreads - 1) / kThreads); }
+
+template <typename T, int N>
+int backward(const GuidedBackward& args, const Workspace& work, cudaStream_t stream) {
+  const int64_t rows = args.clouds * args.tokens;
+  if (rows == 0) {
+    const int64_t column = args.channels * int64_t(sizeof(float)), of_views = args.views * column;
+    cudaMemsetAsync(args.grad_proj, 0, of_views * (args.inner + 1), stream);
+    cudaMemsetAsync(args.grad_view_weight, 0, of_views, stream);
+    cudaMemsetAsync(args.grad_view_bias, 0, of_views, stream);
+    if (args.layers == args.views) return cudaGetLastError();
+    cudaMemsetAsync(args.grad_space_weight, 0, column, stream);
+    return cudaMemsetAsync(args.grad_space_bias, 0, column, stream);
+  }
+  const dim3 grid = Walk<N>::grid(args);
+  if (const int error = attention_forward(args, work.heads, work.inner, stream)) return error;
+  const Rows rows_args{work.heads, work.inner, work.z, nullptr, nullptr};
+  if (const int error = pool_rows(args, rows_args, false, stream)) return error;
+  if (const int error = token_factors(args, work.z, work.tokens, stream)) return error;
+  const int shared = walk_shared<N>(args);
+  if (const int error = allow_shared(segments_kernel<T, N>, shared)) return error;
+  segments_kernel<T, N><<<grid, kThreads, shared, stream>>>(args, work);
+  sums_kernel<<<blocks_of(args.layers * args.channels), kThreads, 0, stream>>>(args, work);
+  if (args.ensemble == Ensemble::adaptive) {
+    const dim3 blocks(static_cast<unsigned>((rows + kWarps - 1) / kWarps), grid.y);
+    voxels_kernel<T, N><<<blocks, kThreads, 0, stream>>>(args, work);
+  }
+  const int products = kWarps * kColumns / 2 * kWarp * N * static_cast<int>(sizeof(float));
+  const dim3 blocks(static_cast<unsigned>(args.clouds), grid.y);
+  cells_kernel<T, N><<<blocks, kThreads, products, stream>>>(args, work);
+  features_kernel<T, N><<<blocks_of(rows * args.channels / N), kThreads, 0, stream>>>(args, work);
+  proj_kernel<<<blocks_of(args.views * (args.inner + 1) * args.channels), kThreads, 0, stream>>>(
+      args, work.proj_parts);
+  return attention_backward(args, work.grad_parts, grid.y, args.maximum, work.grad_heads, work.softmax,
+                            stream);
+}
+
+}  // namespace
+}  // namespace guided
+
+int64_t guided_backward_workspace(const Guided& args) {
+  return guided::Workspace(args, nullptr, guided::slices_of(args)).bytes;
+}
+
+int guided_backward_cuda(const GuidedBackward& args, void* memory, void* stream_) {
+  const cudaStream_t stream = static_cast<cudaStream_t>(stream_);
+  const guided::Workspace work(args, memory, guided::slices_of(args));
+  return guided::with_packs(args, [&](auto type, auto width) {
+    return guided::backward<decltype(type), decltype(width)::value>(args, work, stream);
+  });
+}
+
+}  // namespace any2point

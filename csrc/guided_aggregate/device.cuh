@@ -1,0 +1,148 @@
+// What the passes on CUDA share: activation, packs of channels, sums over lanes, walks over segments.
+#pragma once
+
+#include "common/grid.cuh"
+#include "guided_aggregate/kernel.h"
+
+namespace any2point {
+namespace guided {
+
+constexpr float kTiny = 1.17549435e-38f;  // smallest normal float32
+constexpr float kNorm = 1e-8f;            // least norm in a cosine
+
+// Calls function(T{}) with the element type of `dtype`; float64 is for the composition in torch.
+template <typename F>
+inline void with_type(Dtype dtype, const F& function) {
+  if (dtype == Dtype::f16) return function(Half{});
+  if (dtype == Dtype::bf16) return function(BFloat16{});
+  function(float{});
+}
+
+struct Gelu {
+  float value, slope;
+};
+
+// By Abramowitz and Stegun 7.1.26: erf to 1.5e-7.
+__device__ inline Gelu gelu(float y) {
+  const float a = fabsf(y) * 0.70710678f;
+  const float t = __fdividef(1.0f, fmaf(0.3275911f, a, 1.0f));
+  const float e = __expf(-a * a);
+  float p = fmaf(t, 1.061405429f, -1.453152027f);
+  p = fmaf(t, p, 1.421413741f);
+  p = fmaf(t, p, -0.284496736f);
+  p = fmaf(t, p, 0.254829592f);
+  const float tail = 0.5f * p * t * e;
+  const float share = y < 0.0f ? tail : 1.0f - tail;
+  return {y * share, fmaf(y * 0.39894228f, e, share)};
+}
+
+// N channels of a row.
+template <int N>
+struct Lane {
+  float at[N];
+};
+
+template <int N, typename T>
+__device__ inline Lane<N> load(const T* row) {
+  const Pack<T, N> pack = *reinterpret_cast<const Pack<T, N>*>(row);
+  Lane<N> lane;
+#pragma unroll
+  for (int n = 0; n < N; n++) lane.at[n] = widen(pack.at[n]);
+  return lane;
+}
+
+template <int N, typename T>
+__device__ inline void store(T* row, const Lane<N>& lane) {
+  Pack<T, N> pack;
+#pragma unroll
+  for (int n = 0; n < N; n++) narrow(lane.at[n], pack.at + n);
+  *reinterpret_cast<Pack<T, N>*>(row) = pack;
+}
+
+template <int N>
+__device__ inline Lane<N> zero() {
+  Lane<N> lane;
+#pragma unroll
+  for (int n = 0; n < N; n++) lane.at[n] = 0.0f;
+  return lane;
+}
+
+template <int N>
+__device__ inline void add(Lane<N>* to, float factor, const Lane<N>& from) {
+#pragma unroll
+  for (int n = 0; n < N; n++) to->at[n] = fmaf(factor, from.at[n], to->at[n]);
+}
+
+// NaN is the largest value.
+__device__ inline bool exceeds(float value, float most) {
+  return value > most || (value != value && most == most);
+}
+
+__device__ inline float sum_of_warp(float value) {
+#pragma unroll
+  for (int d = 16; d > 0; d /= 2) value += __shfl_xor_sync(kAll, value, d);
+  return value;
+}
+
+// Sums of kCount = 16 or 32 values over the warp: lane i returns that of value i * kCount / 32.
+template <int kCount>
+__device__ inline float sums_of_warp(float (&value)[kCount], int lane) {
+#pragma unroll
+  for (int half = kCount / 2; half > 0; half /= 2) {
+    const int step = half * (kWarp / kCount);
+    const bool upper = lane & step;
+#pragma unroll
+    for (int i = 0; i < half; i++) {
+      const float sent = upper ? value[i] : value[i + half];
+      const float kept = upper ? value[i + half] : value[i];
+      value[i] = kept + __shfl_xor_sync(kAll, sent, step);
+    }
+  }
+  return kCount == kWarp ? value[0] : value[0] + __shfl_xor_sync(kAll, value[0], 1);
+}
+
+// Coefficients of the projection per token or segment: M heads and a factor on the bias, padded.
+__host__ __device__ inline int64_t coefficients(int64_t inner) { return (inner + 1 + 3) / 4 * 4; }
+
+// A token's activation: its segment's row, normalised, through GELU. Tokens of no segment have zeros.
+template <int N>
+struct Norm {
+  Lane<N> scale, shift;
+
+  __device__ Norm(const Guided& args, const float* mean, const float* deviation, int64_t layer, int64_t c) {
+    const bool voxels = layer == args.views;
+    const float* weights = voxels ? args.space_weight : args.view_weight + layer * args.channels;
+    const float* biases = voxels ? args.space_bias : args.view_bias + layer * args.channels;
+    const Lane<N> weight = load<N>(weights + c), bias = load<N>(biases + c);
+    const Lane<N> center = load<N>(mean + layer * args.channels + c);
+    const Lane<N> inverse = load<N>(deviation + layer * args.channels + c);
+#pragma unroll
+    for (int n = 0; n < N; n++) {
+      scale.at[n] = weight.at[n] * inverse.at[n];
+      shift.at[n] = fmaf(-center.at[n], scale.at[n], bias.at[n]);
+    }
+  }
+  __device__ float operator()(int n, float z) const { return fmaf(z, scale.at[n], shift.at[n]); }
+};
+
+// The tokens of one segment, fetched 32 at a time by the lanes of a warp.
+struct Tokens {
+  const int32_t* order;
+  int32_t begin, end;
+  int lane;
+
+  // function(position in the segment's part of 32, token); every lane gets every token.
+  template <typename Fetch, typename Use>
+  __device__ void each(const Fetch& fetch, const Use& use) const {
+    for (int32_t first = begin; first < end; first += kWarp) {
+      const int count = min(kWarp, end - first);
+      const int32_t mine = lane < count ? order[first + lane] : 0;
+      fetch(mine, lane < count);
+#pragma unroll 4
+      for (int i = 0; i < count; i++) use(i, __shfl_sync(kAll, mine, i));
+    }
+  }
+};
+
+}  // namespace guided
+}  // namespace any2point

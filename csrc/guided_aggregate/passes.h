@@ -1,0 +1,43 @@
+// Passes on CUDA that forward and backward share. They return a cudaError_t.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include "guided_aggregate/kernel.h"
+
+namespace any2point {
+namespace guided {
+
+// heads [V, R, K]: per token the heads' output and, at M, 1, both times keep; inner [V, R, K]: their means
+// over the cells, by segment.
+int attention_forward(const Guided& args, float* heads, float* inner, cudaStream_t stream);
+// parts [slices, V, R, K]: of the gradient of the heads, by token or by segment (the same for all tokens of a
+// cell). grad_heads [V, R, K] and sums [V, R, H, 2] are workspace.
+int attention_backward(const GuidedBackward& args, const float* parts, int64_t slices, bool by_token,
+                       float* grad_heads, float* sums, cudaStream_t stream);
+
+constexpr int kParts = 2;  // blocks that share the segments of a cloud; each has its own sums
+
+struct Rows {
+  const float *heads, *inner;  // [V, R, K]
+  float* z;                    // [L, R, C]
+  float2* parts;               // [P, L, C]: mean and spread about it
+  int32_t* sizes;              // [P, L]
+};
+
+// Rows z, and with `statistics` their parts and sizes.
+int pool_rows(const Guided& args, const Rows& rows, bool statistics, cudaStream_t stream);
+
+// out from rows and their statistics.
+int blend_tokens(const GuidedForward& args, const float* z, cudaStream_t stream);
+
+// What the gradient of the blend gives each token.
+struct Factors {
+  float* factors;             // [3, V, R]: of G, of s and of g in dg
+  float *space, *grad_space;  // [R, C]: s and ds, with voxels
+  float* shares;              // [V, R, C]: of G, where the ensemble is a maximum
+};
+int token_factors(const GuidedBackward& args, const float* z, const Factors& factors, cudaStream_t stream);
+
+}  // namespace guided
+}  // namespace any2point

@@ -1,0 +1,397 @@
+// A block per token (or several in turn): activations of its segments' rows, how they agree, and what follows
+// for the blend and for its gradient.
+#include "guided_aggregate/passes.h"
+#include "guided_aggregate/rows.cuh"
+
+namespace any2point {
+namespace guided {
+namespace {
+
+// A block's token: its activations, and how they agree.
+template <typename T, int N>
+struct Token {
+  const Guided& args;
+  const float *mean, *deviation, *z;
+  float* sums;   // shared: [4 V + 2]
+  float* warps;  // shared: [warps, 16]
+  int64_t row, rows;
+
+  __device__ Token(const Guided& args, const float* mean, const float* deviation, const float* z,
+                   float* shared)
+      : args(args), mean(mean), deviation(deviation), z(z), sums(shared) {
+    warps = shared + 4 * args.views + 2;
+    row = blockIdx.x;
+    rows = args.clouds * args.tokens;
+  }
+  __device__ Lane<N> activation(int64_t layer, int64_t c) const {
+    const int32_t segment = args.segment[layer * rows + row];
+    if (segment < 0) return zero<N>();
+    const Norm<N> norm(args, mean, deviation, layer, c);
+    Lane<N> lane = load<N>(z + (layer * rows + segment) * args.channels + c);
+#pragma unroll
+    for (int n = 0; n < N; n++) lane.at[n] = gelu(norm(n, lane.at[n])).value;
+    return lane;
+  }
+  __device__ float dot(int64_t view) const { return sums[4 * view]; }
+  __device__ float norm2(int64_t view) const { return sums[4 * view + 1]; }
+  __device__ float pull(int64_t view) const { return sums[4 * view + 2]; }
+  __device__ float weight(int64_t view) const { return sums[4 * view + 3]; }
+  __device__ float space_norm2() const { return sums[4 * args.views]; }
+  __device__ float total() const { return sums[4 * args.views + 1]; }  // of the weights before division
+
+  // By all threads: dot, norm2, with `grad` its product with the activations (pull), and weights that sum
+  // to 1.
+  __device__ void agreements(const T* grad) const {
+    const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+    for (int64_t view = 0; view < args.views; view++) {
+      float value[4] = {};
+      for (int64_t c = threadIdx.x * N; c < args.channels; c += kThreads * N) {
+        const Lane<N> g = activation(view, c), s = activation(args.views, c);
+        Lane<N> d = zero<N>();
+        if (grad) d = load<N>(grad + row * args.channels + c);
+#pragma unroll
+        for (int n = 0; n < N; n++) {
+          value[0] = fmaf(g.at[n], s.at[n], value[0]);
+          value[1] = fmaf(g.at[n], g.at[n], value[1]);
+          value[2] = fmaf(g.at[n], d.at[n], value[2]);
+          value[3] = fmaf(s.at[n], s.at[n], value[3]);
+        }
+      }
+      __syncthreads();
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        const float sum = sum_of_warp(value[i]);
+        if (lane == 0) warps[warp * 4 + i] = sum;
+      }
+      __syncthreads();
+      if (threadIdx.x < 4) {
+        float sum = 0.0f;
+        for (int w = 0; w < kWarps; w++) sum += warps[w * 4 + threadIdx.x];
+        sums[threadIdx.x == 3 ? 4 * args.views : 4 * view + threadIdx.x] = sum;
+      }
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      float total = 0.0f;
+      const float space = fmaxf(sqrtf(space_norm2()), kNorm);
+      for (int64_t view = 0; view < args.views; view++) {
+        const float cosine = dot(view) / (fmaxf(sqrtf(norm2(view)), kNorm) * space);
+        sums[4 * view + 3] = (cosine + 1.0f) / 2.0f;
+        total += sums[4 * view + 3];
+      }
+      total = fmaxf(total, kTiny);
+      sums[4 * args.views + 1] = total;
+      for (int64_t view = 0; view < args.views; view++) sums[4 * view + 3] /= total;
+    }
+    __syncthreads();
+  }
+};
+
+inline int token_shared(int64_t views) { return static_cast<int>(4 * (4 * views + 2 + kWarps * 4)); }
+
+// Any number of views and channels: activations twice, for the cosines and for the blend.
+template <typename T, int N>
+__global__ void __launch_bounds__(kThreads)
+    blend_kernel(GuidedForward args, const float* __restrict__ z) {  // [L, R, C]
+  extern __shared__ float shared[];
+  const Token<T, N> token(args, args.mean, args.deviation, z, shared);
+  const Lane<N> none = zero<N>();
+  if (args.ensemble == Ensemble::adaptive) token.agreements(nullptr);
+  const T* features = static_cast<const T*>(args.features) + token.row * args.channels;
+  T* out = static_cast<T*>(args.out) + token.row * args.channels;
+  for (int64_t c = threadIdx.x * N; c < args.channels; c += kThreads * N) {
+    Lane<N> blend = none;
+    for (int64_t v = 0; v < args.views; v++) {
+      const Lane<N> g = token.activation(v, c);
+      const float weight = args.ensemble == Ensemble::adaptive ? token.weight(v) : 1.0f / args.views;
+#pragma unroll
+      for (int n = 0; n < N; n++) {
+        if (args.ensemble != Ensemble::max) {
+          blend.at[n] = fmaf(weight, g.at[n], blend.at[n]);
+        } else if (v == 0 || exceeds(g.at[n], blend.at[n])) {
+          blend.at[n] = g.at[n];
+        }
+      }
+    }
+    Lane<N> x = load<N>(features + c);
+    add(&x, args.coefficient, blend);
+    store(out + c, x);
+  }
+}
+
+template <typename T, int N>
+__global__ void __launch_bounds__(kThreads)
+    factors_kernel(GuidedBackward args, const float* __restrict__ z,  // [L, R, C]
+                   Factors work) {
+  extern __shared__ float shared[];
+  const Token<T, N> token(args, args.mean, args.deviation, z, shared);
+  const T* grad = static_cast<const T*>(args.grad);
+  const int64_t views = args.views;
+  float* factors = work.factors + token.row;
+  const auto put = [&](int64_t view, float of_grad, float of_space, float of_own) {
+    factors[view * token.rows] = of_grad;
+    factors[(views + view) * token.rows] = of_space;
+    factors[(2 * views + view) * token.rows] = of_own;
+  };
+  if (args.ensemble == Ensemble::mean) {
+    for (int64_t v = threadIdx.x; v < views; v += kThreads) put(v, args.coefficient / views, 0.0f, 0.0f);
+    return;
+  }
+  if (args.ensemble == Ensemble::max) {
+    for (int64_t v = threadIdx.x; v < views; v += kThreads) put(v, args.coefficient, 0.0f, 0.0f);
+    // As of maxima taken one after the other: each halves the gradient between equal values.
+    for (int64_t c = threadIdx.x * N; c < args.channels; c += kThreads * N) {
+      Lane<N> most = token.activation(0, c);
+      int equal[N], seen[N] = {};
+#pragma unroll
+      for (int n = 0; n < N; n++) equal[n] = 1;
+      for (int64_t v = 1; v < views; v++) {
+        const Lane<N> g = token.activation(v, c);
+#pragma unroll
+        for (int n = 0; n < N; n++) {
+          equal[n] = exceeds(g.at[n], most.at[n]) ? 1 : equal[n] + (g.at[n] == most.at[n]);
+          if (exceeds(g.at[n], most.at[n])) most.at[n] = g.at[n];
+        }
+      }
+      for (int64_t v = 0; v < views; v++) {
+        const Lane<N> g = token.activation(v, c);
+        Lane<N> share;
+#pragma unroll
+        for (int n = 0; n < N; n++) {
+          const bool attains = g.at[n] == most.at[n];
+          share.at[n] = attains ? exp2f(float(max(seen[n], 1) - equal[n])) : 0.0f;
+          seen[n] += attains;
+        }
+        store(work.shares + (v * token.rows + token.row) * args.channels + c, share);
+      }
+    }
+    return;
+  }
+  token.agreements(grad);
+  __shared__ float own;
+  if (threadIdx.x == 0) {
+    const float space = fmaxf(sqrtf(token.space_norm2()), kNorm);
+    float mean = 0.0f, sum = 0.0f;
+    for (int64_t v = 0; v < views; v++) mean = fmaf(token.weight(v), token.pull(v), mean);
+    for (int64_t v = 0; v < views; v++) {
+      const float norm = fmaxf(sqrtf(token.norm2(v)), kNorm), both = norm * space;
+      const float cosine = token.dot(v) / both;
+      const float du = 0.5f * args.coefficient * (token.pull(v) - mean) / token.total();
+      put(v, args.coefficient * token.weight(v), du / both, norm > kNorm ? -du * cosine / norm / norm : 0.0f);
+      token.sums[4 * v] = du / both;
+      sum -= du * cosine;
+    }
+    own = space > kNorm ? sum / space / space : 0.0f;
+  }
+  __syncthreads();
+  for (int64_t c = threadIdx.x * N; c < args.channels; c += kThreads * N) {
+    const Lane<N> s = token.activation(views, c);
+    Lane<N> ds = zero<N>();
+    add(&ds, own, s);
+    for (int64_t v = 0; v < views; v++) add(&ds, token.sums[4 * v], token.activation(v, c));
+    store(work.space + token.row * args.channels + c, s);
+    store(work.grad_space + token.row * args.channels + c, ds);
+  }
+}
+
+// The same for kViews views, voxels and up to kPacked channels: a thread keeps the normalisation of four
+// channels over many tokens and their activations in registers, and fetches the next token's rows meanwhile.
+constexpr int kPacked = 4 * kThreads;
+
+template <int kViews>
+struct Held {
+  static constexpr int kLayers = kViews + 1;
+  const Guided& args;
+  const float* z;         // [L, R, C]
+  float (*parts)[kWarp];  // shared: [2, warps][kWarp], sums over the channels of each warp
+  Lane<4> scale[kLayers], shift[kLayers], next[kLayers];
+  int64_t rows, c;
+  int lane, warp, warps, turn = 0;
+  bool active, absent;  // absent: the next token has no voxel
+
+  __device__ Held(const Guided& args, const float* mean, const float* deviation, const float* z,
+                  float (*parts)[kWarp])
+      : args(args), z(z), parts(parts) {
+    rows = args.clouds * args.tokens;
+    lane = threadIdx.x % kWarp;
+    warp = threadIdx.x / kWarp;
+    warps = blockDim.x / kWarp;
+    active = threadIdx.x * 4 < args.channels;
+    c = active ? threadIdx.x * 4 : 0;
+#pragma unroll
+    for (int l = 0; l < kLayers; l++) {
+      const Norm<4> norm(args, mean, deviation, l, c);
+      scale[l] = active ? norm.scale : zero<4>();  // GELU(0) = 0
+      shift[l] = active ? norm.shift : zero<4>();
+    }
+  }
+  __device__ void fetch(int64_t token) {
+    if (token >= rows) return;
+    const int32_t mine = args.segment[min(lane, kViews) * rows + token];
+#pragma unroll
+    for (int l = 0; l < kLayers; l++) {
+      const int32_t segment = __shfl_sync(kAll, mine, l);
+      next[l] = load<4>(z + (l * rows + max(segment, 0)) * args.channels + c);
+      if (l == kViews) absent = segment < 0;
+    }
+  }
+  __device__ void activate(Lane<4> (&g)[kLayers]) const {
+#pragma unroll
+    for (int l = 0; l < kLayers; l++) {
+#pragma unroll
+      for (int n = 0; n < 4; n++) {
+        g[l].at[n] = gelu(fmaf(next[l].at[n], scale[l].at[n], shift[l].at[n])).value;
+      }
+    }
+    if (absent) g[kViews] = zero<4>();
+  }
+  // Sums over all channels; lane i gets that of value i * kCount / 32.
+  template <int kCount>
+  __device__ float total(float (&value)[kCount]) {
+    parts[turn * warps + warp][lane] = sums_of_warp(value, lane);
+    __syncthreads();
+    float sum = 0.0f;
+    for (int w = 0; w < warps; w++) sum += parts[turn * warps + w][lane];
+    turn ^= 1;
+    return sum;
+  }
+};
+
+__device__ inline float dot(const Lane<4>& a, const Lane<4>& b) {
+  return fmaf(a.at[0], b.at[0], fmaf(a.at[1], b.at[1], fmaf(a.at[2], b.at[2], a.at[3] * b.at[3])));
+}
+
+template <typename T, int kViews>
+__global__ void __launch_bounds__(kThreads, 2)
+    blend_fast_kernel(GuidedForward args, const float* __restrict__ z) {
+  __shared__ float parts[2 * kWarps][kWarp];
+  Held<kViews> held(args, args.mean, args.deviation, z, parts);
+  held.fetch(blockIdx.x);
+  for (int64_t token = blockIdx.x; token < held.rows; token += gridDim.x) {
+    Lane<4> x = load<4>(static_cast<const T*>(args.features) + token * args.channels + held.c);
+    Lane<4> g[kViews + 1];
+    held.activate(g);
+    held.fetch(token + gridDim.x);
+    float value[16] = {};
+#pragma unroll
+    for (int v = 0; v < kViews; v++) {
+      value[v] = dot(g[v], g[kViews]);
+      value[kViews + v] = dot(g[v], g[v]);
+    }
+    value[2 * kViews] = dot(g[kViews], g[kViews]);
+    const float sum = held.total(value);
+    const float norm = __shfl_sync(kAll, sum, 2 * min(kViews + held.lane, 2 * kViews));
+    const float space = __shfl_sync(kAll, sum, 4 * kViews), product = __shfl_sync(kAll, sum, 2 * held.lane);
+    const float cosine = product / (fmaxf(sqrtf(norm), kNorm) * fmaxf(sqrtf(space), kNorm));
+    float weight = held.lane < kViews ? (cosine + 1.0f) / 2.0f : 0.0f;
+    const float share = args.coefficient / fmaxf(sum_of_warp(weight), kTiny);
+    weight *= share;
+#pragma unroll
+    for (int v = 0; v < kViews; v++) add(&x, __shfl_sync(kAll, weight, v), g[v]);
+    if (held.active) store(static_cast<T*>(args.out) + token * args.channels + held.c, x);
+  }
+}
+
+template <typename T, int kViews>
+__global__ void __launch_bounds__(kThreads, 2)
+    factors_fast_kernel(GuidedBackward args, const float* __restrict__ z, Factors work) {
+  __shared__ float parts[2 * kWarps][kWarp];
+  Held<kViews> held(args, args.mean, args.deviation, z, parts);
+  const int lane = held.lane;
+  held.fetch(blockIdx.x);
+  for (int64_t token = blockIdx.x; token < held.rows; token += gridDim.x) {
+    const Lane<4> d = load<4>(static_cast<const T*>(args.grad) + token * args.channels + held.c);
+    Lane<4> g[kViews + 1];
+    held.activate(g);
+    held.fetch(token + gridDim.x);
+    float value[32] = {};
+#pragma unroll
+    for (int v = 0; v < kViews; v++) {
+      value[v] = dot(g[v], g[kViews]);
+      value[kViews + v] = dot(g[v], g[v]);
+      value[2 * kViews + v] = dot(g[v], d);
+    }
+    value[3 * kViews] = dot(g[kViews], g[kViews]);
+    const float sum = held.total(value);
+    const int view = min(lane, kViews - 1);
+    const float square = __shfl_sync(kAll, sum, kViews + view),
+                pull = __shfl_sync(kAll, sum, 2 * kViews + view);
+    const float norm = fmaxf(sqrtf(square), kNorm);
+    const float space = fmaxf(sqrtf(__shfl_sync(kAll, sum, 3 * kViews)), kNorm);
+    const float cosine = __shfl_sync(kAll, sum, view) / (norm * space);
+    float weight = lane < kViews ? (cosine + 1.0f) / 2.0f : 0.0f;
+    const float all = fmaxf(sum_of_warp(weight), kTiny);
+    weight /= all;
+    const float mean = sum_of_warp(weight * pull);
+    const float du = 0.5f * args.coefficient * (pull - mean) / all, of_space = du / (norm * space);
+    const float bent = sum_of_warp(lane < kViews ? -du * cosine : 0.0f);
+    if (held.warp == 0 && lane < kViews) {
+      float* factors = work.factors + lane * held.rows + token;
+      factors[0] = args.coefficient * weight;
+      factors[kViews * held.rows] = of_space;
+      factors[2 * kViews * held.rows] = norm > kNorm ? -du * cosine / norm / norm : 0.0f;
+    }
+    Lane<4> ds = zero<4>();
+    add(&ds, space > kNorm ? bent / space / space : 0.0f, g[kViews]);
+#pragma unroll
+    for (int v = 0; v < kViews; v++) add(&ds, __shfl_sync(kAll, of_space, v), g[v]);
+    if (!held.active) continue;
+    store(work.space + token * args.channels + held.c, g[kViews]);
+    store(work.grad_space + token * args.channels + held.c, ds);
+  }
+}
+
+// How the kernels above are launched: two blocks for each processor, of the threads that the channels need.
+struct Launch {
+  int blocks, threads;
+  explicit Launch(const Guided& args) {
+    int device = 0, processors = 1;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+    threads = static_cast<int>((args.channels + 4 * kWarp - 1) / (4 * kWarp) * kWarp);
+    const int64_t rows = args.clouds * args.tokens, most = int64_t(processors) * (2 * kThreads / threads);
+    blocks = static_cast<int>(rows < most ? rows : most);
+  }
+};
+
+bool is_fast(const Guided& args) {
+  return args.ensemble == Ensemble::adaptive && args.views == 6 && args.channels % 4 == 0 &&
+         args.channels <= kPacked;
+}
+
+}  // namespace
+
+int blend_tokens(const GuidedForward& args, const float* z, cudaStream_t stream) {
+  return with_packs(args, [&](auto type, auto width) {
+    const int blocks = static_cast<int>(args.clouds * args.tokens), shared = token_shared(args.views);
+    using T = decltype(type);
+    if constexpr (decltype(width)::value == 4) {
+      if (is_fast(args)) {
+        const Launch launch(args);
+        blend_fast_kernel<T, 6><<<launch.blocks, launch.threads, 0, stream>>>(args, z);
+        return static_cast<int>(cudaGetLastError());
+      }
+    }
+    blend_kernel<T, decltype(width)::value><<<blocks, kThreads, shared, stream>>>(args, z);
+    return static_cast<int>(cudaGetLastError());
+  });
+}
+
+int token_factors(const GuidedBackward& args, const float* z, const Factors& factors, cudaStream_t stream) {
+  return with_packs(args, [&](auto type, auto width) {
+    const int blocks = static_cast<int>(args.clouds * args.tokens), shared = token_shared(args.views);
+    using T = decltype(type);
+    if constexpr (decltype(width)::value == 4) {
+      if (is_fast(args)) {
+        const Launch launch(args);
+        factors_fast_kernel<T, 6><<<launch.blocks, launch.threads, 0, stream>>>(args, z, factors);
+        return static_cast<int>(cudaGetLastError());
+      }
+    }
+    factors_kernel<T, decltype(width)::value><<<blocks, kThreads, shared, stream>>>(args, z, factors);
+    return static_cast<int>(cudaGetLastError());
+  });
+}
+
+}  // namespace guided
+}  // namespace any2point
