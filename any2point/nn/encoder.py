@@ -107,7 +107,9 @@ class AdaptedEncoder(nn.Module):
         tensors = self.attention.tensors()
         return plan_guided(x, cell, voxels, tensors, num_cells=every[0].num_cells, training=self.training)
 
-    def _guide(self, index: int, x: Tensor, cell: Tensor, cluster: Tensor, plan: GuidedPlan | None) -> Tensor:
+    def _guide(
+        self, index: int, x: Tensor, cell: Tensor, cluster: Tensor, plan: GuidedPlan | None = None
+    ) -> Tensor:
         guided = self.adapters[index]
         if guided.view_norm is None:
             return x

@@ -22,7 +22,7 @@ from any2point.reference.batch_norm import BatchNorm, are_shared
 from any2point.reference.guided_aggregate import CellAttention
 
 _ops = torch.ops.any2point
-_DEVICES = ("cpu", "cuda")  # those with kernels
+_DEVICES = ("cpu",)  # those with kernels
 
 
 class GuidedPlan(NamedTuple):

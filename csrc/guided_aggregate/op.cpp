@@ -11,7 +11,6 @@ namespace {
 
 using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-int32_t* ints(const Tensor& tensor) { return static_cast<int32_t*>(tensor.mutable_data_ptr()); }
 float* floats(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
 
 // Contiguous, and where kernels may read 16 bytes at once.
@@ -57,6 +56,8 @@ Ensemble ensemble_of(const std::string& name) {
 }
 
 #ifdef ANY2POINT_WITH_CUDA
+int32_t* ints(const Tensor& tensor) { return static_cast<int32_t*>(tensor.mutable_data_ptr()); }
+
 // Voxels out of range count as none.
 Four lists(const Tensor& cell_, const OptionalTensor& cluster_, int64_t cells) {
   A2P_CHECK(cell_.dim() == 3, "cell: expected [B, V, S]");
