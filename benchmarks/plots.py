@@ -62,10 +62,8 @@ def scaling(path: Path) -> None:
         for line, (op, what) in enumerate(ops.items()):
             for machine, title in MACHINES.items():
                 rows = [row for row in rows_of(f"{machine}_scaling") if row.op == op]
-                _lines(
-                    panels[line][0], rows, title, lambda shape: shape[0] == 1 and shape[1:3] != (512, 1024)
-                )
-                _lines(panels[line][1], rows, title, lambda shape: 512 in shape and 1024 in shape[1:3])
+                _lines(panels[line][0], rows, title, lambda shape: not _is_batch(shape))
+                _lines(panels[line][1], rows, title, _is_batch)
             panels[line][0].set(xlabel="points N", ylabel="us", title=f"{op}, one cloud: {what}")
             panels[line][1].set(xlabel="clouds B", ylabel="us", title=f"{op}, B clouds of 1024 points")
             for axes in panels[line]:
@@ -91,7 +89,7 @@ def _lines(axes: Any, rows: Sequence[Row], title: str, chosen: Any) -> None:
         along = shape[0] if _is_batch(shape) else shape[1]
         curves.setdefault(row.provider, []).append((along, row.p50_us))
     best = sorted(curves, key=lambda name: (name != "any2point", sum(time for _, time in curves[name])))
-    for name in best[:4]:
+    for name in [name for name in best if name != "any2point unsorted"][:3]:
         points = sorted(curves[name])
         style = {"linewidth": 2.2} if name == "any2point" else {"linewidth": 1, "linestyle": "--"}
         axes.plot(*zip(*points), marker="o", markersize=3, label=f"{name}, {title}", **style)
