@@ -31,7 +31,7 @@ Peers = Annotated[str | None, typer.Option(help="Folder with GPU libraries (any2
 Source = Annotated[str, typer.Option(help="The frozen transformer: random:clip-text, a checkpoint, minilm.")]
 Batch = Annotated[int, typer.Option(help="Clouds per step; 0: 32 on a GPU, 8 on a CPU.", min=0)]
 Points = Annotated[int, typer.Option(help="Points per cloud.", min=128)]
-Precision = Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16.")]
+Precision = Annotated[str, typer.Option(help="auto, fp32, tf32, bf16 or fp16.")]
 Against = Annotated[bool, typer.Option("--torch", help="CPU: also the model with all ops composed in torch.")]
 Plot = Annotated[Path | None, typer.Option(help="Draw the profile to this PNG or SVG file.")]
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from any2point.bench.timing import Call, Settings, event_times, interleave, peak
+from any2point.bench.timing import Call, Settings, event_times, interleave, peak, products
 from any2point.models import Any2Point
 from any2point.train.captured import capture
 from any2point.train.runtime import autocast
@@ -79,7 +79,7 @@ class Step:
     Attributes:
         model: on its device.
         points: `[B, N, 3]`.
-        precision: "fp32", "bf16" or "fp16"; of products in fp32, torch's own setting decides.
+        precision: "fp32" (of products torch's own setting decides), "tf32", "bf16" or "fp16".
         training: forward, backward, clipping and AdamW, or evaluation alone.
     """
 
@@ -105,10 +105,11 @@ class Step:
 
     def gradients(self, *_: Tensor) -> tuple[Tensor, Tensor]:
         """Forward and backward; gradients are left in the parameters."""
-        logits = self.logits()
-        with record_function(_LABEL + LOSS):
-            loss = nn.functional.cross_entropy(logits.float(), self.labels)
-        loss.backward()
+        with products(self.precision):
+            logits = self.logits()
+            with record_function(_LABEL + LOSS):
+                loss = nn.functional.cross_entropy(logits.float(), self.labels)
+            loss.backward()
         return loss.detach(), logits.detach()
 
     def update(self) -> None:

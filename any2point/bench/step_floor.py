@@ -31,7 +31,7 @@ def _costs(step: Step) -> dict[str, tuple[Cost, Cost]]:
     """(forward, backward) by part. A frozen product has one product backwards, a trained one two."""
     model: Any = step.model
     config = model.config
-    item = 4 if step.precision == "fp32" else 2  # bytes of an activation
+    item = 4 if step.precision.endswith("32") else 2  # bytes of an activation
     batch, points = step.points.shape[:2]
     nothing = Cost(0)
     parts: dict[str, tuple[Cost, Cost]] = {}

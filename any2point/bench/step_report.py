@@ -31,7 +31,7 @@ class Choice:
         source: as in `any2point train --source`.
         batch: clouds of a training step and of an evaluation for throughput; latency is that of one cloud.
         points: per cloud.
-        precision: "fp32" or "bf16" or "fp16".
+        precision: "fp32", "tf32", "bf16" or "fp16".
         against_torch: also measure the model with every op composed of torch ops.
     """
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -89,16 +90,29 @@ def gpu() -> Machine:
     )
 
 
+@contextlib.contextmanager
+def products(precision: str) -> Iterator[None]:
+    """Products of float32 with rounded operands on a GPU, for "tf32", while inside."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    if precision == "tf32":
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
 @cache
 def matrix_rate(device: str, precision: str) -> float:
-    """Multiply-adds per second of a large matrix product in "fp32" (as torch is set), "bf16" or "fp16"."""
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    """Multiply-adds per second of a large matrix product in "fp32" (as torch is set), "tf32", "bf16", "fp16"."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
     size = 512 if device == "cpu" else 8192
     if device == "cuda" and torch.cuda.get_device_properties(0).total_memory < 8e9:
         size = 4096
     a = torch.randn(size, size, device=device).to(dtype)
     if device == "cuda":
-        return size**3 / (min(event_times([lambda: a @ a], warmup=0.2, seconds=0.1)) / 1e6)
+        with products(precision):
+            return size**3 / (min(event_times([lambda: a @ a], warmup=0.2, seconds=0.1)) / 1e6)
     return size**3 / min(timed(lambda: a @ a) for _ in range(50))
 
 
