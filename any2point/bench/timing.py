@@ -104,7 +104,7 @@ def products(precision: str) -> Iterator[None]:
 
 @cache
 def matrix_rate(device: str, precision: str) -> float:
-    """Multiply-adds per second of a large matrix product in "fp32" (as torch is set), "tf32", "bf16", "fp16"."""
+    """Multiply-adds a second of a large product in "fp32" (as torch is set), "tf32", "bf16" or "fp16"."""
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
     size = 512 if device == "cpu" else 8192
     if device == "cuda" and torch.cuda.get_device_properties(0).total_memory < 8e9:
