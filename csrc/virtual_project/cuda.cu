@@ -7,7 +7,9 @@
 namespace any2point {
 namespace {
 
-constexpr int kMostBlocks = 16;  // per cloud, each of which measures the cloud
+// Few centres per block: what a block waits for is the table, again and again. But every block measures its
+// cloud, so there are not many of them.
+constexpr int kFewest = 4, kMostBlocks = 64;
 
 __device__ float warp_least(float a) {
   for (int d = kWarp / 2; d > 0; d /= 2) a = least(__shfl_xor_sync(kAll, a, d), a);
@@ -25,6 +27,7 @@ struct Extremes {
 template <typename Value>
 __device__ Extremes extremes(const VirtualProject& args, Value value) {
   float low = value(0), high = low;
+#pragma unroll 4
   for (int64_t s = threadIdx.x % kWarp; s < args.count; s += kWarp) {
     const float at = value(s);
     low = least(at, low);
@@ -33,12 +36,26 @@ __device__ Extremes extremes(const VirtualProject& args, Value value) {
   return {warp_least(low), warp_most(high)};
 }
 
-__device__ void measure_lines(const VirtualProject& args, const float* centers, Span* spans) {
-  float size = 0;
-  for (int a = 0; a < 3; a++) {
-    const Extremes axis = extremes(args, [&](int64_t s) { return centers[3 * s + a]; });
-    size = a ? most(axis.high - axis.low, size) : axis.high - axis.low;
+// Along the three axes, in one pass.
+__device__ void axes_of(const VirtualProject& args, const float* centers, Extremes axes[3]) {
+  for (int a = 0; a < 3; a++) axes[a] = {centers[a], centers[a]};
+#pragma unroll 4
+  for (int64_t s = threadIdx.x % kWarp; s < args.count; s += kWarp) {
+#pragma unroll
+    for (int a = 0; a < 3; a++) {
+      const float at = centers[3 * s + a];
+      axes[a] = {least(at, axes[a].low), most(at, axes[a].high)};
+    }
   }
+#pragma unroll
+  for (int a = 0; a < 3; a++) axes[a] = {warp_least(axes[a].low), warp_most(axes[a].high)};
+}
+
+__device__ void measure_lines(const VirtualProject& args, const float* centers, Span* spans) {
+  Extremes axes[3];
+  axes_of(args, centers, axes);
+  float size = axes[0].high - axes[0].low;
+  for (int a = 1; a < 3; a++) size = most(axes[a].high - axes[a].low, size);
   for (int64_t v = threadIdx.x / kWarp; v < args.view_count; v += kThreads / kWarp) {
     Span span;
     unit_direction(args.views + 3 * v, span.direction);
@@ -52,10 +69,9 @@ __device__ void measure_lines(const VirtualProject& args, const float* centers, 
 __device__ Frame measure_frame(const VirtualProject& args, const float* centers) {
   Frame frame{{0, 0, 0}, 1, args.camera};
   if (args.camera != 0) return frame;
-  for (int a = 0; a < 3; a++) {
-    const Extremes axis = extremes(args, [&](int64_t s) { return centers[3 * s + a]; });
-    frame.middle[a] = middle_of(axis.low, axis.high);
-  }
+  Extremes axes[3];
+  axes_of(args, centers, axes);
+  for (int a = 0; a < 3; a++) frame.middle[a] = middle_of(axes[a].low, axes[a].high);
   const Extremes largest = extremes(args, [&](int64_t s) {
     float size = 0;
     for (int a = 0; a < 3; a++) size = most(fabsf(centers[3 * s + a] - frame.middle[a]), size);
@@ -131,7 +147,7 @@ __global__ void __launch_bounds__(kThreads)
       for (int64_t i = threadIdx.x; i < here * columns; i += kThreads) {
         const int64_t s = i / columns, c = i % columns;
         float total[V] = {};
-#pragma unroll 4
+#pragma unroll 6
         for (int64_t k = s * entries; k < (s + 1) * entries; k++) {
           const Pack<T, V> values = table[corner[k] * columns + c];
           const float w = weight[k];
@@ -152,9 +168,9 @@ template <typename T, int V>
 int launch(const VirtualProject& args, int64_t clouds, cudaStream_t stream) {
   // Shared memory without asking for more than every device has: 48 kB hold kMostCorners and their spans.
   const int64_t bytes = entry_bytes(args), spans = span_bytes(args);
-  const int64_t least = (args.count + kMostBlocks - 1) / kMostBlocks, tile = least > 16 ? least : 16;
+  const int64_t each = (args.count + kMostBlocks - 1) / kMostBlocks, tile = each > kFewest ? each : kFewest;
   const int64_t fit = (47 * 1024 - spans) / bytes;
-  const int64_t room = fit < 1 ? 1 : fit < 16 ? fit : 16;
+  const int64_t some = tile < 16 ? tile : 16, room = fit < 1 ? 1 : fit < some ? fit : some;
   const int64_t tiles = (args.count + tile - 1) / tile;
   virtual_project_kernel<T, V>
       <<<static_cast<unsigned>(clouds * tiles), kThreads, spans + room * bytes, stream>>>(
