@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from any2point.sources.glue import fork_norm, join, quick_gelu
+from any2point.sources.linear import Linear
 
 Activation = Literal["gelu", "quick_gelu", "gelu_tanh", "relu", "swiglu"]
 
@@ -74,8 +75,8 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int, bias_kv: bool = False) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
+        self.qkv = Linear(width, 3 * width)
+        self.proj = Linear(width, width)
         self.bias_k = nn.Parameter(torch.zeros(width)) if bias_kv else None
         self.bias_v = nn.Parameter(torch.zeros(width)) if bias_kv else None
 
@@ -108,8 +109,8 @@ class MLP(nn.Module):
 
     def __init__(self, width: int, hidden: int, activation: str) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(width, 2 * hidden if activation == "swiglu" else hidden)
-        self.fc2 = nn.Linear(hidden, width)
+        self.fc1 = Linear(width, 2 * hidden if activation == "swiglu" else hidden)
+        self.fc2 = Linear(hidden, width)
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
