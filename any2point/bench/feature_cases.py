@@ -232,7 +232,7 @@ def guided_aggregate(device: str, shapes: Shapes | None = None) -> Iterator[Case
         cell = _integers(device, cells, batch, views, count)
         inputs = [(_random(device, batch, count, width), cell, cluster, attention, *norms)]
         options: dict[str, Any] = {"num_cells": cells, "num_heads": 6, "coefficient": 0.3}
-        composed = partial(reference.guided_aggregate, scale=inner**-0.5, **options)
+        composed = partial(peers.torch_guided_aggregate, **options)
         yield Case(
             "guided_aggregate",
             f"{batch},{count},{width} V={views} cells={cells}",

@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from any2point import reference
+
 Sampler = Callable[[np.ndarray, int], np.ndarray]
 Search = Callable[[np.ndarray, np.ndarray, int], tuple[np.ndarray, np.ndarray]]
 GPU_PEERS = ["pointnet2_ops", "pytorch3d", "pointops", "torch_fps"]
@@ -201,3 +203,9 @@ def torch_segment_pool(features: Tensor, segment: Tensor, count: int, reduce: st
         return out.scatter_reduce(0, rows, features, "amax", include_self=False)
     total = out.index_add(0, segment, features)
     return total / torch.bincount(segment, minlength=count).clamp(min=1)[:, None].to(features)
+
+
+def torch_guided_aggregate(*args: Any, **options: Any) -> Tensor:
+    """The specification, with indexing and scatters for its primitives."""
+    options |= {"scale": args[3].proj_weight.shape[-1] ** -0.5, "segment_pool": torch_segment_pool}
+    return reference.guided_aggregate(*args, **options, group=lambda features, index: features[index])

@@ -105,7 +105,8 @@ def _composed(step: Step, ours: Row, settings: Settings) -> Row:
 
 @contextlib.contextmanager
 def composed_ops() -> Iterator[None]:
-    """Models made of torch ops alone, while inside: the specification, and a loop over farthest points."""
+    """Models made of torch ops alone, while inside: the specification (with scatters for the pools of its
+    segments, over which it loops), and a loop over farthest points."""
 
     def hierarchy(points: Any, sizes: Any, start: Any, **_: Any) -> Any:
         levels = peers.torch_farthest_points(points, sizes[0], start)
@@ -114,9 +115,8 @@ def composed_ops() -> Iterator[None]:
     def knn(query: Any, points: Any, k: int, **_: Any) -> Any:
         return ops.KNN(*peers.torch_knn(query, points, k))
 
-    def guided(*args: Any, **options: Any) -> Any:
-        inner = args[3].proj_weight.shape[-1]
-        return reference.guided_aggregate(*args, scale=inner**-0.5, **options)
+    def guided(*args: Any, plan: Any, **options: Any) -> Any:
+        return peers.torch_guided_aggregate(*args, **options)
 
     def voxels(points: Any, size: float) -> Any:
         return ops.VoxelCluster(*reference.voxel_cluster(points, size))
