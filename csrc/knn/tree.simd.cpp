@@ -10,6 +10,11 @@
 // Exact: the distance to a box is computed with the same operations in the same order as that to a point,
 // from differences that are not larger, and rounding is monotonic: it never exceeds the computed distance of
 // a point inside.
+//
+// 16 of 100,000 for each of as many, in a cube: the results are 19 MB, the floor; a query tests 7.4 groups of
+// boxes (1.1 times through the tree), computes 166 distances and sorts 27 candidates, which is what takes the
+// time: for a million the search takes six times as long as bringing points and queries in order. Of two
+// threads the busier one takes 1 / 1.96 of one thread's time for a million, 1 / 1.94 for 100,000 (CPU time).
 #include "knn/candidates.h"
 
 namespace any2point {
