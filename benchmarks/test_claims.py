@@ -17,9 +17,13 @@ from any2point import ops, reference
 from any2point.bench import peers
 from any2point.bench.cases import check_neighbors, check_samples
 from any2point.bench.costs import cloud
-from any2point.bench.feature_cases import STAGES, residual_units
+from any2point.bench.feature_cases import STAGES, guided_aggregate, residual_units
+from any2point.bench.step import Step
+from any2point.bench.step_report import composed_ops
 from any2point.bench.table import Row, write_csv
 from any2point.bench.timing import cpu, interleave
+from any2point.models import Any2Point, Any2PointConfig
+from any2point.sources import Source
 
 OURS = "any2point"
 
@@ -121,3 +125,38 @@ def test_local_aggregate(training: bool, batch: int, required: float, request: p
     }
     what = "forward and backward" if training else "evaluation"
     compare(functions, required, 3, f"{batch} clouds, three stages of the tokenizer, k=81, {what}", request)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_guided_aggregate(training: bool, request: pytest.FixtureRequest) -> None:
+    """One block of MiniLM's width on 8 clouds of 128 tokens; in training forward and backward."""
+    case = next(guided_aggregate("cpu", [(8, 128, 384, 6, 12, 39)]))
+    features, cell, cluster, attention, view_norm, space_norm = case.inputs[0]
+    leaves = [features, *attention]
+
+    def call(function: Callable[..., torch.Tensor]) -> list[torch.Tensor]:
+        options = {"training": training, "momentum": 0.0}
+        with torch.set_grad_enabled(training):
+            out = function(features, cell, cluster, attention, view_norm, space_norm, **options)
+        grads = torch.autograd.grad(out.square().mean(), leaves) if training else ()
+        return [out.detach(), *grads]
+
+    named = {provider.name: provider.run for provider in case.providers}
+    for got, want in zip(call(named[OURS]), call(named["torch"])):
+        assert (got - want).norm() <= 1e-4 * want.norm() + 1e-6
+    functions = {name: lambda run=run: call(run) for name, run in named.items()}
+    what = "forward and backward" if training else "evaluation"
+    compare(functions, 3.0, 5, f"{case.shape}, {what}", request)
+
+
+def test_train_step(request: pytest.FixtureRequest) -> None:
+    """Six frozen blocks of MiniLM's width, 8 clouds of 1024 points: gradients, clipping and AdamW."""
+    source = Source.random("bert", width=384, depth=6, heads=12)
+    points = torch.from_numpy(cloud("surface", 8, 1024))
+    step = Step(Any2Point(Any2PointConfig(), source), points, "fp32", True)
+
+    def composed() -> None:
+        with composed_ops():
+            step()
+
+    compare({OURS: step, "torch": composed}, 3.0, 3, "width 384, 6 blocks, 8 clouds", request)
