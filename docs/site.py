@@ -1,10 +1,11 @@
-"""What building the site needs: the tutorial's page from its notebook, and examples as examples.
+"""What building the site needs: the tutorial's page from its notebook, every op, and examples as examples.
 
 Used by mkdocs.yml (`hooks`, and `extensions` of mkdocstrings).
 """
 
 from __future__ import annotations
 
+import ast
 import json
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,17 @@ def on_files(files: Any, config: Any) -> Any:
     parts.insert(1, "This page is a [notebook](tutorial.ipynb) that the tests run.")
     files.append(File.generated(config, "tutorial.md", content="\n\n".join(parts)))
     return files
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """The reference of the ops has all that `any2point.ops` exports: functions, then results and weights."""
+    if page.file.src_uri != "api/ops.md":
+        return markdown
+    tree = ast.parse((Path(__file__).parents[1] / "any2point" / "ops" / "__init__.py").read_text())
+    assigned = [node for node in tree.body if isinstance(node, ast.Assign)]
+    names = next(ast.literal_eval(node.value) for node in assigned if ast.unparse(node.targets[0]) == "__all__")
+    names = sorted(names, key=lambda name: (name[0].isupper(), name))
+    return "\n\n".join([markdown, *(f"::: any2point.ops.{name}" for name in names)])
 
 
 class ExampleSections(griffe.Extension):

@@ -28,7 +28,7 @@ unpacked=$(mktemp -d)
 trap 'rm -rf "$unpacked"' EXIT
 "$python" -m zipfile -e "$wheel" "$unpacked"
 "$python" -m abi3audit --strict --verbose "$unpacked"/any2point/_C.abi3.so
-"$python" -m torch_abi_audit "$unpacked"/any2point/_C.abi3.so
+PATH="$(dirname "$python"):$PATH" torch-abi-audit "$unpacked"/any2point/_C.abi3.so
 
 # shellcheck disable=SC2086
 "$python" scripts/check_torch_versions.py --folder "$venvs" ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} \

@@ -55,7 +55,7 @@ def samplers() -> dict[str, Sampler]:
 
 def skipped() -> list[str]:
     """Why each library that is not here is not measured."""
-    modules = ("fpsample", "scipy.spatial", "pykdtree.kdtree", "sklearn.neighbors")
+    modules = ("fpsample", "scipy.spatial", "pykdtree.kdtree", "sklearn.neighbors", "open3d.core")
     return [missing(module) for module in modules if missing(module)]
 
 
@@ -110,6 +110,16 @@ def searches() -> dict[str, Search]:
             return index, distance
 
         found["scikit-learn KDTree"] = sklearn
+    if not missing("open3d.core"):
+        import open3d.core as o3c
+
+        def open3d(query: np.ndarray, points: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+            search = o3c.nns.NearestNeighborSearch(o3c.Tensor.from_numpy(points))
+            search.knn_index()
+            index, squared = search.knn_search(o3c.Tensor.from_numpy(query), k)
+            return index.numpy(), np.sqrt(squared.numpy())
+
+        found["Open3D"] = open3d
     return found
 
 

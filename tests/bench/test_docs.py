@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from any2point import ops
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 
@@ -27,3 +31,14 @@ def test_tutorial(
     out = capsys.readouterr().out
     assert "accuracy" in out
     assert "smooth" in out
+
+
+def test_site_builds_without_warnings(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs")
+    pytest.importorskip("mkdocstrings")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    done = subprocess.run(command, cwd=DOCS.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    reference = (tmp_path / "site" / "api" / "ops.html").read_text()
+    for name in ops.__all__:
+        assert f'id="any2point.ops.{name}"' in reference, name
