@@ -88,7 +88,7 @@ STABLE_TORCH_LIBRARY(any2point, m) {
   // JSON, for tests. clouds, queries, points: of the largest cloud (packed: of all).
   m.def(
       "_neighbour_launches(int shared, int clouds, int queries, int points, int dim, int k, bool packed, "
-      "bool same, bool first, bool wide) -> str");
+      "bool same, bool wide) -> str");
 
   // Training on the CPU, pass by pass (csrc/local_aggregate/train.h). done: before [M, H], scale, shift [H],
   // weight [C, H] and bias [C] of each unit before. Sums come as one row per chunk, padded as the kernels do.

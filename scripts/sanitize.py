@@ -78,6 +78,12 @@ def main() -> int:
         compare(f"fps batched {n}", ops.farthest_point_sample, torch.rand(2, n, 3), 400)
     given = torch.tensor([[3, 1, 7]]).expand(3, 3)
     compare("fps continued", ops.farthest_point_sample, points, 9, start=given)
+    for n, most in ((2049, 9), (5000, 40), (9000, 100)):  # each cloud sorted by a block
+        cloud = torch.rand(2, n, 3)
+        compare(f"knn tree of {n}", ops.knn, cloud[:, : n // 3], cloud, most)
+    cloud[:, ::7] = torch.nan
+    compare("knn tree of itself", ops.knn, cloud, cloud, 9, sorted=False, exclude_self=True)
+    compare("ball first of many", ops.ball_query, cloud[:, :40], cloud, 0.2, 20, mode="first")
     compare("knn large", ops.knn, torch.rand(1, 77, 3), torch.rand(1, 20011, 3), 16)
     tree = torch.rand(1, 50017, 3)
     for k in (9, 40, 100, 200):

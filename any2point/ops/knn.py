@@ -118,9 +118,10 @@ def knn(
     if exclude_self:
         # What follows the query itself moves up. If it is not there, k + 1 others of lower index coincide
         # with it, and the last of them goes.
-        own = index == torch.arange(rows, device=index.device)[:, None]
-        place = own.cumsum(-1).clamp(max=1)[..., :k] + torch.arange(k, device=index.device)
-        index, distance = index.gather(-1, place), distance.gather(-1, place)
+        place = torch.arange(k + 1, device=index.device)
+        own = torch.arange(rows, device=index.device)[:, None]
+        later = place[:k] >= torch.where(index == own, place, k).amin(-1, keepdim=True)
+        index, distance = (torch.where(later, x[..., 1:], x[..., :-1]) for x in (index, distance))
     if k_per_cloud is not None:
         index, distance = _first_of_each(index, distance, queries, k_per_cloud)
         if not sorted:

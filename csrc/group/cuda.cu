@@ -1,17 +1,15 @@
-// group on CUDA: a copy, bound by the bytes written. A thread moves 16 bytes (or as much as rows and pointers
-// allow) and has four moves in flight; places advance by additions, as a division would cost more than the
-// move. Stores bypass the caches' reuse order so that the features stay in L2.
-//
-// H200, 32 x 1,024 x 96 floats to 512 x 81: 148 us, 1.17 times the floor of its bytes (126 us at the copy
-// bandwidth of 4.2 TB/s); torch.gather 376, pytorch3d 432, torch indexing 648 us. Backward, by inverse_list:
-// 207 us; torch.gather 396, torch indexing 521 us (both by atomics).
+// group on CUDA: a copy, bound by the bytes written. A warp has 32 entries, whose rows lie one behind the
+// other in the output: it reads their indices in one load and writes 16 bytes a lane, 512 in a row, four
+// times in flight. Loads are as wide as rows and pointers allow, stores are not read again (.cs), so that the
+// features stay in L2.
 #include "common/grid.cuh"
 #include "group/kernel.h"
 
 namespace any2point {
 namespace {
 
-constexpr int kInFlight = 4;
+constexpr int kWarps = kThreads / kWarp;
+constexpr int64_t kEntries = kWarp;  // of a warp
 
 // The V that stands at `column` of a row full of the 8-byte pattern.
 template <typename V>
@@ -25,45 +23,75 @@ __device__ V filler(uint64_t pattern, int64_t column) {
   }
 }
 
-template <typename V>
-__global__ void __launch_bounds__(kThreads) group_kernel(Group args, uint64_t nan, Strider strider) {
+// V: what is loaded at once. Int: for all rows of the features, and for the bytes that a warp writes.
+template <typename V, typename Int>
+__global__ void __launch_bounds__(kThreads) group_kernel(Group args, int64_t total, uint64_t nan) {
+  constexpr int kParts = 16 / sizeof(V), kInFlight = kParts >= 4 ? 1 : 4 / kParts;
+  constexpr Int kNone = -1, kOutside = -2;
   const V* __restrict__ features = static_cast<const V*>(args.features);
-  const int64_t* __restrict__ index = args.index;
-  V* __restrict__ out = static_cast<V*>(args.out);
-  const int64_t columns = strider.inner;
-  int64_t i = strider.first();
-  Place place = strider.place(i);  // cloud, entry, column
-  while (i < strider.total) {
-    V moved[kInFlight];
-    int64_t row[kInFlight], base[kInFlight];
+  const int lane = threadIdx.x % kWarp;
+  const int64_t first = (int64_t(blockIdx.x) * kWarps + threadIdx.x / kWarp) * kEntries;
+  if (first >= total) return;
+
+  Int source = kNone;
+  if (first + lane < total) {
+    const int64_t entry = first + lane, row = args.index[entry];
+    const int64_t cloud =
+        ((entry | args.entries) >> 32) == 0 ? uint32_t(entry) / uint32_t(args.entries) : entry / args.entries;
+    source = row >= 0 && row < args.rows ? Int(cloud * args.rows + row) : row == -1 ? kNone : kOutside;
+  }
+
+  // Chunks of 16 bytes: this lane has number `lane`, lane + 32, ... of those of the warp. The next one begins
+  // at `column` of the warp's row `at`.
+  const Int columns = Int(args.row_bytes / sizeof(V));
+  const Int units = Int(min(kEntries, total - first)) * columns, chunks = (units + kParts - 1) / kParts;
+  Int at = lane * kParts / columns, column = lane * kParts - at * columns;
+  const Int rows_on = kWarp * kParts / columns, columns_on = kWarp * kParts - rows_on * columns;
+  V* out = static_cast<V*>(args.out) + first * columns;
+  for (Int chunk = lane; chunk - lane < chunks; chunk += kWarp * kInFlight) {
+    Pack<V, kParts> moved[kInFlight];
 #pragma unroll
     for (int u = 0; u < kInFlight; u++) {
-      base[u] = place.outer * args.rows * columns + place.inner;
-      row[u] = i + u * strider.stride < strider.total ? index[place.outer * args.entries + place.middle] : -1;
-      strider.advance(&place);
-    }
+      Int r = at, c = column;
 #pragma unroll
-    for (int u = 0; u < kInFlight; u++) {
-      moved[u] = V{};
-      if (row[u] >= 0 && row[u] < args.rows) {
-        moved[u] = features[base[u] + row[u] * columns];
-      } else if (row[u] != -1) {
-        moved[u] = filler<V>(nan, base[u] % columns);
+      for (int p = 0; p < kParts; p++) {
+        const Int row = __shfl_sync(kAll, source, int(r) % kWarp);
+        V value{};
+        if ((chunk + u * kWarp) * kParts + p < units) {
+          if (row >= 0) value = __ldg(features + int64_t(row) * columns + c);
+          if (row == kOutside) value = filler<V>(nan, c);
+        }
+        moved[u].at[p] = value;
+        if (++c == columns) c = 0, r++;
       }
+      at += rows_on;
+      column += columns_on;
+      if (column >= columns) column -= columns, at++;
     }
 #pragma unroll
-    for (int u = 0; u < kInFlight; u++, i += strider.stride) {
-      if (i < strider.total) __stcs(out + i, moved[u]);
+    for (int u = 0; u < kInFlight; u++) {
+      const Int next = (chunk + u * kWarp) * kParts;
+      if (next + kParts <= units) {
+        __stcs(reinterpret_cast<uint4*>(out + next), *reinterpret_cast<const uint4*>(&moved[u]));
+      } else {
+#pragma unroll
+        for (int p = 0; p < kParts; p++) {
+          if (next + p < units) out[next + p] = moved[u].at[p];
+        }
+      }
     }
   }
 }
 
 template <typename V>
 int launch(const Group& args, int64_t clouds, uint64_t nan, cudaStream_t stream) {
-  const int64_t columns = args.row_bytes / sizeof(V), items = clouds * args.entries * columns;
-  const int blocks = grid_for((items + kInFlight - 1) / kInFlight);
-  const Strider strider(clouds, args.entries, columns, blocks);
-  group_kernel<V><<<blocks, kThreads, 0, stream>>>(args, nan, strider);
+  const int64_t total = clouds * args.entries, each = kWarps * kEntries;
+  const auto blocks = static_cast<unsigned>((total + each - 1) / each);
+  if ((clouds * args.rows | 2 * kEntries * args.row_bytes) >> 31 == 0) {
+    group_kernel<V, int32_t><<<blocks, kThreads, 0, stream>>>(args, total, nan);
+  } else {
+    group_kernel<V, int64_t><<<blocks, kThreads, 0, stream>>>(args, total, nan);
+  }
   return cudaGetLastError();
 }
 
@@ -73,7 +101,7 @@ int group_cuda(const Group& args, int64_t clouds, uint64_t nan, void* stream_) {
   if (clouds * args.entries * args.row_bytes == 0) return 0;
   const cudaStream_t stream = static_cast<cudaStream_t>(stream_);
   const auto fits = [&](int64_t bytes) {
-    return args.row_bytes % bytes == 0 && aligned(args.features, bytes) && aligned(args.out, bytes);
+    return args.row_bytes % bytes == 0 && aligned(args.features, bytes);
   };
   if (fits(16)) return launch<uint4>(args, clouds, nan, stream);
   if (fits(8)) return launch<uint2>(args, clouds, nan, stream);

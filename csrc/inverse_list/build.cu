@@ -45,6 +45,18 @@ struct Part {
   }
 };
 
+// Lanes with the same value, which has so many bits. (__match_any_sync takes a step for each different
+// value.)
+__device__ __forceinline__ unsigned equal_lanes(int value, int bits) {
+  unsigned same = kAll;
+  for (int bit = 0; bit < bits; bit++) {
+    const bool one = value >> bit & 1;
+    const unsigned lanes = __ballot_sync(kAll, one);
+    same &= one ? lanes : ~lanes;
+  }
+  return same;
+}
+
 __global__ __launch_bounds__(kThreads) void count_kernel(Chunks args) {
   __shared__ uint32_t counters[kCountedRows];
   const Part part(args);
@@ -108,10 +120,11 @@ __global__ __launch_bounds__(kThreads) void place_kernel(Chunks args) {
   if (part.chunk == 0 && threadIdx.x == 0) start[rows] = base;
   __syncthreads();
 
+  const int bits = 32 - __clz(rows);
 #pragma unroll
   for (int e = 0; e < kEach; e++) {
     const int row = part.row[e];
-    const unsigned same = __match_any_sync(kAll, row);
+    const unsigned same = equal_lanes(row < 0 ? rows : row, bits);
     const int earlier = __popc(same & ((1u << lane) - 1));
     const uint32_t place = row >= 0 ? counters[warp][row] : 0;
     __syncwarp();

@@ -108,7 +108,7 @@ __global__ __launch_bounds__(32 * kWarps,
       return warp_sum(mine);
     };
     float t = run.limit;
-    if (valid > k) {
+    if (valid > k && run.choice != Choice::first) {
       if (guess < 0) {
         // Every lane has a point within the largest of the lanes' smallest distances.
         float least = infinite();
@@ -120,7 +120,16 @@ __global__ __launch_bounds__(32 * kWarps,
     }
     const int within = count_within(t);
     Radius radius{t, within, false};
-    if (within > kMost || (within < k && t < run.limit)) {
+    if (run.choice == Choice::first) {
+      // Those of the lowest rows: of this lane the first `quota`.
+      int quota = max(0, min(mine, k - sum_of_lanes_below(mine, lane)));
+      radius.count = min(within, k);
+      mine = quota;
+#pragma unroll
+      for (int c = 0; c < kPoints; c++) {
+        if (d[c] <= t && quota-- <= 0) d[c] = not_a_number();
+      }
+    } else if (within > kMost || (within < k && t < run.limit)) {
       radius = find_radius(k, kMost, run.limit, t, within, count_within);
     }
     if (!radius.tie && radius.count >= k) {
@@ -235,6 +244,10 @@ __global__ __launch_bounds__(32 * kBlockWarps) void nearest_large_kernel(Neighbo
             buffer[at] = {distance, int(start) + c + j * 32 + lane};
           }
           m += __popc(lanes);
+          if (run.choice == Choice::first && m >= k) {
+            m = k;
+            nearer = -1;  // what follows has higher rows
+          }
           if (m > kMost - 32) m = shorten<kKeys>(buffer, m, k, run.limit, &nearer, lane);
         }
         __syncwarp();

@@ -44,8 +44,8 @@ std::tuple<Tensor, Tensor> knn_cuda(const Tensor& query, const Tensor& points, i
 #endif
 
 std::string launches(int64_t shared, int64_t clouds, int64_t queries, int64_t points, int64_t dim, int64_t k,
-                     bool packed, bool same, bool first, bool wide) {
-  const SearchPlan plan = plan_search({clouds, dim, k, points, queries, packed, same, first, wide}, shared);
+                     bool packed, bool same, bool wide) {
+  const SearchPlan plan = plan_search({clouds, dim, k, points, queries, packed, same, wide}, shared);
   const char* names[] = {"general", "scan", "tree"};
   std::ostringstream text;
   text << "{\"kernel\": \"" << names[plan.kernel] << "\", \"sorted\": " << plan.each * kSortThreads

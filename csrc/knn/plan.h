@@ -13,9 +13,8 @@ struct SearchSizes {
   int64_t clouds, dim, k;
   int64_t points, queries;  // of the largest cloud; packed: of all clouds, as the host does not know more
   bool packed;
-  bool same;   // the points are the queries, row for row
-  bool first;  // Choice::first
-  bool wide;   // float64
+  bool same;  // the points are the queries, row for row
+  bool wide;  // float64
 
   int64_t all_points() const { return packed ? points : clouds * points; }
   int64_t all_queries() const { return packed ? queries : clouds * queries; }
@@ -33,7 +32,6 @@ SearchSizes sizes_of(const Neighbours<T>& run) {
           rows.packed() ? queries.total : queries.padded,
           rows.packed(),
           same,
-          run.choice == Choice::first,
           sizeof(T) == 8};
 }
 
@@ -66,14 +64,14 @@ struct SearchPlan {
 
 constexpr int64_t kSmallCloud = 2048;  // points that a warp holds in registers
 
-// A tree takes 30 to 80 us to build. Scans take that for some 10^8 pairs of query and point, or for 50,000
-// points, however few the queries are.
+// A tree takes 30 to 80 us to build. Scans take that for more points than a warp can hold, however few the
+// queries are; for fewer points only many queries of few neighbours pay for it.
 inline bool wants_tree(const SearchSizes& sizes) {
   if (sizes.wide || sizes.dim > 3 || sizes.k == 0 || sizes.k > kTreeMost || sizes.clouds == 0) return false;
   const int64_t all = sizes.all_points(), queries = sizes.all_queries();
   if (queries == 0 || all >= 1 << 30 || queries >= 1 << 30) return false;
   const int64_t points = all / sizes.clouds;
-  return points > kSmallCloud && (points >= 50000 || double(queries) * double(points) >= 1e8);
+  return points > kSmallCloud || (points > 1024 && sizes.k <= 20 && double(queries) * double(points) >= 1e8);
 }
 
 // `shared`: bytes of shared memory that a block can have.
@@ -83,8 +81,8 @@ inline SearchPlan plan_search(const SearchSizes& sizes, int64_t shared) {
     plan.kernel = SearchPlan::tree;
     plan.each = sort_each(sizes, shared);
     plan.shared = plan.each > 0 ? sort_shared(plan.each) : 0;
-  } else if (!sizes.wide && sizes.dim <= 3 && sizes.k <= 192 && sizes.k > 0 && !sizes.first &&
-             sizes.points < 1 << 30 && sizes.clouds > 0) {
+  } else if (!sizes.wide && sizes.dim <= 3 && sizes.k <= 192 && sizes.k > 0 && sizes.points < 1 << 30 &&
+             sizes.clouds > 0) {
     plan.kernel = SearchPlan::scan;
   }
   return plan;

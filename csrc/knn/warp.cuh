@@ -285,10 +285,20 @@ __device__ __forceinline__ void finish(const Neighbours<float>& run, int64_t bas
                                        Candidate* list, int m, int lane) {
   __syncwarp();
   const int found = min(m, int(run.k));
-  int key[kKeys];
-  sort<kKeys>(list, m, key, lane);
   int64_t* index = run.index + query * run.k;
   float* distance = run.distance + query * run.k;
+  if (run.choice != Choice::nearest && m <= run.k) {
+    for (int j = lane; j < m; j += 32) {
+      const Candidate next = list[j];
+      index[j] = base + next.row;
+      distance[j] = next.distance;
+    }
+    write_missing(run, query, found, lane);
+    __syncwarp();
+    return;
+  }
+  int key[kKeys];
+  sort<kKeys>(list, m, key, lane);
   if (run.choice == Choice::nearest) {
 #pragma unroll
     for (int r = 0; r < kKeys; r++) {

@@ -24,7 +24,7 @@ SIZES = (0, 1, 1024, 2048, 2049, 4096, 8192, 10_240, 16_384, 16_385, 100_000, 1_
 
 
 def launches(gpu: str, clouds: int, queries: int, points: int, k: int = 16, **given: Any) -> dict[str, Any]:
-    options = {"dim": 3, "packed": False, "same": False, "first": False, "wide": False} | given
+    options = {"dim": 3, "packed": False, "same": False, "wide": False} | given
     dim, *flags = options.values()
     return json.loads(
         torch.ops.any2point._neighbour_launches(GPUS[gpu], clouds, queries, points, dim, k, *flags)
@@ -53,10 +53,18 @@ def test_launches_are_legal(gpu: str, packed: bool, same: bool) -> None:
 @pytest.mark.parametrize("gpu", GPUS)
 def test_what_needs_the_general_kernels(gpu: str) -> None:
     assert launches(gpu, 32, 512, 1024)["kernel"] == "scan"
-    for given in ({"dim": 4}, {"wide": True}, {"first": True}):
-        assert launches(gpu, 32, 512, 1024, **given)["kernel"] == "general"
-    assert launches(gpu, 1, 100_000, 100_000, first=True)["kernel"] == "tree"
-    assert launches(gpu, 1, 100_000, 100_000, wide=True)["kernel"] == "general"
+    assert launches(gpu, 32, 512, 1024, 193)["kernel"] == "general"
+    for points in (1024, 100_000):
+        for given in ({"dim": 4}, {"wide": True}):
+            assert launches(gpu, 1, 1000, points, **given)["kernel"] == "general"
+
+
+def test_scans_are_for_small_clouds() -> None:
+    for clouds, queries, points, k, kernel in (
+        *((32, 512, 1024, 81, "scan"), (32, 512, 2048, 32, "scan"), (32, 2048, 2048, 32, "scan")),
+        *((32, 2048, 2048, 16, "tree"), (1, 512, 2049, 16, "tree"), (1, 1, 1_000_000, 280, "tree")),
+    ):
+        assert launches("sm_90", clouds, queries, points, k)["kernel"] == kernel
 
 
 @pytest.mark.parametrize(

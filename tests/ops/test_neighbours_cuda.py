@@ -18,8 +18,8 @@ KS = (0, 1, 2, 3, 8, 16, 20, 21, 24, 25, 32, 33, 52, 53, 64, 68, 69, 81, 112, 11
 # Clouds, points, queries (None: the points) for which the search builds a tree: each cloud sorted by one
 # block, all of them together, few queries in a large cloud.
 LARGE = (
-    *((1, 12_000, None), (3, 9000, 4000), (30, 2100, 1700), (4, 5000, 5100)),
-    *((1, 17_000, None), (1, 60_001, 50)),
+    *((1, 3000, None), (2, 9000, 1200), (5, 2100, 600), (1, 5000, 5100), (7, 1500, 10_000)),
+    *((1, 17_000, 300), (1, 60_001, 50)),
 )
 
 
