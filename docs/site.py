@@ -31,9 +31,8 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     if page.file.src_uri != "api/ops.md":
         return markdown
     tree = ast.parse((Path(__file__).parents[1] / "any2point" / "ops" / "__init__.py").read_text())
-    assigned = [node for node in tree.body if isinstance(node, ast.Assign)]
-    names = next(ast.literal_eval(node.value) for node in assigned if ast.unparse(node.targets[0]) == "__all__")
-    names = sorted(names, key=lambda name: (name[0].isupper(), name))
+    (exported,) = (node.value for node in tree.body if isinstance(node, ast.Assign))  # __all__
+    names = sorted(ast.literal_eval(exported), key=lambda name: (name[0].isupper(), name))
     return "\n\n".join([markdown, *(f"::: any2point.ops.{name}" for name in names)])
 
 
