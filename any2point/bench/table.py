@@ -60,9 +60,24 @@ class Row:
         self.device, self.driver, self.cuda = machine.device, machine.driver, machine.cuda
         self.torch, self.triton, self.clock_mhz = machine.torch, machine.triton, machine.clock_mhz
         self.commit = revision or commit()
-        self.command = self.command or " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+        self.command = self.command or command_line(sys.argv)
         self.date = datetime.date.today().isoformat()
         return self
+
+
+def command_line(arguments: Sequence[str]) -> str:
+    """A command as it is noted with a row: without the files that it wrote, and without anybody's folders."""
+    program = Path(arguments[0]).name
+    words, rest = ["any2point" if program == "__main__.py" else program], list(arguments[1:])
+    while rest:
+        word = rest.pop(0)
+        if word in ("--json", "--csv", "--plot", "--output", "--rows"):
+            rest = rest[1:]
+        elif word == "--peers":
+            words, rest = [*words, "--peers", "DIR"], rest[1:]
+        else:
+            words.append(word)
+    return " ".join(words)
 
 
 @cache

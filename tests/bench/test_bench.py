@@ -103,6 +103,11 @@ def test_rows_survive_files(tmp_path: Path) -> None:
         table.read_rows(tmp_path / "other.json")
 
 
+def test_commands_are_noted_without_paths() -> None:
+    words = ["/home/me/any2point/__main__.py", "bench", "op", "--peers", "/x", "--csv", "/y.csv", "--quick"]
+    assert table.command_line(words) == "any2point bench op --peers DIR --quick"
+
+
 def test_compare_finds_regressions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, time in (("a", 10.0), ("b", 10.5), ("c", 15.0)):
         row = table.Row("knn", "any2point", "1,2,3", "forward").times([time])
