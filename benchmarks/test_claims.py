@@ -76,7 +76,7 @@ def test_farthest_point_sample(
 @pytest.mark.skipif(not peers.searches(), reason="neither scipy nor pykdtree is installed")
 @pytest.mark.parametrize(
     ("queries", "rows", "k", "required", "rounds"),
-    [(512, 1024, 81, 5.0, 25), (100_000, 100_000, 16, 1.5, 5)],
+    [(512, 1024, 81, 5.0, 25), (100_000, 100_000, 16, 4.0, 5)],
 )
 def test_knn(
     queries: int, rows: int, k: int, required: float, rounds: int, request: pytest.FixtureRequest
