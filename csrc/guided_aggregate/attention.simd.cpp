@@ -124,7 +124,7 @@ void attend(const GuidedRows& args, int64_t chunk, float* scratch) {
     const int64_t count = at.count(seg);
     if (count == 0) continue;
     const int32_t* tokens = at.tokens(seg);
-    float* pooled = args.pooled + at.row(args, seg) * pad;
+    float* pooled = args.pooled + at.row(seg) * pad;
     float* hidden = args.hidden + at.layer * args.rows() * pad;
     if (count == 1) {  // a softmax of one
       memcpy(hidden + tokens[0] * pad, query + tokens[0] * step + 2 * inner, sizeof(float) * inner);

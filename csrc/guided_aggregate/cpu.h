@@ -2,6 +2,11 @@
 // what is computed. Torch-free. Everything is float32; rows of channels are padded with zeros to `stride`,
 // whole vectors of every instruction set. Sums over rows come as one part per chunk, added up in the order of
 // the chunks, so no result depends on the number of threads.
+//
+// Measured on one AVX-512 core (AMD Zen 5): 8 clouds of 128 tokens in 31 cells a view and 121 voxels, 6
+// views, width 384: 3.4 ms forward and 8.8 ms backward; width 768: 6.2 and 14.3 ms. With the product before
+// it (qkv, by torch) a block takes 24 ms in training, the composition of torch ops 103 ms. About a third is
+// the attention: its cells are so small that lanes stay empty; the rest reads and writes rows.
 #pragma once
 
 #include "guided_aggregate/kernel.h"
@@ -10,7 +15,8 @@ namespace any2point {
 
 constexpr int64_t padded16(int64_t count) { return (count + 15) / 16 * 16; }
 
-// R = B S tokens, V views, L layers of segments, P = stride, K = padded16(M + 1).
+// R = B S tokens, V views, L layers of segments, P = stride, K = padded16(M + 1). Segments that hold tokens
+// have a row each, Z in all, and one of zeros comes last.
 struct GuidedRows {
   int64_t clouds, tokens, stride, views, layers, inner, heads;
   bool maximum, adaptive;
@@ -23,21 +29,24 @@ struct GuidedRows {
   const int32_t* order;   // the lists of kernel.h
   const int32_t* segment;
   const int32_t* start;
+  const int32_t* shift;    // [L, B]: from a segment to its row
+  const int32_t* row;      // [L, R]: of each token's segment, Z for none
+  int64_t first_maximum;   // row of the first layer that pools by maximum
   const float* mean;       // [L, P] of the rows z
   const float* deviation;  // [L, P]
   const float* factor;     // [L, P]: y = factor (z - mean) + bias
   const float* bias;       // [L, P]
   float* hidden;           // [V, R, K]: per token the heads' output, 1 and zeros, times keep
-  float* pooled;           // [V, R, K]: their means over the cells
-  float* z;                // [L, R, P]
-  float* g;                // [L, R, P]: GELU(y); a row of zeros comes after the last
-  float* length;           // [L, R]: norms of the rows g, at least 1e-8
+  float* pooled;           // [Z, K]: their means over the cells
+  float* z;                // [Z, P]
+  float* g;                // [Z + 1, P]: GELU(y)
+  float* length;           // [Z + 1]: norms of the rows g, at least 1e-8
   // Backward.
   const float* grad;  // [R, P] of the result
   const float* m1;    // [L, P]: means over the rows of dy, and
   const float* m2;    // [L, P]: of dy times normalised z; zero in evaluation
-  float* dz;          // [L, R, P]: dy, then dz
-  int32_t* argmax;    // [L or 1 (the voxels), R, P]: the token that a maximum comes from
+  float* dz;          // [Z, P]: dy, then dz
+  int32_t* argmax;    // [Z - first_maximum, P]: the token that a maximum comes from
   float* alpha;       // [R, V]: factor on the result's gradient in that of g_v,
   float* beta;        // [R, V]: on the voxel's row,
   float* gamma;       // [R, V]: on g_v itself

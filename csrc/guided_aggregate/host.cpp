@@ -105,6 +105,7 @@ void check_lists(const Guided& args) {
       right = right && start[i] <= start[i + 1] && order[i] >= first && order[i] < last;
       right = right && segment[i] >= least && segment[i] < last && (i != first || start[i] >= first);
       right = right && (layer >= args.views || (start[i] >= first && start[i + 1] <= last));
+      right = right && (segment[i] < 0 || start[segment[i] + 1] > start[segment[i]]);
     }
     A2P_CHECK(right, "order, segment, start: expected lists as _guided_lists makes them");
   }
@@ -114,6 +115,8 @@ void check_lists(const Guided& args) {
 struct Work {
   GuidedRows rows{};
   std::vector<int64_t> held;  // [L, B]: segments with tokens
+  std::vector<int32_t> shift, row;
+  int64_t last = 0;  // Z
   PaddedRows features, qkv;
   Room<float> buffer, alpha;
 
@@ -142,8 +145,8 @@ struct Work {
     rows.start = args.start;
     const int64_t count = rows.rows(), pad = rows.width(), columns = rows.layers * stride;
     const int64_t proj = rows.views * pad * stride, hidden = rows.views * count * pad;
-    const int64_t all = rows.layers * count;
-    buffer = Room<float>(proj + 4 * columns + 2 * hidden + (2 * all + 1) * stride + all);
+    number_rows();
+    buffer = Room<float>(proj + 4 * columns + hidden + last * pad + (2 * last + 1) * stride + last + 1);
     float* next = buffer.get();
     const auto take = [&](int64_t size) {
       float* room = next;
@@ -166,20 +169,50 @@ struct Work {
     rows.factor = statistics + 2 * columns;
     rows.bias = statistics + 3 * columns;
     rows.hidden = take(hidden);
-    rows.pooled = take(hidden);
-    rows.z = take(all * stride);
-    rows.g = take((all + 1) * stride);
-    std::fill(rows.g + all * stride, rows.g + (all + 1) * stride, 0.0f);
-    rows.length = take(all);
+    rows.pooled = take(last * pad);
+    rows.z = take(last * stride);
+    rows.g = take((last + 1) * stride);
+    std::fill(rows.g + last * stride, rows.g + (last + 1) * stride, 0.0f);
+    rows.length = take(last + 1);
+    rows.length[last] = 1e-8f;
     alpha = Room<float>(count * rows.views);
     rows.alpha = alpha.get();
+  }
+
+  // Rows of segments in the order of the layers, without the room that empty segments would take up behind
+  // the last of each cloud's cells and behind the last voxel.
+  void number_rows() {
+    const int64_t count = rows.rows();
+    A2P_CHECK(rows.layers * count < INT32_MAX, "features: expected fewer tokens");
     held.resize(rows.layers * rows.clouds);
+    shift.resize(rows.layers * rows.clouds);
+    row.resize(rows.layers * count);
     for (int64_t layer = 0; layer < rows.layers; layer++) {
-      const int32_t* start = args.start + layer * (count + 1);
-      for (int64_t i = 0; i < count; i++) {
-        held[layer * rows.clouds + i / rows.tokens] += start[i + 1] > start[i];
+      const int32_t* start = rows.start + layer * (count + 1);
+      const bool view = layer < rows.views;
+      if (!view) rows.first_maximum = last;
+      const int64_t base = last;
+      for (int64_t cloud = 0; cloud < rows.clouds; cloud++) {
+        const int64_t first = cloud * rows.tokens, chunk = layer * rows.clouds + cloud;
+        const int64_t here = view ? last - first : base;
+        shift[chunk] = static_cast<int32_t>(here);
+        for (int64_t i = first; i < first + rows.tokens; i++) {
+          if (start[i + 1] == start[i]) continue;
+          held[chunk]++;
+          last = here + i + 1;
+        }
       }
     }
+    for (int64_t layer = 0; layer < rows.layers; layer++) {
+      for (int64_t i = 0; i < count; i++) {
+        const int32_t seg = rows.segment[layer * count + i];
+        const int32_t from = shift[layer * rows.clouds + i / rows.tokens];
+        row[layer * count + i] = seg < 0 ? static_cast<int32_t>(last) : seg + from;
+      }
+    }
+    if (rows.maximum) rows.first_maximum = 0;
+    rows.shift = shift.data();
+    rows.row = row.data();
   }
 
   int64_t chunks() const { return rows.layers * rows.clouds; }
@@ -354,12 +387,13 @@ void guided_backward_cpu(const GuidedBackward& args) {
   GuidedRows& rows = work.rows;
   const PaddedRows grad(args.dtype, args.grad, count, channels, stride);
   const int64_t columns = rows.layers * stride, chunks = work.chunks(), pad = rows.width();
-  const Room<int32_t> argmax((args.maximum ? rows.layers : rows.layers - views) * count * stride);
-  const Room<float> room(rows.layers * count * stride + 2 * columns + count * (2 * views + 1));
+  const Room<int32_t> argmax(rows.layers > views || args.maximum ? (work.last - rows.first_maximum) * stride
+                                                                 : 0);
+  const Room<float> room(work.last * stride + 2 * columns + count * (2 * views + 1));
   rows.argmax = argmax.get();
   rows.grad = grad.get();
   rows.dz = room.get();
-  float* means = rows.dz + rows.layers * count * stride;
+  float* means = rows.dz + work.last * stride;
   std::fill(means, means + 2 * columns, 0.0f);
   rows.m1 = means;
   rows.m2 = means + columns;

@@ -10,8 +10,8 @@ void pool_mean(const GuidedRows& args, const Chunk& at, int64_t seg) {
   const int64_t count = at.count(seg), stride = args.stride, used = args.inner + 1;
   const int32_t* tokens = at.tokens(seg);
   const float* proj = args.proj + at.layer * args.width() * stride;
-  const float* pooled = args.pooled + at.row(args, seg) * args.width();
-  float* z = args.z + at.row(args, seg) * stride;
+  const float* pooled = args.pooled + at.row(seg) * args.width();
+  float* z = args.z + at.row(seg) * stride;
   const Float each = splat(1.0f / static_cast<float>(count));
   each_block(stride, [&](auto n, int64_t c) {
     constexpr int N = decltype(n)::value;
@@ -54,7 +54,7 @@ void pool_maximum(const GuidedRows& args, const Chunk& at, int64_t seg, float* s
   const int64_t count = at.count(seg), stride = args.stride;
   const int32_t* tokens = at.tokens(seg);
   float *row = scratch, *sum = row + stride, *most = sum + stride;
-  int32_t* argmax = args.argmax ? argmax_of(args, at.layer, seg) : nullptr;
+  int32_t* argmax = args.argmax ? argmax_of(args, at.row(seg)) : nullptr;
   attended(args, at, tokens[0], sum);
   memcpy(most, sum, sizeof(float) * stride);
   if (argmax) {
@@ -73,7 +73,7 @@ void pool_maximum(const GuidedRows& args, const Chunk& at, int64_t seg, float* s
       sum[c] += row[c];
     }
   }
-  float* z = args.z + at.row(args, seg) * stride;
+  float* z = args.z + at.row(seg) * stride;
   const float each = 1.0f / static_cast<float>(count);
   for (int64_t c = 0; c < stride; c++) z[c] = most[c] + sum[c] * each;
 }
@@ -101,7 +101,7 @@ void set_alpha(const GuidedRows& args, int64_t token) {
     return;
   }
   const int64_t space = row_of(args, args.views, token);
-  const float *s = activation_of(args, space), length = length_of(args, space);
+  const float *s = activation_of(args, space), length = args.length[space];
   float total = 0;
   for (int64_t v = 0; v < args.views; v++) {
     const int64_t row = row_of(args, v, token);
@@ -172,16 +172,16 @@ void pool(const GuidedRows& args, int64_t chunk, float* mean, float* spread, flo
   }
   if (!mean) return;
   const Float each = splat(rows ? 1.0f / static_cast<float>(rows) : 0.0f);
-  const float* z = args.z + at.row(args, 0) * stride;
+  const auto z = [&](int64_t seg) { return args.z + at.row(seg) * stride; };
   for (int64_t c = 0; c < stride; c += kLanes) {
     Float sum = splat(0.0f), square = splat(0.0f);
     for (int64_t seg = at.first; seg < at.last; seg++) {
-      if (at.count(seg)) sum = add(sum, load(z + seg * stride + c));
+      if (at.count(seg)) sum = add(sum, load(z(seg) + c));
     }
     sum = mul(sum, each);
     for (int64_t seg = at.first; seg < at.last; seg++) {
       if (at.count(seg) == 0) continue;
-      const Float off = sub(load(z + seg * stride + c), sum);
+      const Float off = sub(load(z(seg) + c), sum);
       square = fma(off, off, square);
     }
     store(mean + c, sum);
@@ -196,14 +196,14 @@ void activate(const GuidedRows& args, int64_t chunk) {
   const float* bias = args.bias + at.layer * stride;
   for (int64_t seg = at.first; seg < at.last; seg++) {
     if (at.count(seg) == 0) continue;
-    const float* __restrict__ z = args.z + at.row(args, seg) * stride;
-    float* __restrict__ g = args.g + at.row(args, seg) * stride;
+    const float* __restrict__ z = args.z + at.row(seg) * stride;
+    float* __restrict__ g = args.g + at.row(seg) * stride;
     for (int64_t c = 0; c < stride; c++) {
       const float y = (z[c] - mean[c]) * factor[c] + bias[c];
       g[c] = y * normal(y).below;
     }
     const float length = sqrtf(dot(g, g, stride));
-    args.length[at.row(args, seg)] = length < 1e-8f ? 1e-8f : length;
+    args.length[at.row(seg)] = length < 1e-8f ? 1e-8f : length;
   }
 }
 
@@ -242,7 +242,7 @@ void weights_grad(const GuidedRows& args, int64_t begin, int64_t end) {
     float *gamma = args.gamma + t * args.views, total = 0, pulled = 0, delta = 0;
     const float* grad = args.grad + t * args.stride;
     const int64_t space = row_of(args, args.views, t);
-    const float *s = activation_of(args, space), length = length_of(args, space);
+    const float *s = activation_of(args, space), length = args.length[space];
     for (int64_t v = 0; v < args.views; v++) {
       const int64_t row = row_of(args, v, t);
       const float* g = activation_of(args, row);
@@ -279,7 +279,7 @@ void rows_grad(const GuidedRows& args, int64_t chunk, float* sum, float* sum_nor
   const float *mean = args.mean + v * stride, *deviation = args.deviation + v * stride;
   for (int64_t c = 0; c < stride; c++) sum[c] = sum_normed[c] = 0;
   for (int64_t seg = at.first; seg < at.last; seg++) {
-    const int64_t count = at.count(seg), row = at.row(args, seg);
+    const int64_t count = at.count(seg), row = at.row(seg);
     if (count == 0) continue;
     const int32_t* tokens = at.tokens(seg);
     float* __restrict__ dy = args.dz + row * stride;
@@ -364,8 +364,8 @@ void add_proj_grad(const GuidedRows& args, const Chunk& at, float* grad_proj) {
       }
       for (int64_t seg = at.first; seg < at.last; seg++) {
         if (at.count(seg) == 0) continue;
-        const float* dz = args.dz + at.row(args, seg) * stride + c;
-        const float* pooled = args.pooled + at.row(args, seg) * pad + m;
+        const float* dz = args.dz + at.row(seg) * stride + c;
+        const float* pooled = args.pooled + at.row(seg) * pad + m;
         Float value[N];
 #pragma GCC unroll 4
         for (int j = 0; j < N; j++) value[j] = load(dz + j * kLanes);
@@ -394,7 +394,7 @@ void pool_grad(const GuidedRows& args, int64_t chunk, float* grad_proj, float* g
   float* dhidden = grad_hidden - at.first * pad;
   if (at.is_view(args)) memset(grad_proj, 0, sizeof(float) * pad * stride);
   for (int64_t seg = at.first; seg < at.last; seg++) {
-    const int64_t count = at.count(seg), row = at.row(args, seg);
+    const int64_t count = at.count(seg), row = at.row(seg);
     if (count == 0) continue;
     const int32_t* tokens = at.tokens(seg);
     const float each = 1.0f / static_cast<float>(count);
@@ -415,7 +415,7 @@ void pool_grad(const GuidedRows& args, int64_t chunk, float* grad_proj, float* g
       }
       continue;
     }
-    const int32_t* argmax = argmax_of(args, at.layer, seg);
+    const int32_t* argmax = argmax_of(args, at.row(seg));
     for (int64_t i = 0; i < count; i++) {
       const int32_t t = tokens[i];
       float *own = dhidden + t * pad, factor = keep ? keep[t] : 1.0f;
@@ -444,14 +444,15 @@ void features_grad(const GuidedRows& args, float* grad_features, int64_t begin, 
       if (seg < 0) continue;
       const int32_t* start = args.start + layer * (args.rows() + 1) + seg;
       const float each = 1.0f / static_cast<float>(start[1] - start[0]);
-      const float* __restrict__ dz = args.dz + (layer * args.rows() + seg) * stride;
+      const int64_t row = row_of(args, layer, t);
+      const float* __restrict__ dz = args.dz + row * stride;
       if (!args.maximum && layer < args.views) {
         for (int64_t c = 0; c < stride; c += kLanes) {
           store(to + c, fma(splat(each), load(dz + c), load(to + c)));
         }
         continue;
       }
-      const int32_t* __restrict__ argmax = argmax_of(args, layer, seg);
+      const int32_t* __restrict__ argmax = argmax_of(args, row);
       for (int64_t c = 0; c < stride; c++) {
         to[c] += argmax[c] == t ? dz[c] + dz[c] * each : dz[c] * each;
       }

@@ -13,7 +13,7 @@ namespace A2P_ISA {
 
 // One layer of one cloud: its segments are [first, last), those that hold tokens are visited.
 struct Chunk {
-  int64_t layer, first, last;
+  int64_t layer, first, last, shift;
   const int32_t *order, *segment, *start;
 
   Chunk(const GuidedRows& args, int64_t chunk) {
@@ -21,6 +21,7 @@ struct Chunk {
     layer = chunk / args.clouds;
     first = chunk % args.clouds * args.tokens;
     last = first + args.tokens;
+    shift = args.shift[chunk];
     order = args.order + layer * rows;
     segment = args.segment + layer * rows;
     start = args.start + layer * (rows + 1);
@@ -30,20 +31,18 @@ struct Chunk {
   // Of a segment: where its tokens are in `order`, and how many.
   const int32_t* tokens(int64_t seg) const { return order + start[seg]; }
   int64_t count(int64_t seg) const { return start[seg + 1] - start[seg]; }
-  int64_t row(const GuidedRows& args, int64_t seg) const { return layer * args.rows() + seg; }
+  int64_t row(int64_t seg) const { return seg + shift; }
 };
 
-// The row g of a token's segment in a layer; zeros if it has none.
+// The row of a token's segment in a layer; the last, which is zeros, if it has none.
 A2P_INLINE int64_t row_of(const GuidedRows& args, int64_t layer, int64_t token) {
-  const int32_t seg = args.segment[layer * args.rows() + token];
-  return seg < 0 ? -1 : layer * args.rows() + seg;
+  return args.row[layer * args.rows() + token];
 }
 A2P_INLINE const float* activation_of(const GuidedRows& args, int64_t row) {
-  return args.g + (row < 0 ? args.layers * args.rows() : row) * args.stride;
+  return args.g + row * args.stride;
 }
-A2P_INLINE float length_of(const GuidedRows& args, int64_t row) { return row < 0 ? 1e-8f : args.length[row]; }
-A2P_INLINE int32_t* argmax_of(const GuidedRows& args, int64_t layer, int64_t seg) {
-  return args.argmax + ((args.maximum ? layer : 0) * args.rows() + seg) * args.stride;
+A2P_INLINE int32_t* argmax_of(const GuidedRows& args, int64_t row) {
+  return args.argmax + (row - args.first_maximum) * args.stride;
 }
 
 A2P_INLINE float sum_lanes(Float a) {
