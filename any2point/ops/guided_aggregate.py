@@ -81,9 +81,9 @@ def guided_aggregate(
 
     Differentiable in: features and every weight.
     Deterministic: yes.
-    Complexity: O(B V S (C + S M)) time and O(B V S C) memory when training. Kernels hold rows of cells alone,
-        O(B V cells C), and differentiate once. The composition of torch ops takes over in float64, in exported
-        graphs, and when processes share their statistics.
+    Complexity: O(B V S (C + S M)) time and O(B V S C) memory when training. Kernels, where there are some for
+        the device, hold rows of occupied cells alone and differentiate once. The composition of torch ops
+        takes over in float64, in exported graphs, and when processes share their statistics.
 
     Source: Any2Point (Tang et al., ECCV 2024), any-to-3D guided adapter.
 
