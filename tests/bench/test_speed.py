@@ -28,7 +28,7 @@ BOUNDS: dict[str, tuple[tuple[Any, ...], str, float, float]] = {
     "segment_pool": ((4096, 96, 300), "torch", 0.8, 0.8),
     "virtual_project": ((4, 128, (77,), 192, 6), "torch", 10, 5),
     "local_aggregate": ((512, 128, 81, 96, 96, 1), "torch", 2.5, 1.2),
-    "guided_aggregate": ((4, 128, 192, 6, 12, 39), "torch", 3.5, 4),
+    "guided_aggregate": ((4, 128, 192, 6, 12, 39), "torch", 2, 2),
 }
 
 
