@@ -30,7 +30,7 @@ def speedups(path: Path) -> None:
     panels: dict[str, list[tuple[str, float, str]]] = {}
     for name, title in MACHINES.items():
         bars = []
-        for (op, shape, mode, _), group in by_case(rows_of(name)).items():
+        for (op, shape, mode, *_), group in by_case(rows_of(name)).items():
             own = [row for row in group if row.provider == "any2point"]
             best = min(own, key=lambda row: row.p50_us, default=None)
             peer = best_peer(best, group) if best else None
@@ -103,7 +103,7 @@ def _lines(axes: Any, rows: Sequence[Row], title: str, chosen: Any) -> None:
 def memory(path: Path) -> None:
     """Peak memory that a call adds: ours, and the leanest and the largest of the others."""
     bars = []
-    for (op, shape, mode, _), group in by_case(rows_of("h200")).items():
+    for (op, shape, mode, *_), group in by_case(rows_of("h200")).items():
         plain = [row for row in group if row.mem_mb is not None and not row.mode.endswith("graph")]
         own = [row.mem_mb or 0 for row in plain if row.provider == "any2point"]
         others = [row.mem_mb or 0 for row in plain if not is_ours(row)]

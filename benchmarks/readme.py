@@ -34,11 +34,13 @@ class Line:
     op: str
     shape: str
     mode: str = "forward"
+    dtype: str = "float32"
 
 
 FPS, KNN, LOCAL, GUIDED = "farthest_point_sample", "knn", "local_aggregate", "guided_aggregate"
 HIERARCHY, PROJECT = "farthest_point_hierarchy", "virtual_project"
 TRAIN, CPU = "forward+backward graph", "forward, CPU time"
+CLIP, REPLAY = "clip-text 32,1024", "whole step graph"
 _STAGES = [
     "32,1024,96 -> 512x81 H=96x2",
     "32,512,192 -> 256x81 H=192x1",
@@ -76,11 +78,19 @@ TABLES: dict[str, tuple[str, list[Line]]] = {
     "h200-step": (
         "h200_step.csv",
         [
-            Line("train step, bf16", "CLIP text, 32 x 1024", "train step", "clip-text 32,1024", "whole step"),
-            Line("as a graph", "the same", "train step", "clip-text 32,1024", "whole step graph"),
-            Line("evaluation, bf16", "CLIP text, 32 x 1024", "eval step", "clip-text 32,1024", "whole step"),
-            Line("as a graph", "the same", "eval step", "clip-text 32,1024", "whole step graph"),
-            Line("as a graph", "CLIP text, 1 x 1024", "eval step", "clip-text 1,1024", "whole step graph"),
+            Line("train step, bf16", "CLIP text, 32 x 1024", "train step", CLIP, "whole step", "bf16"),
+            Line("as one graph", "the same", "train step", CLIP, REPLAY, "bf16"),
+            Line("train step, tf32, as one graph", "the same", "train step", CLIP, REPLAY, "tf32"),
+            Line("evaluation, bf16", "the same", "eval step", CLIP, "whole step", "bf16"),
+            Line("as one graph", "the same", "eval step", CLIP, REPLAY, "bf16"),
+            Line(
+                "as one graph",
+                "CLIP text, 1 x 1024",
+                "eval step",
+                "clip-text 1,1024",
+                REPLAY,
+                "bf16",
+            ),
         ],
     ),
     "cpu": (
@@ -113,9 +123,8 @@ def find(rows: Sequence[Row], line: Line) -> tuple[Row, Row | None] | None:
     """Our row of a line and the best peer's."""
     for group in by_case(rows).values():
         for own in group:
-            if (own.op, own.shape, own.mode) == (line.op, line.shape, line.mode) and (
-                own.provider == "any2point"
-            ):
+            same = (own.op, own.shape, own.mode, own.dtype) == (line.op, line.shape, line.mode, line.dtype)
+            if same and own.provider == "any2point":
                 return own, best_peer(own, group)
     return None
 

@@ -152,12 +152,12 @@ def _row(values: dict[str, Any], path: Path) -> Row:
     return Row(**taken)
 
 
-def by_case(rows: Sequence[Row]) -> dict[tuple[str, str, str, str], list[Row]]:
-    """Rows by (op, shape, mode without "graph", device)."""
-    groups: dict[tuple[str, str, str, str], list[Row]] = {}
+def by_case(rows: Sequence[Row]) -> dict[tuple[str, str, str, str, str], list[Row]]:
+    """Rows by (op, shape, mode without "graph", dtype, device)."""
+    groups: dict[tuple[str, str, str, str, str], list[Row]] = {}
     for row in rows:
         mode = row.mode.removesuffix(" graph")
-        groups.setdefault((row.op, row.shape, mode, row.device), []).append(row)
+        groups.setdefault((row.op, row.shape, mode, row.dtype, row.device), []).append(row)
     return groups
 
 
@@ -184,7 +184,7 @@ def summary(rows: Sequence[Row]) -> str:
     """Per op, shape and mode: our time, its floor and the best peer's."""
     names = f"{'op':<25} {'shape':<30} {'mode':<15} {'any2point':>10} {'floor':>9} {'direct':>9}"
     lines = [f"{names} {'memory':>9} {'best peer':>10} {'ratio':>6}  peer"]
-    for (op, shape, _, _), group in by_case(rows).items():
+    for (op, shape, *_), group in by_case(rows).items():
         for own in filter(is_ours, group):
             text = f"{op:<25} {shape[:30]:<30} {own.mode:<15} {time_text(own.p50_us):>10} "
             text += f"{time_text(own.floor_us):>9} {time_text(own.direct_us):>9} "
