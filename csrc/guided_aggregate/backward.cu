@@ -9,13 +9,13 @@ namespace any2point {
 namespace guided {
 namespace {
 
-constexpr int kColumns = 16;  // rows of the projection at once
+constexpr int kColumns = 8;  // rows of the projection at once
 
 struct Workspace {
   float *z, *heads, *inner;  // as in forward
   Factors tokens;            // grad_space: later what voxels add to dx
   float* dy;                 // [L, R, C]
-  float2* parts;             // [P, L, C]: sums of dy and of dy z^
+  float2* parts;             // [B, L, C]: sums of dy and of dy z^
   float2* sums;              // [L, C]: their means over all rows
   float* grads;              // [V, R, C]: dz per token of a segment, or by token with maxima
   float* grad_parts;         // [slices, V, R, K]
@@ -35,7 +35,7 @@ struct Workspace {
     tokens.grad_space = room.take<float>(adaptive ? rows * args.channels : 0);
     tokens.shares = room.take<float>(args.ensemble == Ensemble::max ? args.views * rows * args.channels : 0);
     dy = room.take<float>(args.layers * rows * args.channels);
-    parts = room.take<float2>(args.clouds * kParts * args.layers * args.channels);
+    parts = room.take<float2>(args.clouds * args.layers * args.channels);
     sums = room.take<float2>(args.layers * args.channels);
     grads = args.maximum ? room.take<float>(args.views * rows * args.channels) : dy;
     grad_parts = room.take<float>(slices * args.views * rows * pad);
@@ -47,22 +47,51 @@ struct Workspace {
 };
 
 // dy of every segment and its sums.
-template <typename T, int N>
-__global__ void __launch_bounds__(kThreads) segments_kernel(GuidedBackward args, Workspace work) {
-  extern __shared__ float shared[];
+template <typename T, int N, bool kStage>
+__global__ void __launch_bounds__(kThreads, 2) segments_kernel(GuidedBackward args, Workspace work) {
+  extern __shared__ float4 room[];
+  float* shared = reinterpret_cast<float*>(room);
   const Walk<N> walk(args);
   const int lane = walk.lane, group = static_cast<int>(args.layers < kGroup ? args.layers : kGroup);
   const int64_t rows = walk.rows, channels = args.channels, c = walk.active ? walk.c : 0;
   const T* grad = static_cast<const T*>(args.grad) + c;
+  const bool adaptive = args.ensemble == Ensemble::adaptive;
+  const int32_t *orders = nullptr, *starts = nullptr;
+  const float *staged_grad = nullptr, *staged_space = nullptr;
+  if (kStage) {
+    Stage<N> stage(args, shared);
+    orders = stage.order;
+    starts = stage.start;
+    staged_grad = stage.rows(args, static_cast<const T*>(args.grad)) + lane * N;
+    if (adaptive) staged_space = stage.rows(args, static_cast<const float*>(work.tokens.space)) + lane * N;
+    shared = stage.memory;
+    __syncthreads();
+  }
+  const int count = static_cast<int>(args.tokens);
+  const int64_t base = walk.cloud * args.tokens;
   float2* kept = reinterpret_cast<float2*>(shared);
   Lane<N> plain = zero<N>(), scaled = zero<N>();
 
   const auto tile = [&](int64_t layer, int64_t first, int64_t end) {
-    const int32_t* start = args.start + layer * (rows + 1);
-    const bool voxels = layer == args.views;
-    const float* factors = work.tokens.factors + layer * rows;
-    for (int64_t segment = first; segment < first + kTile && segment < end; segment++) {
-      const Tokens tokens{args.order + layer * rows, start[segment], start[segment + 1], lane};
+    const bool voxels = layer == args.views, inside = kStage && !voxels;
+    const int64_t offset = inside ? base : 0;
+    const int32_t* start = inside ? starts + layer * (count + 1) : args.start + layer * (rows + 1);
+    const int32_t* order = inside ? orders + layer * count : args.order + layer * rows;
+    const float* factors = work.tokens.factors + layer * rows + offset;
+    Lane<N> z[kTile];
+#pragma unroll
+    for (int j = 0; j < kTile; j++) {
+      const int64_t segment = first + j < end ? first + j : first;
+      z[j] = load<N>(work.z + (layer * rows + segment) * channels + c);  // of no meaning if it has no tokens
+    }
+    const Norm<N> norm(args, args.mean, args.deviation, layer, c);
+    const Lane<N> center = load<N>(args.mean + layer * channels + c);
+    const Lane<N> inverse = load<N>(args.deviation + layer * channels + c);
+#pragma unroll
+    for (int j = 0; j < kTile; j++) {
+      const int64_t segment = first + j;
+      if (segment >= end) break;
+      const Tokens tokens{order, start[segment - offset], start[segment - offset + 1], lane};
       if (tokens.begin == tokens.end) continue;
       Lane<N> dg = zero<N>();
       float of_grad = 0.0f, of_space = 0.0f, of_own = 0.0f;
@@ -79,32 +108,32 @@ __global__ void __launch_bounds__(kThreads) segments_kernel(GuidedBackward args,
               of_own += mine ? factors[2 * args.views * rows + token] : 0.0f;
             },
             [&](int i, int32_t token) {
-              Lane<N> d = load<N>(grad + token * channels);
+              Lane<N> d =
+                  inside ? load<N>(staged_grad + token * kWarp * N) : load<N>(grad + token * channels);
               if (args.ensemble == Ensemble::max) {
-                const Lane<N> share = load<N>(work.tokens.shares + (layer * rows + token) * channels + c);
+                const int64_t row = layer * rows + offset + token;
+                const Lane<N> share = load<N>(work.tokens.shares + row * channels + c);
 #pragma unroll
                 for (int n = 0; n < N; n++) d.at[n] *= share.at[n];
               }
               add(&dg, __shfl_sync(kAll, of_grad, i), d);
-              if (args.ensemble == Ensemble::adaptive) {
-                add(&dg, __shfl_sync(kAll, of_space, i), load<N>(work.tokens.space + token * channels + c));
+              if (adaptive) {
+                add(&dg, __shfl_sync(kAll, of_space, i),
+                    inside ? load<N>(staged_space + token * kWarp * N)
+                           : load<N>(work.tokens.space + token * channels + c));
               }
             });
         of_own = sum_of_warp(of_own);
       }
-      const Norm<N> norm(args, args.mean, args.deviation, layer, c);
-      const int64_t at = (layer * rows + segment) * channels + c;
-      const Lane<N> z = load<N>(work.z + at), center = load<N>(args.mean + layer * channels + c);
-      const Lane<N> inverse = load<N>(args.deviation + layer * channels + c);
       Lane<N> dy;
 #pragma unroll
       for (int n = 0; n < N; n++) {
-        const Gelu g = gelu(norm(n, z.at[n]));
+        const Gelu g = gelu(norm(n, z[j].at[n]));
         dy.at[n] = fmaf(of_own, g.value, dg.at[n]) * g.slope;
         plain.at[n] += dy.at[n];
-        scaled.at[n] = fmaf(dy.at[n], (z.at[n] - center.at[n]) * inverse.at[n], scaled.at[n]);
+        scaled.at[n] = fmaf(dy.at[n], (z[j].at[n] - center.at[n]) * inverse.at[n], scaled.at[n]);
       }
-      if (walk.active) store(work.dy + at, dy);
+      if (walk.active) store(work.dy + (layer * rows + segment) * channels + c, dy);
     }
   };
   const auto flush = [&](int64_t layer) {
@@ -124,7 +153,7 @@ __global__ void __launch_bounds__(kThreads) segments_kernel(GuidedBackward args,
         sum.y += part.y;
       }
       const int64_t channel = int64_t(blockIdx.y) * width + column;
-      if (channel < channels) work.parts[(walk.part * args.layers + layer + l) * channels + channel] = sum;
+      if (channel < channels) work.parts[(walk.cloud * args.layers + layer + l) * channels + channel] = sum;
     }
   };
   walk.run(tile, flush, merge);
@@ -135,7 +164,7 @@ __global__ void __launch_bounds__(kThreads) sums_kernel(GuidedBackward args, Wor
   const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= columns) return;
   double plain = 0.0, scaled = 0.0;
-  for (int64_t p = 0; p < args.clouds * kParts; p++) {
+  for (int64_t p = 0; p < args.clouds; p++) {
     const float2 part = work.parts[p * columns + i];
     plain += part.x;
     scaled += part.y;
@@ -223,8 +252,9 @@ __global__ void __launch_bounds__(kThreads) voxels_kernel(GuidedBackward args, W
 // A block per slice of channels and cloud. First what the cells of each view give their tokens, then its
 // products with the projection and with the heads.
 template <typename T, int N>
-__global__ void __launch_bounds__(kThreads) cells_kernel(GuidedBackward args, Workspace work) {
-  extern __shared__ float shared[];  // [warps, kColumns / 2, channels of the slice]
+__global__ void __launch_bounds__(kThreads, 2) cells_kernel(GuidedBackward args, Workspace work) {
+  extern __shared__ float4 room[];  // [warps, kColumns, channels of the slice]
+  float* shared = reinterpret_cast<float*>(room);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int64_t rows = args.clouds * args.tokens, channels = args.channels, cloud = blockIdx.x;
   const int64_t own = (int64_t(blockIdx.y) * kWarp + lane) * N, c = own < channels ? own : 0;
@@ -237,7 +267,7 @@ __global__ void __launch_bounds__(kThreads) cells_kernel(GuidedBackward args, Wo
     const int32_t* start = args.start + view * (rows + 1);
     const float* proj = args.proj + view * (inner + 1) * channels + c;
     const RowGradient<N> gradient(args, work, view, c);
-    for (int64_t segment = base + warp; segment < base + held; segment += kWarps) {
+    for (int64_t segment = base + warp; args.maximum && segment < base + held; segment += kWarps) {
       const Tokens tokens{args.order + layer, start[segment], start[segment + 1], lane};
       const int64_t at = (layer + segment) * channels + c;
       Lane<N> dz = gradient(load<N>(work.dy + at), load<N>(work.z + at));
@@ -245,10 +275,6 @@ __global__ void __launch_bounds__(kThreads) cells_kernel(GuidedBackward args, Wo
       const float count = float(tokens.end - tokens.begin);
 #pragma unroll
       for (int n = 0; n < N; n++) share.at[n] = dz.at[n] / count;
-      if (!args.maximum) {
-        if (active) store(work.grads + at, share);
-        continue;
-      }
       Lane<N> most = zero<N>();
       int32_t first[N];
 #pragma unroll
@@ -283,50 +309,65 @@ __global__ void __launch_bounds__(kThreads) cells_kernel(GuidedBackward args, Wo
                     if (active) store(work.grads + (layer + token) * channels + c, part);
                   });
     }
-    __syncthreads();
+    if (args.maximum) __syncthreads();
     const int64_t last = base + (args.maximum ? args.tokens : held);
     for (int begin = 0; begin <= inner; begin += kColumns) {
       Lane<N> sum[kColumns];
 #pragma unroll
       for (int k = 0; k < kColumns; k++) sum[k] = zero<N>();
+      // Rows of the means are made on the way; those of maxima, and all for later columns, are there.
+      const bool make = !args.maximum && begin == 0;
+      const float* const dys = make ? work.dy : work.grads;
+      Lane<N> next = zero<N>(), next_z = zero<N>();
+      const auto fetch = [&](int64_t row) {
+        if (row >= last) return;
+        next = load<N>(dys + (layer + row) * channels + c);
+        if (make) next_z = load<N>(work.z + (layer + row) * channels + c);
+      };
+      fetch(base + warp);
       for (int64_t row = base + warp; row < last; row += kWarps) {
-        Lane<N> d = load<N>(work.grads + (layer + row) * channels + c);
+        const float count = args.maximum ? 1.0f : float(start[row + 1] - start[row]);
+        Lane<N> d = next;
+        if (make) {
+          d = gradient(next, next_z);
+#pragma unroll
+          for (int n = 0; n < N; n++) d.at[n] /= count;
+        }
+        fetch(row + kWarps);
+        if (make && active) store(work.grads + (layer + row) * channels + c, d);
         if (!active) d = zero<N>();
         const float* from = (args.maximum ? work.heads : work.inner) + (layer + row) * pad;
-        const float count = args.maximum ? 1.0f : float(start[row + 1] - start[row]);
         float product[kColumns];
 #pragma unroll
         for (int k = 0; k < kColumns; k++) {
+          const bool inside = begin + k <= inner;
+          const Lane<N> w = load<N>(proj + min(begin + k, inner) * channels);
+          const float coefficient = inside ? from[min(begin + k, inner)] * count : 0.0f;
           product[k] = 0.0f;
-          if (begin + k > inner) continue;
-          const Lane<N> w = load<N>(proj + (begin + k) * channels);
 #pragma unroll
           for (int n = 0; n < N; n++) product[k] = fmaf(w.at[n], d.at[n], product[k]);
-          add(&sum[k], from[begin + k] * count, d);
+          add(&sum[k], coefficient, d);
         }
         const float total = sums_of_warp(product, lane);
-        if (lane % 2 == 0 && begin + lane / 2 < pad) {
+        constexpr int kEach = kWarp / kColumns;
+        if (lane % kEach == 0 && begin + lane / kEach < pad) {
           const int64_t at = (int64_t(blockIdx.y) * args.views * rows + layer + row) * pad;
-          work.grad_parts[at + begin + lane / 2] = total;
+          work.grad_parts[at + begin + lane / kEach] = total;
         }
       }
+      constexpr int kWidth = kWarp * N;
+      __syncthreads();
 #pragma unroll
-      for (int half = 0; half < kColumns; half += kColumns / 2) {
-        __syncthreads();
+      for (int k = 0; k < kColumns; k++) store(shared + ((warp * kColumns + k) * kWarp + lane) * N, sum[k]);
+      __syncthreads();
+      for (int i = threadIdx.x; i < kColumns * kWidth; i += kThreads) {
+        const int k = begin + i / kWidth;
+        const int64_t channel = int64_t(blockIdx.y) * kWidth + i % kWidth;
+        if (k > inner || channel >= channels) continue;
+        float total = 0.0f;
 #pragma unroll
-        for (int k = 0; k < kColumns / 2; k++) {
-          store(shared + ((warp * kColumns / 2 + k) * kWarp + lane) * N, sum[half + k]);
-        }
-        __syncthreads();
-        const int width = kWarp * N;
-        for (int i = threadIdx.x; i < kColumns / 2 * width; i += kThreads) {
-          const int k = begin + half + i / width;
-          const int64_t channel = int64_t(blockIdx.y) * width + i % width;
-          if (k > inner || channel >= channels) continue;
-          float total = 0.0f;
-          for (int w = 0; w < kWarps; w++) total += shared[w * kColumns / 2 * width + i];
-          work.proj_parts[((cloud * args.views + view) * (inner + 1) + k) * channels + channel] = total;
-        }
+        for (int w = 0; w < kWarps; w++) total += shared[w * kColumns * kWidth + i];
+        work.proj_parts[((cloud * args.views + view) * (inner + 1) + k) * channels + channel] = total;
       }
     }
   }
@@ -365,6 +406,24 @@ int64_t slices_of(const Guided& args) { return packs(args) ? Walk<4>::slices(arg
 int blocks_of(int64_t items) { return static_cast<int>((items + kThreads - 1) / kThreads); }
 
 template <typename T, int N>
+int walk_segments(const GuidedBackward& args, const Workspace& work, cudaStream_t stream) {
+  if constexpr (N == 4) {  // half as many channels at once, so that slices of a cloud fit
+    const int arrays = args.ensemble == Ensemble::adaptive ? 2 : 1;
+    const int64_t shared = Stage<2>::bytes(args, arrays) + walk_shared<2>(args);
+    if (shared <= kStaged) {
+      const int bytes = static_cast<int>(shared);
+      if (const int error = allow_shared(segments_kernel<T, 2, true>, bytes)) return error;
+      segments_kernel<T, 2, true><<<Walk<2>::grid(args), kThreads, bytes, stream>>>(args, work);
+      return cudaGetLastError();
+    }
+  }
+  const int shared = walk_shared<N>(args);
+  if (const int error = allow_shared(segments_kernel<T, N, false>, shared)) return error;
+  segments_kernel<T, N, false><<<Walk<N>::grid(args), kThreads, shared, stream>>>(args, work);
+  return cudaGetLastError();
+}
+
+template <typename T, int N>
 int backward(const GuidedBackward& args, const Workspace& work, cudaStream_t stream) {
   const int64_t rows = args.clouds * args.tokens;
   if (rows == 0) {
@@ -381,15 +440,13 @@ int backward(const GuidedBackward& args, const Workspace& work, cudaStream_t str
   const Rows rows_args{work.heads, work.inner, work.z, nullptr, nullptr};
   if (const int error = pool_rows(args, rows_args, false, stream)) return error;
   if (const int error = token_factors(args, work.z, work.tokens, stream)) return error;
-  const int shared = walk_shared<N>(args);
-  if (const int error = allow_shared(segments_kernel<T, N>, shared)) return error;
-  segments_kernel<T, N><<<grid, kThreads, shared, stream>>>(args, work);
+  if (const int error = walk_segments<T, N>(args, work, stream)) return error;
   sums_kernel<<<blocks_of(args.layers * args.channels), kThreads, 0, stream>>>(args, work);
   if (args.ensemble == Ensemble::adaptive) {
     const dim3 blocks(static_cast<unsigned>((rows + kWarps - 1) / kWarps), grid.y);
     voxels_kernel<T, N><<<blocks, kThreads, 0, stream>>>(args, work);
   }
-  const int products = kWarps * kColumns / 2 * kWarp * N * static_cast<int>(sizeof(float));
+  const int products = kWarps * kColumns * kWarp * N * static_cast<int>(sizeof(float));
   const dim3 blocks(static_cast<unsigned>(args.clouds), grid.y);
   cells_kernel<T, N><<<blocks, kThreads, products, stream>>>(args, work);
   features_kernel<T, N><<<blocks_of(rows * args.channels / N), kThreads, 0, stream>>>(args, work);

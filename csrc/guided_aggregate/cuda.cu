@@ -9,9 +9,9 @@ namespace {
 
 // One layer's mean and deviation from the parts, in float64 and a fixed order: 32 columns of 8 threads.
 __global__ void __launch_bounds__(kThreads)
-    statistics_kernel(GuidedForward args, const float2* __restrict__ parts,  // [P, L, C]: mean, spread
-                      const int32_t* __restrict__ sizes,                     // [P, L]
-                      int64_t count) {                                       // P
+    statistics_kernel(GuidedForward args, const float2* __restrict__ parts,  // [B, L, C]: mean, spread
+                      const int32_t* __restrict__ sizes,                     // [B, L]
+                      int64_t count) {                                       // B
   __shared__ double shared[8][kWarp];
   const int64_t columns = args.layers * args.channels;
   const int64_t column = int64_t(blockIdx.x) * kWarp + threadIdx.x % kWarp;
@@ -73,8 +73,8 @@ struct Workspace {
     z = room.take<float>(args.layers * rows * args.channels);
     heads = room.take<float>(args.views * rows * pad);
     inner = room.take<float>(args.views * rows * pad);
-    parts = room.take<float2>(args.clouds * kParts * args.layers * args.channels);
-    sizes = room.take<int32_t>(args.clouds * kParts * args.layers);
+    parts = room.take<float2>(args.clouds * args.layers * args.channels);
+    sizes = room.take<int32_t>(args.clouds * args.layers);
     bytes = room.used;
   }
 };
@@ -88,8 +88,8 @@ int forward(const GuidedForward& args, const Workspace& work, cudaStream_t strea
   }
   const int columns = static_cast<int>(args.layers * args.channels);
   if (args.training) {
-    statistics_kernel<<<(columns + kWarp - 1) / kWarp, kThreads, 0, stream>>>(
-        args, work.parts, work.sizes, rows > 0 ? args.clouds * kParts : 0);
+    statistics_kernel<<<(columns + kWarp - 1) / kWarp, kThreads, 0, stream>>>(args, work.parts, work.sizes,
+                                                                              rows > 0 ? args.clouds : 0);
   } else {
     running_kernel<<<(columns + kThreads - 1) / kThreads, kThreads, 0, stream>>>(args);
   }

@@ -84,21 +84,26 @@ __device__ inline float sum_of_warp(float value) {
   return value;
 }
 
-// Sums of kCount = 16 or 32 values over the warp: lane i returns that of value i * kCount / 32.
-template <int kCount>
-__device__ inline float sums_of_warp(float (&value)[kCount], int lane) {
+// Sums of kCount values over the warp, kCount a power of two up to 32: lane i returns that of value
+// i * kCount / 32. A template recursion, since arrays stay in registers only if every index is a constant.
+template <int kCount, int kStep = kWarp / 2>
+__device__ inline float sums_of_warp(const float (&value)[kCount], int lane) {
+  constexpr int kHalf = kCount / 2;
+  if constexpr (kStep == 0) {
+    return value[0];
+  } else if constexpr (kCount == 1) {
+    const float sum[1] = {value[0] + __shfl_xor_sync(kAll, value[0], kStep)};
+    return sums_of_warp<1, kStep / 2>(sum, lane);
+  } else {
+    const bool upper = lane & kStep;
+    float half[kHalf];
 #pragma unroll
-  for (int half = kCount / 2; half > 0; half /= 2) {
-    const int step = half * (kWarp / kCount);
-    const bool upper = lane & step;
-#pragma unroll
-    for (int i = 0; i < half; i++) {
-      const float sent = upper ? value[i] : value[i + half];
-      const float kept = upper ? value[i + half] : value[i];
-      value[i] = kept + __shfl_xor_sync(kAll, sent, step);
+    for (int i = 0; i < kHalf; i++) {
+      const float sent = upper ? value[i] : value[i + kHalf], kept = upper ? value[i + kHalf] : value[i];
+      half[i] = kept + __shfl_xor_sync(kAll, sent, kStep);
     }
+    return sums_of_warp<kHalf, kStep / 2>(half, lane);
   }
-  return kCount == kWarp ? value[0] : value[0] + __shfl_xor_sync(kAll, value[0], 1);
 }
 
 // Coefficients of the projection per token or segment: M heads and a factor on the bias, padded.
@@ -143,6 +148,13 @@ struct Tokens {
     }
   }
 };
+
+// Kernels may use more than 48 kB of shared memory once they are told so.
+template <typename Kernel>
+int allow_shared(Kernel kernel, int bytes) {
+  if (bytes <= 48 << 10) return 0;
+  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+}
 
 }  // namespace guided
 }  // namespace any2point

@@ -16,13 +16,11 @@ int attention_forward(const Guided& args, float* heads, float* inner, cudaStream
 int attention_backward(const GuidedBackward& args, const float* parts, int64_t slices, bool by_token,
                        float* grad_heads, float* sums, cudaStream_t stream);
 
-constexpr int kParts = 2;  // blocks that share the segments of a cloud; each has its own sums
-
 struct Rows {
   const float *heads, *inner;  // [V, R, K]
   float* z;                    // [L, R, C]
-  float2* parts;               // [P, L, C]: mean and spread about it
-  int32_t* sizes;              // [P, L]
+  float2* parts;               // [B, L, C]: mean and spread about it
+  int32_t* sizes;              // [B, L]
 };
 
 // Rows z, and with `statistics` their parts and sizes.

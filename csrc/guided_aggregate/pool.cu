@@ -7,37 +7,54 @@ namespace any2point {
 namespace guided {
 namespace {
 
-template <typename T, int N>
-__global__ void __launch_bounds__(kThreads, 2) pool_kernel(Guided args, Rows to, bool statistics) {
-  extern __shared__ float
-      shared[];  // [warps][layers of a group][channels of the slice] mean and spread, sizes
+template <typename T, int N, bool kStage>
+__global__ void __launch_bounds__(kThreads, kStage ? 3 : 2)
+    pool_kernel(Guided args, Rows to, bool statistics) {
+  extern __shared__ float4
+      room[];  // staged rows; [warps][layers of a group][channels]: mean and spread; sizes
+  float* shared = reinterpret_cast<float*>(room);
   const Walk<N> walk(args);
   const int lane = walk.lane, group = static_cast<int>(args.layers < kGroup ? args.layers : kGroup);
   const int pad = static_cast<int>(coefficients(args.inner)), inner = static_cast<int>(args.inner);
   const int64_t rows = walk.rows, channels = args.channels, c = walk.active ? walk.c : 0;
   const T* x = static_cast<const T*>(args.features) + c;
+  const int32_t *orders = nullptr, *starts = nullptr;
+  const float* staged = nullptr;
+  if (kStage) {
+    Stage<N> stage(args, shared);
+    orders = stage.order;
+    starts = stage.start;
+    staged = stage.rows(args, static_cast<const T*>(args.features)) + lane * N;
+    shared = stage.memory;
+    __syncthreads();
+  }
+  const int count = static_cast<int>(args.tokens);
+  const int64_t base = walk.cloud * args.tokens;
   float2* sums = reinterpret_cast<float2*>(shared);
   int32_t* sizes = reinterpret_cast<int32_t*>(sums + kWarps * group * kWarp * N);
   int size = 0;
   Lane<N> pivot = zero<N>(), sum = zero<N>(), square = zero<N>();
 
+  const auto row_of = [&](int64_t token, bool inside) {
+    return inside ? load<N>(staged + token * kWarp * N) : load<N>(x + token * channels);
+  };
   const auto tile = [&](int64_t layer, int64_t first, int64_t end) {
-    const int32_t* start = args.start + layer * (rows + 1);
-    const int32_t* order = args.order + layer * rows;
+    const bool voxels = layer == args.views, inside = kStage && !voxels;
+    const int32_t* start = inside ? starts + layer * (count + 1) : args.start + layer * (rows + 1);
+    const int32_t* order = inside ? orders + layer * count : args.order + layer * rows;
     const int64_t at = first + lane < end ? first + lane : end;
-    const int32_t mine = lane <= kTile ? start[at] : 0;
+    const int32_t mine = lane <= kTile ? start[at - (inside ? base : 0)] : 0;
     const int32_t begin = __shfl_sync(kAll, mine, 0), stop = __shfl_sync(kAll, mine, kTile);
     if (begin == stop) return;
     const int32_t early = begin + lane < stop ? order[begin + lane] : 0;
     const auto token = [&](int32_t place) {
       return place - begin < kWarp ? __shfl_sync(kAll, early, place - begin) : order[place];
     };
-    const bool voxels = layer == args.views;
     Lane<N> acc[kTile];
     int32_t from[kTile + 1];
 #pragma unroll
     for (int j = 0; j <= kTile; j++) from[j] = __shfl_sync(kAll, mine, j);
-    if (voxels || !args.maximum) {
+    if (kStage || voxels || !args.maximum) {
       Lane<N> most[kTile];
 #pragma unroll
       for (int j = 0; j < kTile; j++) {
@@ -45,7 +62,7 @@ __global__ void __launch_bounds__(kThreads, 2) pool_kernel(Guided args, Rows to,
         const int32_t tokens = from[j + 1] - from[j];
 #pragma unroll 4
         for (int32_t i = 0; i < tokens; i++) {
-          const Lane<N> value = load<N>(x + token(from[j] + i) * channels);
+          const Lane<N> value = row_of(token(from[j] + i), inside);
           add(&acc[j], 1.0f, value);
           if (voxels) {
 #pragma unroll
@@ -81,8 +98,8 @@ __global__ void __launch_bounds__(kThreads, 2) pool_kernel(Guided args, Rows to,
 #pragma unroll
           for (int t = 0; t < kTile; t++) {
             const int64_t row = token(i + t < from[j + 1] ? i + t : i);
-            value[t] = load<N>(x + row * channels);
-            coefficient[t] = to.heads + (layer * rows + row) * pad;
+            value[t] = row_of(row, inside);
+            coefficient[t] = to.heads + (layer * rows + (inside ? base : 0) + row) * pad;
           }
           project(value, coefficient, args.proj + layer * (inner + 1) * channels + c, inner, channels);
 #pragma unroll
@@ -146,9 +163,9 @@ __global__ void __launch_bounds__(kThreads, 2) pool_kernel(Guided args, Rows to,
       }
       const int64_t channel = int64_t(blockIdx.y) * width + column;
       if (channel < channels) {
-        to.parts[(walk.part * args.layers + layer + l) * channels + channel] = make_float2(mean, spread);
+        to.parts[(walk.cloud * args.layers + layer + l) * channels + channel] = make_float2(mean, spread);
       }
-      if (blockIdx.y == 0 && column == 0) to.sizes[walk.part * args.layers + layer + l] = rows_before;
+      if (blockIdx.y == 0 && column == 0) to.sizes[walk.cloud * args.layers + layer + l] = rows_before;
     }
   };
   walk.run(tile, flush, merge);
@@ -160,9 +177,18 @@ int pool_rows(const Guided& args, const Rows& rows, bool statistics, cudaStream_
   return with_packs(args, [&](auto type, auto width) {
     using T = decltype(type);
     constexpr int N = decltype(width)::value;
+    if constexpr (N == 4) {  // half as many channels at once, so that a slice of a cloud fits
+      const int64_t shared = Stage<2>::bytes(args, 1) + (statistics ? walk_shared<2>(args) : 0);
+      if (!args.maximum && shared <= kStaged) {
+        const int bytes = static_cast<int>(shared);
+        if (const int error = allow_shared(pool_kernel<T, 2, true>, bytes)) return error;
+        pool_kernel<T, 2, true><<<Walk<2>::grid(args), kThreads, bytes, stream>>>(args, rows, statistics);
+        return static_cast<int>(cudaGetLastError());
+      }
+    }
     const int shared = statistics ? walk_shared<N>(args) : 0;
-    if (const int error = allow_shared(pool_kernel<T, N>, shared)) return error;
-    pool_kernel<T, N><<<Walk<N>::grid(args), kThreads, shared, stream>>>(args, rows, statistics);
+    if (const int error = allow_shared(pool_kernel<T, N, false>, shared)) return error;
+    pool_kernel<T, N, false><<<Walk<N>::grid(args), kThreads, shared, stream>>>(args, rows, statistics);
     return static_cast<int>(cudaGetLastError());
   });
 }

@@ -40,24 +40,17 @@ int with_packs(const Guided& args, const F& function) {
                      : function(float{}, integral_constant<int, 1>{});
 }
 
-// Two sums per channel over the segments of a part, and how many segments they are.
-struct Sums {
-  float2* parts;   // [P, L, C]
-  int32_t* sizes;  // [P, L]
-};
-
-// The walk of a block over the segments of its cloud's part and its slice of channels, a warp per tile of
+// The walk of a block over the segments of its cloud and its slice of channels, a warp per tile of
 // segments, layer by layer. Between layers the warps keep what they sum up in shared memory.
 template <int N>
 struct Walk {
   const Guided& args;
-  int64_t cloud, part, rows, c;
+  int64_t cloud, rows, c;
   int warp, lane;
   bool active;  // whether the lane has channels
 
   __device__ explicit Walk(const Guided& args) : args(args) {
-    cloud = blockIdx.x / kParts;
-    part = blockIdx.x;
+    cloud = blockIdx.x;
     rows = args.clouds * args.tokens;
     warp = threadIdx.x / kWarp;
     lane = threadIdx.x % kWarp;
@@ -66,14 +59,14 @@ struct Walk {
   }
   static int64_t slices(const Guided& args) { return (args.channels + kWarp * N - 1) / (kWarp * N); }
   static dim3 grid(const Guided& args) {
-    return dim3(static_cast<unsigned>(args.clouds * kParts), static_cast<unsigned>(slices(args)));
+    return dim3(static_cast<unsigned>(args.clouds), static_cast<unsigned>(slices(args)));
   }
 
   // tile(layer, first, end): segments [first, min(first + kTile, end)), as many as hold tokens at most;
   // flush(layer) after the tiles of a layer; merge(first layer, end) by all threads after a group of them.
   template <typename Tile, typename Flush, typename Merge>
   __device__ void run(const Tile& tile, const Flush& flush, const Merge& merge) const {
-    int64_t next = blockIdx.x % kParts * kWarps + warp;
+    int64_t next = warp;
     for (int64_t group = 0; group < args.layers; group += kGroup) {
       const int64_t last = group + kGroup < args.layers ? group + kGroup : args.layers;
       for (int64_t layer = group; layer < last; layer++) {
@@ -84,7 +77,7 @@ struct Walk {
         const int64_t tiles =
             voxels ? (all - cloud + args.clouds - 1) / args.clouds : (held + kTile - 1) / kTile;
         const int64_t base = cloud * args.tokens;
-        for (; next < tiles; next += kParts * kWarps) {
+        for (; next < tiles; next += kWarps) {
           if (voxels) {
             tile(layer, (next * args.clouds + cloud) * kTile, rows);
           } else {
@@ -108,31 +101,69 @@ __device__ inline void project(Lane<N> (&acc)[kTile], const float* const (&from)
                                int inner, int64_t channels) {
   for (int k = 0; k <= inner; k += 4) {
     float4 a[kTile];
+    Lane<N> w[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) w[i] = load<N>(proj + min(k + i, inner) * channels);  // padding is zero
 #pragma unroll
     for (int j = 0; j < kTile; j++) a[j] = *reinterpret_cast<const float4*>(from[j] + k);
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-      if (k + i > inner) break;
-      const Lane<N> w = load<N>(proj + (k + i) * channels);
-#pragma unroll
-      for (int j = 0; j < kTile; j++) {
-        add(&acc[j], i == 0 ? a[j].x : i == 1 ? a[j].y : i == 2 ? a[j].z : a[j].w, w);
-      }
+    for (int j = 0; j < kTile; j++) {
+      add(&acc[j], a[j].x, w[0]);
+      add(&acc[j], a[j].y, w[1]);
+      add(&acc[j], a[j].z, w[2]);
+      add(&acc[j], a[j].w, w[3]);
     }
   }
 }
+
+// A cloud's lists and its channels of a slice in shared memory, where a walk reads them many times. Tokens
+// and places count from the cloud's first.
+template <int N>
+struct Stage {
+  int32_t* order;  // [V, S]
+  int32_t* start;  // [V, S + 1]
+  float* memory;   // what is free
+  int tokens;
+
+  __device__ Stage(const Guided& args, float* shared) : tokens(static_cast<int>(args.tokens)) {
+    const int64_t rows = args.clouds * args.tokens, base = blockIdx.x * args.tokens;
+    const int views = static_cast<int>(args.views);
+    order = reinterpret_cast<int32_t*>(shared);
+    start = order + views * tokens;
+    memory = shared + (views * (2 * tokens + 1) + 3) / 4 * 4;
+    for (int i = threadIdx.x; i < views * tokens; i += blockDim.x) {
+      order[i] = args.order[i / tokens * rows + base + i % tokens] - static_cast<int32_t>(base);
+    }
+    for (int i = threadIdx.x; i < views * (tokens + 1); i += blockDim.x) {
+      start[i] =
+          args.start[i / (tokens + 1) * (rows + 1) + base + i % (tokens + 1)] - static_cast<int32_t>(base);
+    }
+  }
+  // Rows of the cloud at the slice's channels, kWarp * N of them, zeros beyond the last.
+  template <typename T>
+  __device__ float* rows(const Guided& args, const T* from) {
+    constexpr int kWidth = kWarp * N;
+    float* to = memory;
+    memory += tokens * kWidth;
+    from += blockIdx.x * args.tokens * args.channels;
+#pragma unroll 4
+    for (int i = threadIdx.x; i < tokens * kWarp; i += kThreads) {
+      const int64_t c = int64_t(blockIdx.y) * kWidth + i % kWarp * N;
+      const Lane<N> lane = c < args.channels ? load<N>(from + i / kWarp * args.channels + c) : zero<N>();
+      store(to + i * N, lane);
+    }
+    return to;
+  }
+  static int64_t bytes(const Guided& args, int arrays) {
+    return 4 * ((args.views * (2 * args.tokens + 1) + 3) / 4 * 4 + arrays * args.tokens * kWarp * N);
+  }
+};
+constexpr int64_t kStaged = 112 << 10;  // bytes that may be staged: two blocks for each processor
 
 template <int N>
 int walk_shared(const Guided& args) {
   const int64_t group = args.layers < kGroup ? args.layers : kGroup;
   return static_cast<int>(kWarps * group * (kWarp * N * sizeof(float2) + sizeof(int32_t)));
-}
-
-// Kernels may use more than 48 kB of shared memory once they are told so.
-template <typename Kernel>
-int allow_shared(Kernel kernel, int bytes) {
-  if (bytes <= 48 << 10) return 0;
-  return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
 }
 
 }  // namespace guided

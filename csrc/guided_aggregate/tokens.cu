@@ -207,6 +207,7 @@ struct Held {
   Lane<4> scale[kLayers], shift[kLayers], next[kLayers];
   int64_t rows, c;
   int lane, warp, warps, turn = 0;
+  int32_t mine;         // lane l: segment in layer l of the token after the next
   bool active, absent;  // absent: the next token has no voxel
 
   __device__ Held(const Guided& args, const float* mean, const float* deviation, const float* z,
@@ -225,15 +226,18 @@ struct Held {
       shift[l] = active ? norm.shift : zero<4>();
     }
   }
+  // Starts to read the rows of a token whose segments were sought before.
   __device__ void fetch(int64_t token) {
     if (token >= rows) return;
-    const int32_t mine = args.segment[min(lane, kViews) * rows + token];
 #pragma unroll
     for (int l = 0; l < kLayers; l++) {
       const int32_t segment = __shfl_sync(kAll, mine, l);
       next[l] = load<4>(z + (l * rows + max(segment, 0)) * args.channels + c);
       if (l == kViews) absent = segment < 0;
     }
+  }
+  __device__ void seek(int64_t token) {
+    if (token < rows) mine = args.segment[min(lane, kViews) * rows + token];
   }
   __device__ void activate(Lane<4> (&g)[kLayers]) const {
 #pragma unroll
@@ -261,17 +265,20 @@ __device__ inline float dot(const Lane<4>& a, const Lane<4>& b) {
   return fmaf(a.at[0], b.at[0], fmaf(a.at[1], b.at[1], fmaf(a.at[2], b.at[2], a.at[3] * b.at[3])));
 }
 
-template <typename T, int kViews>
-__global__ void __launch_bounds__(kThreads, 2)
+template <typename T, int kViews, int kMost>
+__global__ void __launch_bounds__(kMost, 2)
     blend_fast_kernel(GuidedForward args, const float* __restrict__ z) {
   __shared__ float parts[2 * kWarps][kWarp];
   Held<kViews> held(args, args.mean, args.deviation, z, parts);
+  held.seek(blockIdx.x);
   held.fetch(blockIdx.x);
+  held.seek(int64_t(blockIdx.x) + gridDim.x);
   for (int64_t token = blockIdx.x; token < held.rows; token += gridDim.x) {
     Lane<4> x = load<4>(static_cast<const T*>(args.features) + token * args.channels + held.c);
     Lane<4> g[kViews + 1];
     held.activate(g);
     held.fetch(token + gridDim.x);
+    held.seek(token + 2 * int64_t(gridDim.x));
     float value[16] = {};
 #pragma unroll
     for (int v = 0; v < kViews; v++) {
@@ -292,18 +299,21 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
-template <typename T, int kViews>
-__global__ void __launch_bounds__(kThreads, 2)
+template <typename T, int kViews, int kMost>
+__global__ void __launch_bounds__(kMost, 2)
     factors_fast_kernel(GuidedBackward args, const float* __restrict__ z, Factors work) {
   __shared__ float parts[2 * kWarps][kWarp];
   Held<kViews> held(args, args.mean, args.deviation, z, parts);
   const int lane = held.lane;
+  held.seek(blockIdx.x);
   held.fetch(blockIdx.x);
+  held.seek(int64_t(blockIdx.x) + gridDim.x);
   for (int64_t token = blockIdx.x; token < held.rows; token += gridDim.x) {
     const Lane<4> d = load<4>(static_cast<const T*>(args.grad) + token * args.channels + held.c);
     Lane<4> g[kViews + 1];
     held.activate(g);
     held.fetch(token + gridDim.x);
+    held.seek(token + 2 * int64_t(gridDim.x));
     float value[32] = {};
 #pragma unroll
     for (int v = 0; v < kViews; v++) {
@@ -341,15 +351,16 @@ __global__ void __launch_bounds__(kThreads, 2)
   }
 }
 
-// How the kernels above are launched: two blocks for each processor, of the threads that the channels need.
+// How the kernels above are launched: with as many blocks as run at once, of the threads that the channels
+// need.
 struct Launch {
   int blocks, threads;
-  explicit Launch(const Guided& args) {
+  Launch(const Guided& args, int each) {
     int device = 0, processors = 1;
     cudaGetDevice(&device);
     cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
     threads = static_cast<int>((args.channels + 4 * kWarp - 1) / (4 * kWarp) * kWarp);
-    const int64_t rows = args.clouds * args.tokens, most = int64_t(processors) * (2 * kThreads / threads);
+    const int64_t rows = args.clouds * args.tokens, most = int64_t(processors) * each;
     blocks = static_cast<int>(rows < most ? rows : most);
   }
 };
@@ -367,8 +378,10 @@ int blend_tokens(const GuidedForward& args, const float* z, cudaStream_t stream)
     using T = decltype(type);
     if constexpr (decltype(width)::value == 4) {
       if (is_fast(args)) {
-        const Launch launch(args);
-        blend_fast_kernel<T, 6><<<launch.blocks, launch.threads, 0, stream>>>(args, z);
+        const Launch launch(args, 2);
+        const auto kernel =
+            args.channels > 4 * 192 ? blend_fast_kernel<T, 6, 256> : blend_fast_kernel<T, 6, 192>;
+        kernel<<<launch.blocks, launch.threads, 0, stream>>>(args, z);
         return static_cast<int>(cudaGetLastError());
       }
     }
@@ -383,8 +396,10 @@ int token_factors(const GuidedBackward& args, const float* z, const Factors& fac
     using T = decltype(type);
     if constexpr (decltype(width)::value == 4) {
       if (is_fast(args)) {
-        const Launch launch(args);
-        factors_fast_kernel<T, 6><<<launch.blocks, launch.threads, 0, stream>>>(args, z, factors);
+        const Launch launch(args, 2);
+        const auto kernel =
+            args.channels > 4 * 192 ? factors_fast_kernel<T, 6, 256> : factors_fast_kernel<T, 6, 192>;
+        kernel<<<launch.blocks, launch.threads, 0, stream>>>(args, z, factors);
         return static_cast<int>(cudaGetLastError());
       }
     }
