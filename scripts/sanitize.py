@@ -50,6 +50,26 @@ def compare(name: str, function: Callable[..., Any], *arguments: Any, **options:
     print("ok", name, flush=True)
 
 
+def guided(features: Tensor, views: int, heads: int, options: dict[str, Any]) -> Tensor:
+    """Guided aggregation with random weights, the same on every device."""
+    batch, count, width = features.shape
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(features.device)
+
+    def norm(*shape: int) -> ops.BatchNorm:
+        return ops.BatchNorm(normal(*shape), normal(*shape), normal(*shape), 1 + normal(*shape).square())
+
+    sizes = [(width,), (width,), (3 * 2 * heads, width), (3 * 2 * heads,), (width, 2 * heads), (width,)]
+    attention = ops.CellAttention(*(normal(views, *size) for size in sizes))
+    cell = torch.randint(9, (batch, views, count), generator=generator).to(features.device)
+    cluster = torch.randint(batch * count, (batch, count), generator=generator).to(features.device)
+    norms = norm(views, width), norm(width)
+    fixed = {"num_cells": 9, "num_heads": heads, "coefficient": 0.5}
+    return ops.guided_aggregate(features, cell, cluster, attention, *norms, **fixed, **options)
+
+
 def main() -> int:
     torch.manual_seed(0)
     lengths, offsets = torch.tensor([37, 0, 5]), torch.tensor([0, 0, 61, 61, 130])
@@ -107,6 +127,10 @@ def main() -> int:
             segment = torch.randint(-1, 19, (3, 37))
             for reduce in ("mean", "max", "sum"):
                 compare(f"segment_pool {reduce} {tag}", ops.segment_pool, features, segment, 21, reduce)
+    for width, views, count in ((36, 6, 29), (7, 2, 13), (20, 2, 700)):
+        for options in ({"training": True}, {"pooling": "max+mean"}, {"ensemble": "max", "training": True}):
+            features = torch.randn(2, count, width, requires_grad=True)
+            compare(f"guided C={width} V={views} S={count} {options}", guided, features, views, 6, options)
     torch.cuda.synchronize()
     return 0
 

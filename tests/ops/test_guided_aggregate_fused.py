@@ -49,7 +49,7 @@ def derive(
     for leaf in leaves:
         leaf.requires_grad_()
     out = function(**kwargs)
-    weight = torch.linspace(-1, 2, out.numel(), dtype=dtype).view(out.shape).cos()
+    weight = torch.linspace(-1, 2, out.numel(), dtype=dtype, device=out.device).view(out.shape).cos()
     grads = torch.autograd.grad((out * weight).sum(), leaves)
     return [out.detach(), *grads, *(tensor for norm in norms for tensor in norm[2:])]
 

@@ -1,0 +1,167 @@
+"""The CUDA kernels of guided_aggregate, against the composition in float64 and the CPU's lists."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from op_contract import Recorder, assert_same
+from test_guided_aggregate import make
+from test_guided_aggregate_fused import KERNEL, NAMES, composition, derive, shapes
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from any2point.ops import guided_aggregate
+
+pytestmark = pytest.mark.gpu
+
+
+def on_cuda(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return tree_map(lambda x: x.cuda() if isinstance(x, Tensor) else x, kwargs)
+
+
+def step(kwargs: dict[str, Any]) -> list[Tensor]:
+    return [x.cpu() for x in derive(guided_aggregate, on_cuda(kwargs))]
+
+
+def check(kwargs: dict[str, Any]) -> None:
+    """As near to float64 as the composition in float32, within a few roundings, and the same bits again."""
+    with Recorder() as recorder:
+        got = step(kwargs)
+    assert KERNEL in [call[0] for call in recorder.calls], "the composition ran"
+    exact, plain = (derive(composition, kwargs, dtype) for dtype in (torch.float64, torch.float32))
+    for i, (x, y, z) in enumerate(zip(got, exact, plain, strict=True)):
+        size = max(float(exact[j].abs().max()) for j in ((i,) if i not in (5, 7) else (i, i - 1)))
+        error, other = (float((value - y).abs().max()) / (size + 1e-3) for value in (x, z))
+        name = NAMES[i] if i < len(NAMES) else "statistics"
+        assert error < max(4 * other, 2e-5), f"{name}: {error:.1e}, the composition {other:.1e}"
+    torch.use_deterministic_algorithms(True, warn_only=True)  # fills fresh memory with NaN
+    try:
+        assert_same(step(kwargs), got)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("ensemble", ["adaptive", "mean", "max"])
+@pytest.mark.parametrize("pooling", ["mean", "max+mean"])
+def test_against_float64(ensemble: str, pooling: str) -> None:
+    options = {"ensemble": ensemble, "pooling": pooling}
+    for training in (False, True):
+        check(make() | options | {"training": training})
+        odd = make(batch=3, s=40, width=41, views=3, cells=9, hidden=6)
+        check(odd | options | {"training": training, "count_empty": training})
+
+
+@pytest.mark.parametrize("name", shapes())
+def test_shapes(name: str) -> None:
+    for training in (False, True):
+        check(shapes()[name] | {"training": training})
+
+
+@pytest.mark.parametrize("width", [36, 768, 1024, 1028])
+@pytest.mark.parametrize("cells", [39, 400])
+def test_six_views(width: int, cells: int) -> None:
+    """What has kernels of its own: six views of up to 1,024 channels."""
+    kwargs = make(batch=2, s=128, width=width, views=6, cells=cells, hidden=12) | {"num_heads": 6}
+    for training in (False, True):
+        check(kwargs | {"training": training})
+
+
+@pytest.mark.parametrize("pooling", ["mean", "max+mean"])
+def test_clouds_that_shared_memory_cannot_hold(pooling: str) -> None:
+    check(
+        make(batch=2, s=700, width=20, views=2, cells=60, hidden=24) | {"training": True, "pooling": pooling}
+    )
+
+
+@pytest.mark.parametrize("pooling", ["mean", "max+mean"])
+def test_equal_views_share_the_gradient_of_a_maximum(pooling: str) -> None:
+    kwargs = make(views=3)
+    kwargs["cell"][:] = kwargs["cell"][:, :1]
+    for name in ("attention", "view_norm"):
+        kwargs[name] = type(kwargs[name])(*(x[:1].expand_as(x).contiguous() for x in kwargs[name]))
+    check(kwargs | {"ensemble": "max", "pooling": pooling})
+
+
+def test_voxels_across_clouds_and_without_tokens() -> None:
+    kwargs = make(batch=3, s=9)
+    kwargs["cluster"] = torch.arange(27).view(3, 9) % 4
+    check(kwargs | {"training": True})
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("width", [36, 42])
+def test_low_precision(dtype: torch.dtype, width: int) -> None:
+    """16-bit features are computed in float32 and rounded at the end, their gradient too."""
+    kwargs = on_cuda(
+        make(batch=2, s=30, width=width, views=6, hidden=12) | {"num_heads": 6, "training": True}
+    )
+    low = kwargs["features"].to(dtype)
+    results = []
+    for features in (low, low.float()):
+        given = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, kwargs)
+        leaf = features.clone().requires_grad_()
+        out = guided_aggregate(**given | {"features": leaf})
+        assert out.dtype == leaf.dtype
+        results.append([out, *torch.autograd.grad(out.float().square().sum(), leaf)])
+    for got, want in zip(*results, strict=True):
+        error = float((got.float() - want).norm() / want.norm())
+        assert error < (2e-3 if dtype == torch.float16 else 1.6e-2), error
+
+
+def test_lists_are_those_of_the_cpu() -> None:
+    for batch, views, count, cells in ((3, 2, 37, 11), (2, 6, 300, 5000), (1, 1, 1, 1), (0, 2, 3, 4)):
+        cell = torch.randint(cells, (batch, views, count))
+        cluster = torch.randint(-1, max(batch * count, 1), (batch, count))
+        want = torch.ops.any2point._guided_lists(cell, cluster, cells)
+        got = torch.ops.any2point._guided_lists(cell.cuda(), cluster.cuda(), cells)
+        inside = int(want[2][-1, -1])  # what is in no voxel is listed nowhere
+        for x, y in zip(got, want, strict=True):
+            assert_same([x[:-1].cpu(), x[-1, :inside].cpu()], [y[:-1], y[-1, :inside]])
+
+
+@pytest.mark.parametrize("pooling", ["mean", "max+mean"])
+def test_training_step_in_a_graph_and_behind_another_stream(pooling: str) -> None:
+    kwargs = on_cuda(make(batch=2, s=30, width=36, views=6, hidden=12)) | {"training": True, "num_heads": 6}
+    kwargs["pooling"] = pooling
+    want = derive(guided_aggregate, kwargs)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(10_000_000)
+        assert_same(derive(guided_aggregate, kwargs), want)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = derive(guided_aggregate, kwargs)
+    for x in got:
+        x.fill_(float("nan"))
+    graph.replay()
+    torch.cuda.synchronize()
+    assert_same(got, want)
+
+
+def test_drawn_on_the_device() -> None:
+    for rows in (False, True):
+        kwargs = make(batch=6, s=9) | {"training": True, "drop_path": 0.4, "drop_path_rows": rows}
+        assert all(x.isfinite().all() for x in step(kwargs))
+
+
+def test_no_tokens() -> None:
+    for batch, count in ((0, 9), (2, 0)):
+        kwargs = on_cuda(make()) | {"training": True}
+        kwargs["features"] = torch.zeros(batch, count, 8, device="cuda", requires_grad=True)
+        kwargs["cell"] = torch.zeros(batch, 2, count, dtype=torch.int64, device="cuda")
+        kwargs["cluster"] = torch.zeros(batch, count, dtype=torch.int64, device="cuda")
+        out = guided_aggregate(**kwargs)
+        assert out.shape == (batch, count, 8)
+        out.sum().backward()
+
+
+def test_op_is_registered_as_torch_asks() -> None:
+    for options in ({}, {"training": True, "pooling": "max+mean"}, {"ensemble": "max", "training": True}):
+        with Recorder() as recorder:
+            guided_aggregate(**on_cuda(make(s=5) | options))
+        for op, args, kwargs in recorder.calls:
+            torch.library.opcheck(op, args, kwargs)
