@@ -22,7 +22,7 @@ from any2point.reference.batch_norm import BatchNorm, are_shared
 from any2point.reference.guided_aggregate import CellAttention
 
 _ops = torch.ops.any2point
-_DEVICES = ("cpu",)  # those with kernels
+_DEVICES = ("cpu", "cuda")  # those with kernels
 
 
 class GuidedPlan(NamedTuple):
@@ -134,7 +134,7 @@ def _lists_fake(
     cell: Tensor, cluster: Tensor | None, num_cells: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, views, count = cell.shape
-    layers, rows = views + (cluster is not None), batch * count
+    layers, rows = views + int(cluster is not None), batch * count
 
     def make(*size: int) -> Tensor:
         return cell.new_empty(size, dtype=torch.int32)

@@ -134,9 +134,11 @@ __global__ void __launch_bounds__(kThreads)
     for (int j = begin; j < end; j++) sum += row(j)[k];
     inner[cell * pad + k] = sum / float(end - begin);
   }
-  if (!kStage || !args.maximum) return;
-  for (int i = threadIdx.x; i < count * pad; i += kThreads)
-    heads[cells.token(i / pad) * pad + i % pad] = row(i / pad)[i % pad];
+  if constexpr (kStage) {
+    for (int i = threadIdx.x; args.maximum && i < count * pad; i += kThreads) {
+      heads[cells.token(i / pad) * pad + i % pad] = row(i / pad)[i % pad];
+    }
+  }
 }
 
 // grad_heads [slices, V, R, K]: of a token (`by_token`) or of its cell, in parts to add up.
@@ -227,7 +229,7 @@ template <typename F>
 int with_cells(const Guided& args, int64_t bytes, const F& function) {
   int error = 0;
   with_type(args.qkv_dtype, [&](auto type) {
-    if (bytes > kRoom) {
+    if (bytes > shared_limit(kRoom)) {
       error = function(type, std::false_type{}, std::integral_constant<int, 0>{}, 0);
     } else if (args.inner == 2 * args.heads) {
       error = function(type, std::true_type{}, std::integral_constant<int, 2>{}, static_cast<int>(bytes));

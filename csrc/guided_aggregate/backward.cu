@@ -410,7 +410,7 @@ int walk_segments(const GuidedBackward& args, const Workspace& work, cudaStream_
   if constexpr (N == 4) {  // half as many channels at once, so that slices of a cloud fit
     const int arrays = args.ensemble == Ensemble::adaptive ? 2 : 1;
     const int64_t shared = Stage<2>::bytes(args, arrays) + walk_shared<2>(args);
-    if (shared <= kStaged) {
+    if (shared <= shared_limit(kStaged)) {
       const int bytes = static_cast<int>(shared);
       if (const int error = allow_shared(segments_kernel<T, 2, true>, bytes)) return error;
       segments_kernel<T, 2, true><<<Walk<2>::grid(args), kThreads, bytes, stream>>>(args, work);

