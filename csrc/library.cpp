@@ -38,11 +38,10 @@ STABLE_TORCH_LIBRARY(any2point, m) {
   m.def("_segment_pool_backward(Tensor grad, Tensor segment, Tensor saved, str reduce) -> Tensor");
 
   // table [L, C], or [H, W, C] for images: then views [V, 3, 3], otherwise [V, 3] and height 0. The extent of
-  // the positions and its cells; camera 0 places it for each cloud.
+  // the positions and the edge of a cell; camera 0 places it for each cloud.
   m.def(
       "_virtual_project(Tensor centers, Tensor table, Tensor views, float cell, SymInt height, SymInt width, "
-      "SymInt cell_rows, SymInt cell_columns, float camera, bool wrap) -> (Tensor position, Tensor encoding, "
-      "Tensor cell)");
+      "float camera, bool wrap) -> (Tensor position, Tensor encoding, Tensor cell)");
   // The entries [B S, V * 2 or 4] of the table that the encodings are made of.
   m.def(
       "_virtual_corners(Tensor centers, Tensor views, SymInt table_rows, SymInt table_columns, SymInt "

@@ -146,17 +146,13 @@ def _fused(
     wrap: bool,
 ) -> VirtualProjection:
     extent = table.shape[:-1] if size is None else size
-    cells = cell_grid(extent, cell)
-    height, cell_rows = (extent[0], cells[0]) if table.dim() == 3 else (0, 1)
     position, encoding, bins = torch.ops.any2point._virtual_project.default(
         centers.contiguous(),
         table.contiguous(),
         views.contiguous(),
         float(cell),
-        height,
+        extent[0] if table.dim() == 3 else 0,
         extent[-1],
-        cell_rows,
-        cells[-1],
         0.0 if camera is None else camera + 1e-12,
         wrap,
     )
@@ -191,8 +187,6 @@ def _fake(
     cell: float,
     height: int,
     width: int,
-    cell_rows: int,
-    cell_columns: int,
     camera: float,
     wrap: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -219,7 +213,7 @@ def _corners_fake(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    centers, table, views, _, *ctx.extent, _, _, ctx.camera, ctx.wrap = inputs
+    centers, table, views, _, *ctx.extent, ctx.camera, ctx.wrap = inputs
     ctx.grid = table.shape[:-1]
     ctx.save_for_backward(centers, views)
     ctx.mark_non_differentiable(output[0], output[2])
@@ -227,7 +221,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 
 def _backward(ctx: Any, _position: Tensor | None, grad: Tensor | None, _cell: Tensor | None) -> Any:
-    rest = (None,) * 8
+    rest = (None,) * 6
     if grad is None or not ctx.needs_input_grad[1]:
         return None, None, *rest
     centers, views = ctx.saved_tensors

@@ -1,6 +1,9 @@
 // virtual_project on CUDA: one kernel. A block has some centres of one cloud. Its warps first measure the
 // whole cloud, each some lines (or the frame of the images); then every thread places a centre in a view, and
 // last each adds up 16 bytes of an encoding at a time, entry by entry.
+//
+// Measured on an H200, replayed as a CUDA graph: 32 clouds of 128 centres, 768 channels and 6 views 21 us for
+// lines and 38 us for images (the composition of torch ops 100 and 268 us), one cloud of lines 9 us (76 us).
 #include "common/grid.cuh"
 #include "virtual_project/place.h"
 

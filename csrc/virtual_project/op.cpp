@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <cmath>
 #include <tuple>
 
 #include "inverse_list/op.h"
@@ -21,8 +22,8 @@ float step(int64_t table, int64_t size) {
 
 // height = 0: lines; table rows and columns, 0 for the first likewise.
 VirtualProject arguments(const Tensor& centers, const Tensor& views, int64_t table_rows,
-                         int64_t table_columns, double cell, int64_t height, int64_t width, int64_t cell_rows,
-                         int64_t cell_columns, double camera, bool wrap) {
+                         int64_t table_columns, double cell, int64_t height, int64_t width, double camera,
+                         bool wrap) {
   VirtualProject args{};
   args.centers = coordinates("centers", centers, centers);
   args.views = coordinates("views", views, centers);
@@ -32,8 +33,8 @@ VirtualProject arguments(const Tensor& centers, const Tensor& views, int64_t tab
   A2P_CHECK(views.dim() == (args.image ? 3 : 2) && views.size(0) > 0 && views.size(1) == 3 &&
                 views.size(views.dim() - 1) == 3,
             "views: expected [V, 3], or [V, 3, 3] for images");
-  A2P_CHECK(width > 0 && cell > 0 && camera >= 0 && cell_rows > 0 && cell_columns > 0 && table_columns > 0 &&
-                (table_rows > 0) == args.image && (args.image || !wrap),
+  A2P_CHECK(width > 0 && cell > 0 && camera >= 0 && table_columns > 0 && (table_rows > 0) == args.image &&
+                (args.image || !wrap),
             "size, cell, camera: expected positive numbers, and no wrapped lines");
   args.count = centers.size(1);
   args.view_count = views.size(0);
@@ -44,8 +45,8 @@ VirtualProject arguments(const Tensor& centers, const Tensor& views, int64_t tab
   args.camera = static_cast<float>(camera);
   args.rows = std::max<int64_t>(1, height);
   args.columns = width;
-  args.cell_rows = cell_rows;
-  args.cell_columns = cell_columns;
+  args.cell_rows = static_cast<int64_t>(std::ceil(double(args.rows) / cell));
+  args.cell_columns = static_cast<int64_t>(std::ceil(double(width) / cell));
   args.down = step(args.height, args.rows);
   args.across = step(args.width, args.columns);
   return args;
@@ -77,12 +78,11 @@ void run(const VirtualProject& args, const Tensor& centers) {
 
 std::tuple<Tensor, Tensor, Tensor> virtual_project(const Tensor& centers, const Tensor& table,
                                                    const Tensor& views, double cell, int64_t height,
-                                                   int64_t width, int64_t cell_rows, int64_t cell_columns,
-                                                   double camera, bool wrap) {
+                                                   int64_t width, double camera, bool wrap) {
   const bool image = table.dim() == 3;
   A2P_CHECK((table.dim() == 2 || image) && image == (height > 0), "table: expected [L, C] or [H, W, C]");
   VirtualProject args = arguments(centers, views, image ? table.size(0) : 0, table.size(image ? 1 : 0), cell,
-                                  height, width, cell_rows, cell_columns, camera, wrap);
+                                  height, width, camera, wrap);
   check_same_device("table", table, centers);
   args.dtype = dtype_of("table", table);
   A2P_CHECK(args.dtype != Dtype::f64 && table.is_contiguous(),
@@ -103,8 +103,8 @@ std::tuple<Tensor, Tensor, Tensor> virtual_project(const Tensor& centers, const 
 std::tuple<Tensor, Tensor> virtual_corners(const Tensor& centers, const Tensor& views, int64_t table_rows,
                                            int64_t table_columns, int64_t height, int64_t width,
                                            double camera, bool wrap) {
-  VirtualProject args = arguments(centers, views, table_rows, table_columns, 1.0, height, width,
-                                  std::max<int64_t>(1, height), width, camera, wrap);
+  VirtualProject args =
+      arguments(centers, views, table_rows, table_columns, 1.0, height, width, camera, wrap);
   const int64_t rows = centers.size(0) * args.count, entries = args.view_count * args.corners();
   Tensor weight = torch::stable::new_empty(centers, {rows, entries});
   Tensor corner = torch::stable::new_empty(centers, {rows, entries}, ScalarType::Long);

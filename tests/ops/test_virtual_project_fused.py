@@ -63,7 +63,10 @@ def test_gradient_of_the_table(threads: int, device: str) -> None:
             out = function(**here).encoding
             weight = torch.linspace(-1, 2, out.numel()).view(out.shape).to(where)
             grads.append(torch.autograd.grad((out * weight).sum(), here["table"])[0])
-        assert_same(grads[0], grads[1], name)
+        if device == "cpu":
+            assert_same(grads[0], grads[1], name)
+        else:  # added up in another order
+            torch.testing.assert_close(grads[0].cpu(), grads[1], rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
 def _composed(**kwargs: Any) -> Any:
