@@ -39,7 +39,8 @@ class Line:
 
 FPS, KNN, LOCAL, GUIDED = "farthest_point_sample", "knn", "local_aggregate", "guided_aggregate"
 HIERARCHY, PROJECT = "farthest_point_hierarchy", "virtual_project"
-TRAIN, CPU = "forward+backward graph", "forward, CPU time"
+BOTH = "forward+backward"
+TRAIN, CPU = f"{BOTH} graph", "forward, CPU time"
 CLIP, REPLAY = "clip-text 32,1024", "whole step graph"
 _STAGES = [
     "32,1024,96 -> 512x81 H=96x2",
@@ -114,6 +115,16 @@ TABLES: dict[str, tuple[str, list[Line]]] = {
                 "4 clouds, three stages of the tokenizer, k=81, forward and backward",
                 CPU,
             ),
+            Line(GUIDED, "4 clouds x 128 tokens x 768", GUIDED, "4,128,768 V=6 cells=39", CPU),
+            Line(f"{GUIDED}, training", "the same", GUIDED, "4,128,768 V=6 cells=39", f"{BOTH}, CPU time"),
+            Line(PROJECT, "32 x 128 centres, 77 positions", PROJECT, "32,128 77,768 V=6", CPU),
+        ],
+    ),
+    "cpu-step": (
+        "epyc-zen5_step.csv",
+        [
+            Line("train step", "MiniLM, 8 x 1024", "train step", "minilm 8,1024", "whole step", "fp32"),
+            Line("evaluation", "the same", "eval step", "minilm 8,1024", "whole step", "fp32"),
         ],
     ),
 }
@@ -139,7 +150,7 @@ def render(name: str) -> str:
     file, lines = TABLES[name]
     path = RESULTS / file
     rows = read_rows(path) if path.exists() else []
-    on_gpu = name != "cpu"
+    on_gpu = name.startswith("h200")
     text: list[str] = []
     before = ""
     for line in lines:
