@@ -160,7 +160,8 @@ def farthest_point_sample(device: str, shapes: Shapes | None = None, kind: str =
         def check(
             index: Tensor, i: int, exact: bool, host: list[Tensor] = host, samples: int = samples
         ) -> float:
-            index, expected = index.cpu(), ops.farthest_point_sample(host[i], samples)
+            where, index = index.device, index.cpu()
+            expected = ops.farthest_point_sample(host[i], samples)
             if exact:  # a few clouds and picks by the definition, all of them by the CPU
                 few = min(samples, 512, max(16, (1 << 24) // host[i].shape[1]))
                 start = expected[:2, 0]
@@ -170,7 +171,8 @@ def farthest_point_sample(device: str, shapes: Shapes | None = None, kind: str =
             # A peer may begin elsewhere, and order ties, or what rounding makes ties, in another way.
             if not bool((index[:, 0] == expected[:, 0]).all()):
                 expected = ops.farthest_point_sample(host[i], samples, start=index[:, 0])
-            ours, theirs = covering(host[i], expected), covering(host[i], index)
+            points = host[i].to(where)
+            ours, theirs = covering(points, expected.to(where)), covering(points, index.to(where))
             if theirs > 1.02 * ours:
                 raise AssertionError(f"covering distance {theirs:.3e}, expected {ours:.3e}")
             return check_samples(index, expected, exact=False)
