@@ -24,9 +24,7 @@ part() {
 sanitize() {
   for tool in memcheck racecheck initcheck synccheck; do
     echo "== $tool"
-    local options=()
-    [[ $tool == racecheck ]] && options=(--no-polling)
-    compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" scripts/sanitize.py "${options[@]}" || return 1
+    compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" scripts/sanitize.py || return 1
   done
 }
 

@@ -80,7 +80,7 @@ def farthest_point_sample(
             that is outside of the cloud or not finite gives way to the lowest finite point. An int64 tensor
             ``[B, S]`` gives the first S picks, for example a set to continue from: the picks after them are
             ``index[:, S:]``. One of them that is no finite point of the cloud, or that is taken, gives way
-            to the farthest point. One pass over the points a pick: slow for large clouds.
+            to the farthest point.
         generator: For ``start="random"``, on the device of `points`; None is torch's default one.
         return_distance: Also return the distances.
         tie: ``"lowest"`` as above. ``"pointnet2"`` (D = 3) repeats what ``pointnet2_ops`` picks, for parity
@@ -101,7 +101,9 @@ def farthest_point_sample(
     Differentiable in: nothing (the distances are constants too).
     Deterministic: yes; CPU and CUDA give the same bits.
     Complexity: O(M N D) work a cloud at most. Large clouds are pruned by blocks and picked many at a time: on
-        the CPU with D = 2 or 3, on CUDA in float32 with D = 3 (docs/fps.md).
+        the CPU with D = 2 or 3, on CUDA in float32 with D = 3 (docs/fps.md). A start set costs one update
+        by all its picks on CUDA in float32 with D = 3, if no valid point comes after one that gives way;
+        else, and on the CPU, a pass over the points for each.
 
     Source: Y. Eldar et al., "The farthest point strategy for progressive image sampling", 1997.
 

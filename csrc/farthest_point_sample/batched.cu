@@ -8,6 +8,9 @@
 // it lowers the level of c: c will be picked, at this very level. Levels never rise along the sequence, so
 // sorting picks by key gives the order.
 //
+// This file: clouds that several blocks share, resident together (cooperative launch); batched_cluster.cu has
+// the kernel for small clouds.
+//
 // A round: (1) candidates, all points above a threshold that is steered to a useful number of them; (2) the
 // candidates within each candidate's reach; (3) settling: a candidate waits while a larger one in its reach
 // is undecided, takes over the distance to a larger one that is picked (and is out once it falls to the
@@ -18,33 +21,29 @@
 // changes nothing in it, which is exact without a margin as rounding is monotonic. The first picks, and a few
 // after a poor round, come one by one. When all levels are 0, what is left goes by index.
 //
-// Grid: one block of 1,024 threads a cloud for up to 2,048 points, else several, resident together
-// (cooperative launch), that meet twice a round through words in L2. Points lie in shared memory, levels in
+// The blocks of 1,024 threads meet twice a round through words in L2. Points lie in shared memory, levels in
 // registers.
 //
 // H200, us a call, uniform ball, everything included; rounds + single picks; the sequential kernel of
 // cuda.cu:
-//   32 x 1,024 -> 512           123     15 + 28       152
-//   32 x 2,048 -> 512           152     17 + 24       216
-//   32 x 8,192 -> 2,048         411     27 + 24     1,482    4 blocks a cloud
-//   8 x 16,384 -> 4,096         416     27 + 28     5,165   16
-//   1 x 100,000 -> 25,000     1,084     45 + 24    35,680   98
-//   1 x 1,000,000 -> 250,000  7,900    183 + 40         -  132
+//   8 x 16,384 -> 4,096         403     27 + 28     5,165    16 blocks a cloud
+//   1 x 100,000 -> 25,000     1,080     45 + 24    35,680    98
+//   1 x 1,000,000 -> 250,000  8,070    183 + 40         -   132
 //
 // A bound for one kind of work: updating all points by all picks without pruning would be 0.56 ms of
-// arithmetic at 100,000, 56 ms at 1,000,000. What limits: one block, the latency and issue of a round (about
-// 12,000 cycles for 30 picks: settling 3,000, ranks 1,900, neighbours 2,000, candidates 1,500, update 1,300);
-// many blocks, the two meetings of a round with the waiting there (44 % of the time with 98 blocks; the
-// second, at the end of the longest chain of settling, is the longer); at a million, those and the box tests.
+// arithmetic at 100,000, 56 ms at 1,000,000. What limits: the two meetings of a round with the waiting there
+// (44 % of the time with 98 blocks; the second, at the end of the longest chain of settling, is the longer);
+// at a million, those and the box tests.
 //
 // Tried and slower: a lane a candidate walking bit rows of neighbours, each block settling all candidates to
 // save the second meeting (518 us at 8,192, and 10 times that where many candidates are in reach of each
-// other); points read from L2 at a million (12,900); a Morton curve (465 at 8,192; 12,650 at a million).
+// other); points read from L2 at a million (12,900); a Morton curve (465 at 8,192; 12,650 at a million);
+// the kernel of batched_cluster.cu (446 at 16,384).
 //
-// Next: fewer instructions a round in one block; clusters and distributed shared memory for 2 to 16 blocks.
+// Next: fewer, larger rounds at a million, where shared memory caps the candidates.
 //
-// Polled states are single words with one writer, and any age of them is right; in one block they lie in
-// shared memory, where the racecheck of compute-sanitizer may report them.
+// Polled states are single words in L2 with one writer, and any age of them is right: relaxed (volatile)
+// accesses suffice. In shared memory nothing is polled.
 // CUDA, not Triton: polling, ballots and words between blocks.
 #include "farthest_point_sample/batched.cuh"
 
@@ -64,7 +63,7 @@ struct Workspace {
 };
 
 struct Shared {
-  BatchedHeader header;  // the cloud's, or (kParts) the block's share of it
+  BatchedHeader header;  // the block's share of the cloud's
   float4 slot[2][32];    // x, y, z, bits of a warp's largest level
   unsigned slot_index[2][32];
   unsigned found[4], most[4], accepted[4];  // by round % 4: candidates, bits of the largest level, picks
@@ -75,44 +74,40 @@ struct Shared {
 
 // Grid: `parts` blocks a cloud, kBatchedThreads threads. Clouds of at most `above` points, or of more than
 // the blocks hold, belong to another launch.
-template <int kHeld, bool kParts>
+template <int kHeld>
 __global__ void __launch_bounds__(kBatchedThreads, 1)
     farthest_point_batched_kernel(FarthestPointSample<float> run, int64_t above, BatchedPlan plan,
-                                  Workspace work) {
+                                  GivenPicks given, Workspace work) {
   constexpr int kBoxes = kBoxesOf<kHeld>;
   extern __shared__ float4 dynamic[];
-  const int parts = kParts ? plan.parts : 1;
+  const int parts = plan.parts;
   const int64_t cloud = blockIdx.x / parts;
   const int part = blockIdx.x % parts;
   const int64_t wide_count = run.rows.count(cloud);
-  if (wide_count <= above || wide_count > plan.capacity) return;
+  const int starts = given.count ? given.count[cloud] : 1;
+  if (wide_count <= above || wide_count > plan.capacity || starts < 0) return;
 
   const int count = static_cast<int>(wide_count), most = plan.most, listed = plan.listed;
   float4* held_points = dynamic;                           // [kHeld * kBatchedThreads] x, y, z, index bits
   float4* boxes = held_points + kHeld * kBatchedThreads;   // [2, kBatchedWarps, kBoxes]
   float4* candidate = boxes + 2 * kBatchedWarps * kBoxes;  // [most + 8]
-  // Between blocks, picks come when the candidates have gone: the same place serves both.
-  float4* pick = kParts ? candidate : candidate + most + 8;   // [most + 8]
+  float4* pick = candidate;                                // [most + 8] picks come when candidates have gone
   float2* list = reinterpret_cast<float2*>(pick + most + 8);  // [warps * slots, listed]
   unsigned* state = reinterpret_cast<unsigned*>(list + kBatchedWarps * plan.slots * listed);  // [most]
   unsigned* place = state + most;       // [most] where the state is between blocks
   unsigned* pick_index = place;         // [most]
   unsigned* neighbours = place + most;  // [warps * slots], at least `most`
   Shared& s = *reinterpret_cast<Shared*>(neighbours + kBatchedWarps * plan.slots);
-  unsigned* scratch = reinterpret_cast<unsigned*>(candidate);  // for the sort and the rest
 
   const int tid = threadIdx.x, lane = tid % 32, warp = tid / 32;
   const float* points = run.points + run.rows.begin(cloud) * 3;
-  if constexpr (!kParts) {
-    for (int i = tid; i < 1 << 3 * plan.bits; i += kBatchedThreads) scratch[i] = 0;
-  }
   if (tid < static_cast<int>(sizeof(BatchedHeader) / 4)) reinterpret_cast<unsigned*>(&s.header)[tid] = 0;
   if (tid < 4) s.found[tid] = s.most[tid] = s.accepted[tid] = 0;
   __syncthreads();
-  Team<kParts> team{part, parts, kParts ? work.headers + cloud : &s.header};
-  float4* sorted = kParts ? work.sorted + run.rows.begin(cloud) : held_points;
-  unsigned* cells = kParts ? work.cells + (cloud << 3 * plan.bits) : scratch;
-  sort_cloud(points, count, plan.bits, team, cells, sorted, s.sums, &s.header);
+  Team team{part, parts, work.headers + cloud};
+  float4* sorted = work.sorted + run.rows.begin(cloud);
+  unsigned* cells = work.cells + (cloud << 3 * plan.bits);
+  sort_cloud<true, kHeld>(points, count, plan.bits, team, cells, sorted, s.sums, &s.header);
 
   const volatile BatchedHeader* header = team.header;
   const int finite_points = static_cast<int>(header->finite);
@@ -134,10 +129,8 @@ __global__ void __launch_bounds__(kBatchedThreads, 1)
         kHeld >= 4 ? (warp * parts + part) * kHeld + q : (q * kBatchedWarps + warp) * parts + part;
     const int at = block * 32 + lane;
     present[q] = at < finite_points;
-    if (kParts) {
-      held_points[kHeld >= 4 ? row * 32 + q * 32 + lane : q * kBatchedThreads + tid] =
-          present[q] ? __ldcg(&sorted[at]) : make_float4(0, 0, 0, 0);
-    }
+    held_points[kHeld >= 4 ? row * 32 + q * 32 + lane : q * kBatchedThreads + tid] =
+        present[q] ? __ldcg(&sorted[at]) : make_float4(0, 0, 0, 0);
   }
   __syncthreads();
   const Held own{held_points + (kHeld >= 4 ? row * 32 + lane : tid), kHeld >= 4 ? 32 : kBatchedThreads,
@@ -149,47 +142,32 @@ __global__ void __launch_bounds__(kBatchedThreads, 1)
   float* distance = run.distance + cloud * run.samples;
   const int64_t base = run.rows.index_base(cloud);
   const int samples = static_cast<int>(run.samples < wide_count ? run.samples : wide_count);
-  if (part == 0 && tid == 0) {
-    index[0] = base + first;
-    distance[0] = infinity();
+  if (given.count) {
+    apply_picks(held, own, static_cast<const float4*>(given.points) + cloud * run.starts, starts);
+  } else {
+    if (part == 0 && tid == 0) {
+      index[0] = base + first;
+      distance[0] = infinity();
+    }
+    apply_one(held, own, make_float4(points[first * 3], points[first * 3 + 1], points[first * 3 + 2], 0),
+              false);
   }
-  apply_one(held, own, make_float4(points[first * 3], points[first * 3 + 1], points[first * 3 + 2], 0),
-            false);
 
-  unsigned long long* words = kParts ? work.words + cloud * 6 * kBatchedParts : nullptr;
+  unsigned long long* words = work.words + cloud * 6 * kBatchedParts;
   const int64_t segments = cloud * 2 * parts * plan.segment;  // of this cloud, in the workspace
   unsigned step = 0, round = 0, settled = 0;
-  int done = 1, plain = done + plan.steps;  // picks up to `plain` are made one by one
-  float level = infinity();                 // no level is above it
+  int done = starts, plain = max(starts + 1, 1 + plan.steps);  // picks up to `plain` are made one by one
+  float level = infinity();                                    // no level is above it
   Aim aim{static_cast<unsigned>(count), static_cast<float>(plan.wanted)};
 
   // One pick of the sequential algorithm. A warp whose box is out of the last pick's reach keeps its best.
-  float warp_level = -1;
-  unsigned warp_index = kAll;
-  int warp_owner = -1;  // the lane that knows the best point; -1: look again
-  float4 warp_point = make_float4(0, 0, 0, 0);
+  WarpBest best;
   auto sequential_step = [&] {
-    if (warp_owner < 0) {
-      float best = -1;
-      unsigned best_index = kAll;
-#pragma unroll
-      for (int q = 0; q < kHeld; q++) {
-        if (held.level[q] < best || held.level[q] < 0) continue;
-        const float4 p = own.at(q);
-        if (held.level[q] > best || index_of(p) < best_index) {
-          best = held.level[q];
-          best_index = index_of(p);
-          warp_point = p;
-        }
-      }
-      warp_level = warp_most(best);
-      warp_index = warp_min(best == warp_level ? best_index : kAll);
-      warp_owner = __ffs(__ballot_sync(kAll, best == warp_level && best_index == warp_index)) - 1;
-    }
+    best.look(held, own);
     const unsigned parity = step & 1;
-    if (lane == warp_owner) {
-      s.slot[parity][warp] = make_float4(warp_point.x, warp_point.y, warp_point.z, warp_level);
-      s.slot_index[parity][warp] = warp_index;
+    if (best.here) {
+      s.slot[parity][warp] = best.point;
+      s.slot_index[parity][warp] = best.index;
     }
     __syncthreads();
     const float4 other = s.slot[parity][lane];
@@ -197,43 +175,39 @@ __global__ void __launch_bounds__(kBatchedThreads, 1)
     float largest = warp_most(other.w);
     unsigned lowest = warp_min(other.w == largest ? other_index : kAll);
     float4 chosen = make_float4(0, 0, 0, 0);
-    if constexpr (kParts) {
-      // One word a block: level, inverted index (30 bits) and a tag, all that is exchanged, so no fence is
-      // needed. A block without points sends level 0.
-      constexpr unsigned kMask = 0x3fffffffu;
-      const unsigned tag = ((step >> 1) & 1) + 1;
-      unsigned long long* slots = words + parity * kBatchedParts;
-      if (tid == 0) {
-        const unsigned long long bits = __float_as_uint(fmaxf(largest, 0.0f));
-        *static_cast<volatile unsigned long long*>(&slots[part]) =
-            bits << 32 | (kMask - (lowest & kMask)) << 2 | tag;
+    // One word a block: level, inverted index (30 bits) and a tag, all that is exchanged, so no fence is
+    // needed. A block without points sends level 0.
+    constexpr unsigned kMask = 0x3fffffffu;
+    const unsigned tag = ((step >> 1) & 1) + 1;
+    unsigned long long* slots = words + parity * kBatchedParts;
+    if (tid == 0) {
+      const unsigned long long bits = __float_as_uint(fmaxf(largest, 0.0f));
+      *static_cast<volatile unsigned long long*>(&slots[part]) =
+          bits << 32 | (kMask - (lowest & kMask)) << 2 | tag;
+    }
+    if (warp == 0) {
+      unsigned long long most = 0;
+      for (int p = lane; p < parts; p += 32) {
+        unsigned long long word;
+        do {
+          word = load_relaxed(&slots[p]);
+        } while ((word & 3) != tag);
+        most = word > most ? word : most;
       }
-      if (warp == 0) {
-        unsigned long long best = 0;
-        for (int p = lane; p < parts; p += 32) {
-          unsigned long long word;
-          do {
-            word = load_relaxed(&slots[p]);
-          } while ((word & 3) != tag);
-          best = word > best ? word : best;
-        }
-        __syncwarp();
-        const unsigned high = static_cast<unsigned>(best >> 32), bits = warp_max(high);
-        const unsigned low = warp_max(high == bits ? static_cast<unsigned>(best) : 0u);
-        if (lane == 0) {
-          s.largest = bits;
-          s.offset[0] = kMask - (low >> 2);
-        }
+      __syncwarp();
+      const unsigned high = static_cast<unsigned>(most >> 32), bits = warp_max(high);
+      const unsigned low = warp_max(high == bits ? static_cast<unsigned>(most) : 0u);
+      if (lane == 0) {
+        s.largest = bits;
+        s.offset[0] = kMask - (low >> 2);
       }
-      __syncthreads();
-      largest = __uint_as_float(s.largest);
-      lowest = s.offset[0];
-      if (largest > 0) {
-        const float* p = points + static_cast<size_t>(lowest) * 3;
-        chosen = make_float4(__ldg(p), __ldg(p + 1), __ldg(p + 2), 0);
-      }
-    } else {
-      chosen = s.slot[parity][__ffs(__ballot_sync(kAll, other.w == largest && other_index == lowest)) - 1];
+    }
+    __syncthreads();
+    largest = __uint_as_float(s.largest);
+    lowest = s.offset[0];
+    if (largest > 0) {
+      const float* p = points + static_cast<size_t>(lowest) * 3;
+      chosen = make_float4(__ldg(p), __ldg(p + 1), __ldg(p + 2), 0);
     }
     step++;
     level = largest;
@@ -243,7 +217,7 @@ __global__ void __launch_bounds__(kBatchedThreads, 1)
       distance[done] = level;
     }
     done++;
-    if (apply_one(held, own, chosen, done > kBoxedSteps)) warp_owner = -1;
+    if (apply_one(held, own, chosen, done > kBoxedSteps)) best.current = false;
   };
 
   while (done < samples && level > 0) {
@@ -285,29 +259,17 @@ __global__ void __launch_bounds__(kBatchedThreads, 1)
       for (int q = 0; q < kHeld; q++) {
         const unsigned k = at + __popc(votes[q] & ((1u << lane) - 1));
         at += __popc(votes[q]);
-        if (!(votes[q] >> lane & 1) || static_cast<int>(k) >= (kParts ? plan.segment : most)) continue;
-        if constexpr (kParts) {
-          __stcg(&work.candidates[segment + k], own.at(q));
-          __stcg(&work.states[segment + k], __float_as_uint(held.level[q]));
-        } else {
-          candidate[k] = own.at(q);
-          state[k] = __float_as_uint(held.level[q]);
-          neighbours[k] = 0;
-        }
+        if (!(votes[q] >> lane & 1) || static_cast<int>(k) >= plan.segment) continue;
+        __stcg(&work.candidates[segment + k], own.at(q));
+        __stcg(&work.states[segment + k], __float_as_uint(held.level[q]));
       }
       unsigned bits;
-      if constexpr (kParts) {
-        __syncthreads();
-        // A segment that overflows makes the sum too large.
-        const unsigned number = static_cast<int>(s.found[turn]) > plan.segment ? 0xffffu : s.found[turn];
-        exchange(words + 2 * kBatchedParts, round, part, parts, number, s.most[turn], s.offset, &s.largest);
-        found = s.offset[parts];
-        bits = s.largest;
-      } else {
-        __syncthreads();
-        found = s.found[turn];
-        bits = s.most[turn];
-      }
+      __syncthreads();
+      // A segment that overflows makes the sum too large.
+      const unsigned number = static_cast<int>(s.found[turn]) > plan.segment ? 0xffffu : s.found[turn];
+      exchange(words + 2 * kBatchedParts, round, part, parts, number, s.most[turn], s.offset, &s.largest);
+      found = s.offset[parts];
+      bits = s.largest;
       fits = found > 0 && found <= most;
       if (found == 0) level = __uint_as_float(bits);
       if (tid == 0) s.found[(round + 2) & 3] = s.most[(round + 2) & 3] = s.accepted[(round + 2) & 3] = 0;
@@ -322,77 +284,50 @@ __global__ void __launch_bounds__(kBatchedThreads, 1)
     const Threshold threshold = aim.at;
     unsigned* accepted = &s.accepted[(round - 1) & 3];
     const int64_t parity = segments + static_cast<int64_t>((round - 1) & 1) * parts * plan.segment;
-    if constexpr (kParts) {
-      for (int p = warp; p < parts; p += kBatchedWarps) {
-        const int begin = s.offset[p], size = s.offset[p + 1] - begin;
-        for (int k = lane; k < size; k += 32) {
-          const int from = p * plan.segment + k;
-          candidate[begin + k] = __ldcg(&work.candidates[parity + from]);
-          state[begin + k] = __ldcg(&work.states[parity + from]);  // perhaps newer already: still exact
-          place[begin + k] = from;
-        }
+    for (int p = warp; p < parts; p += kBatchedWarps) {
+      const int begin = s.offset[p], size = s.offset[p + 1] - begin;
+      for (int k = lane; k < size; k += 32) {
+        const int from = p * plan.segment + k;
+        candidate[begin + k] = __ldcg(&work.candidates[parity + from]);
+        state[begin + k] = __ldcg(&work.states[parity + from]);  // perhaps newer already: still exact
+        place[begin + k] = from;
       }
-      __syncthreads();
     }
+    __syncthreads();
 
-    // Neighbours.
+    // Neighbours: a warp a candidate, its lanes over the others.
     const int team_warps = kBatchedWarps * parts, mine = warp * parts + part;
     unsigned open = 0;
-    if constexpr (kParts) {  // a warp a candidate, its lanes over the others
 #pragma unroll 1
-      for (int i = 0; i * team_warps + mine < found; i++) {
-        const int c = i * team_warps + mine;
-        unsigned size = 0;
-        open |= 1u << i;
-        const float4 p = candidate[c];
-        const float reach = __uint_as_float(state[c]);
-        float2* entries = list + (warp * plan.slots + i) * listed;
+    for (int i = 0; i * team_warps + mine < found; i++) {
+      const int c = i * team_warps + mine;
+      unsigned size = 0;
+      open |= 1u << i;
+      const float4 p = candidate[c];
+      const float reach = __uint_as_float(state[c]);
+      float2* entries = list + (warp * plan.slots + i) * listed;
 #pragma unroll 4
-        for (int from = 0; from < found; from += 32) {
-          const int j = from + lane;
-          const float d = squared_distance(p, candidate[min(j, found - 1)]);
-          const unsigned hits = __ballot_sync(kAll, d < reach && j < found && j != c);
-          const unsigned k = size + __popc(hits & ((1u << lane) - 1));
-          if ((hits >> lane & 1) && static_cast<int>(k) < listed)
-            entries[k] = make_float2(d, __int_as_float(j));
-          size += __popc(hits);
-        }
-        if (lane == 0) neighbours[warp * plan.slots + i] = size;
+      for (int from = 0; from < found; from += 32) {
+        const int j = from + lane;
+        const float d = squared_distance(p, candidate[min(j, found - 1)]);
+        const unsigned hits = __ballot_sync(kAll, d < reach && j < found && j != c);
+        const unsigned k = size + __popc(hits & ((1u << lane) - 1));
+        if ((hits >> lane & 1) && static_cast<int>(k) < listed)
+          entries[k] = make_float2(d, __int_as_float(j));
+        size += __popc(hits);
       }
-      __syncwarp();
-    } else {  // a lane a candidate, a warp 32 of them against 8 others at a time
-      const int tiles = (found + 31) / 32, groups = (found + 7) / 8;
-#pragma unroll 1
-      for (int t = warp; t < tiles * groups; t += kBatchedWarps) {
-        const int c = t % tiles * 32 + lane, from = t / tiles * 8;
-        const float4 p = candidate[min(c, found - 1)];
-        const float reach = c < found ? __uint_as_float(state[c]) : -1.0f;
-        unsigned hits = 0;
-#pragma unroll
-        for (int i = 0; i < 8; i++) hits |= (squared_distance(p, candidate[from + i]) < reach ? 1u : 0u) << i;
-        hits &= (1u << min(8, found - from)) - 1;
-        if (static_cast<unsigned>(c - from) < 8) hits &= ~(1u << (c - from));
-        if (!hits) continue;
-        unsigned k = atomicAdd(&neighbours[c], static_cast<unsigned>(__popc(hits)));
-#pragma unroll 1
-        for (; hits; hits &= hits - 1, k++) {
-          const int j = from + __ffs(hits) - 1;
-          if (static_cast<int>(k) < listed)
-            list[c * listed + k] = make_float2(squared_distance(p, candidate[j]), __int_as_float(j));
-        }
-      }
-      __syncthreads();
-      for (int i = 0; i * team_warps + mine < found; i++) open |= 1u << i;
+      if (lane == 0) neighbours[warp * plan.slots + i] = size;
     }
+    __syncwarp();
 
     // Settle: a candidate without a larger open neighbour in its reach is a pick.
     const int64_t segment = parity + static_cast<int64_t>(part) * plan.segment;
-    volatile unsigned* states = kParts ? work.states + parity : state;
+    volatile unsigned* states = work.states + parity;
 #pragma unroll 1
     while (open) {
 #pragma unroll 1
       for (unsigned todo = open; todo; todo &= todo - 1) {
-        const int i = __ffs(todo) - 1, c = i * team_warps + mine, row = kParts ? warp * plan.slots + i : c;
+        const int i = __ffs(todo) - 1, c = i * team_warps + mine, row = warp * plan.slots + i;
         const float reach = __uint_as_float(static_cast<volatile unsigned*>(state)[c]);
         const float4 p = candidate[c];
         const int known = neighbours[row];
@@ -404,7 +339,7 @@ __global__ void __launch_bounds__(kBatchedThreads, 1)
         for (int k = lane; k < size; k += 32) {
           const int j = all ? k : __float_as_int(list[row * listed + k].y);
           const float d = all ? squared_distance(p, candidate[k]) : list[row * listed + k].x;
-          const unsigned other = states[kParts ? place[j] : j];
+          const unsigned other = states[place[j]];
           const float other_level = __uint_as_float(other & ~kAccepted);
           if (j == c || d >= reach || other_level < reach) continue;
           if (other_level == reach && index_of(candidate[j]) > index_of(p)) continue;
@@ -426,41 +361,31 @@ __global__ void __launch_bounds__(kBatchedThreads, 1)
           if (lane == 0) {
             const unsigned k = atomicAdd(accepted, 1u);
             const float4 entry = make_float4(p.x, p.y, p.z, level_now);
-            if constexpr (kParts) {
-              __stcg(&work.picks[segment + k], entry);
-              __stcg(&work.pick_index[segment + k], index_of(p));
-            } else {
-              pick[k] = entry;
-              pick_index[k] = index_of(p);
-            }
+            __stcg(&work.picks[segment + k], entry);
+            __stcg(&work.pick_index[segment + k], index_of(p));
           }
         } else {
           continue;
         }
         if (lane == 0) {
           static_cast<volatile unsigned*>(state)[c] = word;
-          if (kParts) states[place[c]] = word;
+          states[place[c]] = word;
         }
         __syncwarp();
       }
     }
     int picks;
-    if constexpr (kParts) {
-      __syncthreads();
-      exchange(words + 4 * kBatchedParts, settled++, part, parts, *accepted, 0, s.offset, &s.largest);
-      picks = s.offset[parts];
-      for (int p = warp; p < parts; p += kBatchedWarps) {
-        const int begin = s.offset[p], size = s.offset[p + 1] - begin;
-        for (int k = lane; k < size; k += 32) {
-          pick[begin + k] = __ldcg(&work.picks[parity + p * plan.segment + k]);
-          pick_index[begin + k] = __ldcg(&work.pick_index[parity + p * plan.segment + k]);
-        }
+    __syncthreads();
+    exchange(words + 4 * kBatchedParts, settled++, part, parts, *accepted, 0, s.offset, &s.largest);
+    picks = s.offset[parts];
+    for (int p = warp; p < parts; p += kBatchedWarps) {
+      const int begin = s.offset[p], size = s.offset[p + 1] - begin;
+      for (int k = lane; k < size; k += 32) {
+        pick[begin + k] = __ldcg(&work.picks[parity + p * plan.segment + k]);
+        pick_index[begin + k] = __ldcg(&work.pick_index[parity + p * plan.segment + k]);
       }
-      __syncthreads();
-    } else {
-      __syncthreads();
-      picks = *static_cast<volatile unsigned*>(accepted);
     }
+    __syncthreads();
 
     // The order of the picks: by level, falling, then by index.
 #pragma unroll 1
@@ -484,14 +409,14 @@ __global__ void __launch_bounds__(kBatchedThreads, 1)
     if (picks < plan.few) plain = done + plan.few;
     if (done >= samples) break;
     apply_picks(held, own, pick, picks);
-    warp_owner = -1;
+    best.current = false;
     level = threshold.level;
     aim.settled(found, picks);
   }
-  if (kParts && done < samples) team.sync();  // other blocks wrote picks too
+  if (done < samples) team.sync();  // other blocks wrote picks too
   if (part != 0) return;
   if (done < samples) {
-    take_rest(run, cloud, done, kParts ? work.taken + run.rows.begin(cloud) / 32 + cloud : scratch, s.sums);
+    take_rest(run, cloud, done, work.taken + run.rows.begin(cloud) / 32 + cloud, s.sums);
   } else {
     fill_rest(run, cloud, samples);
   }
@@ -512,7 +437,6 @@ struct Arena {
 Workspace carve(const FarthestPointSample<float>& run, const BatchedPlan& plan, Arena* arena,
                 int64_t* zeroed) {
   Workspace work{};
-  if (plan.parts == 1) return work;
   const int64_t clouds = run.rows.clouds, segments = clouds * 2 * plan.parts * plan.segment;
   const uintptr_t begin = arena->at;
   work.headers = arena->take<BatchedHeader>(clouds);
@@ -528,29 +452,24 @@ Workspace carve(const FarthestPointSample<float>& run, const BatchedPlan& plan, 
   return work;
 }
 
-template <int kHeld, bool kParts>
-cudaError_t launch(FarthestPointSample<float> run, int64_t above, BatchedPlan plan, Workspace work,
-                   cudaStream_t stream) {
-  const auto kernel = farthest_point_batched_kernel<kHeld, kParts>;
+template <int kHeld>
+cudaError_t launch(FarthestPointSample<float> run, int64_t above, BatchedPlan plan, GivenPicks given,
+                   Workspace work, cudaStream_t stream) {
+  const auto kernel = farthest_point_batched_kernel<kHeld>;
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                  static_cast<int>(plan.shared));
   if (error != cudaSuccess) return error;
   const dim3 grid(static_cast<unsigned>(run.rows.clouds * plan.parts));
-  if (!kParts) {
-    kernel<<<grid, kBatchedThreads, plan.shared, stream>>>(run, above, plan, work);
-    return cudaGetLastError();
-  }
-  void* arguments[] = {&run, &above, &plan, &work};
+  void* arguments[] = {&run, &above, &plan, &given, &work};
   return cudaLaunchCooperativeKernel(kernel, grid, dim3(kBatchedThreads), arguments, plan.shared, stream);
 }
 
-template <bool kParts>
 cudaError_t launch_held(const FarthestPointSample<float>& run, int64_t above, const BatchedPlan& plan,
-                        const Workspace& work, cudaStream_t stream) {
-  if (plan.held == 1) return launch<1, kParts>(run, above, plan, work, stream);
-  if (plan.held == 2) return launch<2, kParts>(run, above, plan, work, stream);
-  if (plan.held == 4) return launch<4, kParts>(run, above, plan, work, stream);
-  return launch<8, kParts>(run, above, plan, work, stream);
+                        const GivenPicks& given, const Workspace& work, cudaStream_t stream) {
+  if (plan.held == 1) return launch<1>(run, above, plan, given, work, stream);
+  if (plan.held == 2) return launch<2>(run, above, plan, given, work, stream);
+  if (plan.held == 4) return launch<4>(run, above, plan, given, work, stream);
+  return launch<8>(run, above, plan, given, work, stream);
 }
 
 }  // namespace
@@ -563,15 +482,14 @@ int64_t batched_workspace(const FarthestPointSample<float>& run, const BatchedPl
 }
 
 int launch_batched(const FarthestPointSample<float>& run, int64_t above, const BatchedPlan& plan,
-                   void* workspace, void* stream) {
+                   const GivenPicks& given, void* workspace, void* stream) {
   Arena arena{reinterpret_cast<uintptr_t>(workspace)};
   int64_t zeroed = 0;
   const Workspace work = carve(run, plan, &arena, &zeroed);
   const auto on = static_cast<cudaStream_t>(stream);
-  if (plan.parts == 1) return launch_held<false>(run, above, plan, work, on);
   const cudaError_t error = cudaMemsetAsync(workspace, 0, zeroed, on);
   if (error != cudaSuccess) return error;
-  return launch_held<true>(run, above, plan, work, on);
+  return launch_held(run, above, plan, given, work, on);
 }
 
 }  // namespace any2point

@@ -1,4 +1,4 @@
-// The parts that both batched kernels are made of; the algorithm and its proof are in batched.h.
+// The parts that both batched kernels are made of; the algorithm is in batched.cu, its proof in docs/fps.md.
 #pragma once
 
 #include "common/distance.h"
@@ -15,6 +15,11 @@ __device__ __forceinline__ float infinity() { return __int_as_float(0x7f800000);
 __device__ __forceinline__ unsigned index_of(float4 point) { return __float_as_uint(point.w); }
 __device__ __forceinline__ float squared_distance(float4 a, float4 b) {
   return squared_distance3(a.x - b.x, a.y - b.y, a.z - b.z);
+}
+
+// Whether a's key is larger than b's. No branches, as it stands in innermost loops.
+__device__ __forceinline__ bool larger_key(float a_level, unsigned a_index, float b_level, unsigned b_index) {
+  return (a_level > b_level) | ((a_level == b_level) & (a_index < b_index));
 }
 
 // A float's order as an unsigned's, and back.
@@ -53,7 +58,7 @@ __device__ __forceinline__ unsigned hilbert(unsigned x, unsigned y, unsigned z, 
   return spread3(x ^ flip) << 2 | spread3(y ^ flip) << 1 | spread3(z ^ flip);
 }
 
-// Sums of `value` over the threads before this one; `total` over all. Whole block; `sums`: kBatchedWarps.
+// Sums of `value` over the threads before this one; `total` over all. Whole block; `sums`: one a warp.
 __device__ __forceinline__ unsigned sum_before(unsigned value, unsigned* sums, unsigned* total) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   unsigned sum = value;
@@ -65,7 +70,7 @@ __device__ __forceinline__ unsigned sum_before(unsigned value, unsigned* sums, u
   __syncthreads();
   unsigned before = sum - value;
   *total = 0;
-  for (int w = 0; w < kBatchedWarps; w++) {
+  for (int w = 0; w < static_cast<int>(blockDim.x / 32); w++) {
     before += w < warp ? sums[w] : 0;
     *total += sums[w];
   }
@@ -81,23 +86,20 @@ struct BatchedHeader {
   unsigned pad[7];
 };
 
-// The blocks of one cloud.
-template <bool kParts>
+// The blocks of one cloud, all resident.
 struct Team {
   int part, parts;
-  BatchedHeader* header;  // in shared memory unless kParts
+  BatchedHeader* header;
   unsigned arrivals = 0;
 
   __device__ void sync() {
     __syncthreads();
-    if constexpr (kParts) {
-      arrivals += parts;
-      if (threadIdx.x == 0) {
-        add_release(&header->arrived);
-        while (load_acquire(&header->arrived) < arrivals) continue;
-      }
-      __syncthreads();
+    arrivals += parts;
+    if (threadIdx.x == 0) {
+      add_release(&header->arrived);
+      while (load_acquire(&header->arrived) < arrivals) continue;
     }
+    __syncthreads();
   }
 };
 
@@ -147,13 +149,13 @@ __device__ __forceinline__ void exchange(unsigned long long* words, unsigned rou
 }
 
 // The finite points of a cloud in the order of cells (2^bits a side) along a curve, in `sorted`, each with
-// its index; the order inside a cell is arbitrary, and no pick depends on it. `cells` (8^bits), the header
-// and the block's `own` (the same as the header unless kParts) are zero at the start. Points are scaled down
-// by 4 so that no extent overflows.
-template <bool kParts>
-__device__ void sort_cloud(const float* points, int count, int bits, Team<kParts>& team, unsigned* cells,
+// its index, at most kHeld points a thread; the order inside a cell is arbitrary, and no pick depends on it.
+// `cells` (8^bits), the header and the block's `own` (the same as the header unless kParts) are zero at the
+// start. Points are scaled down by 4 so that no extent overflows.
+template <bool kParts, int kHeld, typename AnyTeam>
+__device__ void sort_cloud(const float* points, int count, int bits, AnyTeam& team, unsigned* cells,
                            float4* sorted, unsigned* sums, BatchedHeader* own) {
-  const int from = team.part * kBatchedThreads + threadIdx.x, step = team.parts * kBatchedThreads;
+  const int threads = blockDim.x, from = team.part * threads + threadIdx.x, step = team.parts * threads;
   const int lane = threadIdx.x % 32;
   BatchedHeader* header = team.header;
   unsigned limit[7] = {};  // of ~low, high, ~index: 0 is none
@@ -190,15 +192,20 @@ __device__ void sort_cloud(const float* points, int count, int bits, Team<kParts
       const int place = __float2int_rz((0.25f * p[a] - origin[a]) * scale);  // a NaN becomes 0
       at[a] = min(max(place, 0), last);
     }
-    return hilbert(at[0], at[1], at[2], bits);
+    return static_cast<int>(hilbert(at[0], at[1], at[2], bits));
   };
-  for (int i = from; i < count; i += step) {
-    const float* p = points + static_cast<size_t>(i) * 3;
-    if (finite(p, 3)) atomicAdd(&cells[cell(p)], 1u);
+  int cell_of[kHeld];  // of this thread's points; -1: none
+  unsigned rank[kHeld];
+#pragma unroll
+  for (int k = 0; k < kHeld; k++) {
+    const int i = from + k * step;
+    const float* p = points + static_cast<size_t>(min(i, count - 1)) * 3;
+    cell_of[k] = i < count && finite(p, 3) ? cell(p) : -1;
+    rank[k] = cell_of[k] < 0 ? 0 : atomicAdd(&cells[cell_of[k]], 1u);
   }
   team.sync();
   if (team.part == 0) {  // from sizes to starts
-    const int each = ((1 << 3 * bits) + kBatchedThreads - 1) / kBatchedThreads;
+    const int each = ((1 << 3 * bits) + threads - 1) / threads;
     const int begin = min(static_cast<int>(threadIdx.x) * each, 1 << 3 * bits);
     const int end = min(begin + each, 1 << 3 * bits);
     unsigned sum = 0, total;
@@ -229,15 +236,16 @@ __device__ void sort_cloud(const float* points, int count, int bits, Team<kParts
     if (threadIdx.x == 0) header->finite = total;
   }
   team.sync();
-  for (int i = from; i < count; i += step) {
+#pragma unroll
+  for (int k = 0; k < kHeld; k++) {
+    if (cell_of[k] < 0) continue;
+    const int i = from + k * step;
     const float* p = points + static_cast<size_t>(i) * 3;
-    if (!finite(p, 3)) continue;
     const float4 point = make_float4(p[0], p[1], p[2], __uint_as_float(i));
-    const unsigned at = atomicAdd(&cells[cell(p)], 1u);
     if constexpr (kParts) {
-      __stcg(&sorted[at], point);
+      __stcg(&sorted[__ldcg(&cells[cell_of[k]]) + rank[k]], point);
     } else {
-      sorted[at] = point;
+      sorted[cells[cell_of[k]] + rank[k]] = point;
     }
   }
   team.sync();
@@ -311,7 +319,8 @@ __device__ __forceinline__ float box_distance(float4 low, float4 high, float4 p)
                            fmaxf(fmaxf(low.z - p.z, p.z - high.z), 0.0f));
 }
 
-// Lowers the levels by `count` picks in shared memory: a lane tests one pick against a block's box.
+// Lowers the levels by `count` picks: a lane tests one pick against a block's box, then the warp takes those
+// that may matter.
 template <int kHeld>
 __device__ __forceinline__ void apply_picks(Levels<kHeld>& held, Held own, const float4* picks, int count) {
   const int lane = threadIdx.x % 32;
@@ -340,16 +349,74 @@ __device__ __forceinline__ void apply_picks(Levels<kHeld>& held, Held own, const
   }
 }
 
+// The same for few hits a block: kLists blocks at a time, and each one's hits collected in a list first, so
+// that nothing waits for single bits. `lists`: [kLists, 32] of the warp.
+template <int kLists, int kHeld>
+__device__ __forceinline__ void apply_listed(Levels<kHeld>& held, Held own, const float4* picks, int count,
+                                             float4* lists) {
+  constexpr int kAtOnce = 4;
+  const int lane = threadIdx.x % 32;
+#pragma unroll 1
+  for (int a = 0; a < count; a += 32) {
+    const bool real = a + lane < count;
+    const float4 pick = picks[real ? a + lane : a];
+    if (kHeld >= 4) {
+      float most = held.top[0];
+#pragma unroll
+      for (int q = 1; q < kHeld; q++) most = fmaxf(most, held.top[q]);
+      if (!__any_sync(kAll, box_distance(own.low[kHeld], own.high[kHeld], pick) < most)) continue;
+    }
+#pragma unroll
+    for (int q = 0; q < kHeld; q += kLists) {
+      int number[kLists], longest = 0;
+#pragma unroll
+      for (int u = 0; u < kLists; u++) {
+        const bool hit = real & (box_distance(own.low[q + u], own.high[q + u], pick) < held.top[q + u]);
+        const unsigned hits = __ballot_sync(kAll, hit);
+        number[u] = __popc(hits);
+        longest = max(longest, number[u]);
+        if (hit) lists[u * 32 + __popc(hits & ((1u << lane) - 1))] = pick;
+      }
+      if (longest == 0) continue;
+      __syncwarp();
+      float4 p[kLists];
+#pragma unroll
+      for (int u = 0; u < kLists; u++) p[u] = own.at(q + u);
+#pragma unroll 1
+      for (int k = 0; k < longest; k += kAtOnce) {
+#pragma unroll
+        for (int u = 0; u < kLists; u++) {
+          if (k >= number[u]) continue;
+#pragma unroll
+          for (int i = 0; i < kAtOnce; i++) {
+            const float d = squared_distance(p[u], lists[u * 32 + min(k + i, number[u] - 1)]);
+            held.level[q + u] = fminf(held.level[q + u], d);
+          }
+        }
+      }
+#pragma unroll
+      for (int u = 0; u < kLists; u++) held.top[q + u] = warp_most(held.level[q + u]);
+      __syncwarp();
+    }
+  }
+}
+
 // Lowers the levels by one pick; whether that may have changed any. The first picks reach everywhere: testing
 // boxes would be a waste.
 constexpr int kBoxedSteps = 64;
 template <int kHeld>
 __device__ __forceinline__ bool apply_one(Levels<kHeld>& held, Held own, float4 pick, bool boxed) {
+  if (!boxed) {
+#pragma unroll
+    for (int q = 0; q < kHeld; q++) held.level[q] = fminf(held.level[q], squared_distance(own.at(q), pick));
+#pragma unroll
+    for (int q = 0; q < kHeld; q++) held.top[q] = warp_most(held.level[q]);
+    return true;
+  }
   bool changed = false;
 #pragma unroll
   for (int q = 0; q < kHeld; q++) {
-    if (held.top[q] <= 0) continue;
-    if (boxed && box_distance(own.low[q], own.high[q], pick) >= held.top[q]) continue;
+    if (held.top[q] <= 0 || box_distance(own.low[q], own.high[q], pick) >= held.top[q]) continue;
     held.level[q] = fminf(held.level[q], squared_distance(own.at(q), pick));
     held.top[q] = warp_most(held.level[q]);
     changed = true;
@@ -357,12 +424,41 @@ __device__ __forceinline__ bool apply_one(Levels<kHeld>& held, Held own, float4 
   return changed;
 }
 
+// The best point of a warp's blocks: the largest level, then the lowest index.
+struct WarpBest {
+  float4 point;  // x, y, z, level; of the lane `here` alone
+  unsigned index;
+  bool here = false, current = false;  // current: no level has changed since
+
+  template <int kHeld>
+  __device__ __forceinline__ void look(const Levels<kHeld>& held, Held own) {
+    if (current) return;
+    float level = held.top[0];
+#pragma unroll
+    for (int q = 1; q < kHeld; q++) level = fmaxf(level, held.top[q]);
+    unsigned mine = kAll;
+    point = make_float4(0, 0, 0, level);
+#pragma unroll
+    for (int q = 0; q < kHeld; q++) {
+      const float4 p = own.at(q);
+      const bool better = (held.level[q] == level) & (level >= 0) & (index_of(p) < mine);
+      mine = better ? index_of(p) : mine;
+      point.x = better ? p.x : point.x;
+      point.y = better ? p.y : point.y;
+      point.z = better ? p.z : point.z;
+    }
+    index = warp_min(mine);
+    here = level >= 0 ? mine == index : threadIdx.x % 32 == 0;
+    current = true;
+  }
+};
+
 // Candidates: the points whose level is above `level`, or equal to it with an index below `before`.
 struct Threshold {
   float level;
   unsigned before;
   __device__ bool admits(float other, unsigned index) const {
-    return other > level || (other == level && index < before);
+    return larger_key(other, index, level, before);
   }
 };
 
@@ -434,15 +530,15 @@ __device__ __forceinline__ void take_rest(const FarthestPointSample<float>& run,
   int64_t* index = run.index + cloud * run.samples;
   float* distance = run.distance + cloud * run.samples;
   __syncthreads();
-  for (unsigned w = threadIdx.x; w < (count + 31) / 32; w += kBatchedThreads) taken[w] = 0;
+  for (unsigned w = threadIdx.x; w < (count + 31) / 32; w += blockDim.x) taken[w] = 0;
   __syncthreads();
-  for (int j = threadIdx.x; j < done; j += kBatchedThreads) {
+  for (int j = threadIdx.x; j < done; j += blockDim.x) {
     const unsigned i = static_cast<unsigned>(static_cast<volatile int64_t*>(index)[j] - base);
     atomicOr(&taken[i / 32], 1u << i % 32);
   }
   __syncthreads();
   unsigned next = done;
-  for (unsigned begin = 0; begin < count && next < samples; begin += kBatchedThreads) {
+  for (unsigned begin = 0; begin < count && next < samples; begin += blockDim.x) {
     const unsigned i = begin + threadIdx.x;
     const bool left = i < count && !(static_cast<volatile unsigned*>(taken)[i / 32] >> i % 32 & 1) &&
                       finite(points + static_cast<size_t>(i) * 3, 3);

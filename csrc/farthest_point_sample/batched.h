@@ -3,6 +3,7 @@
 
 #include <stdint.h>
 
+#include "farthest_point_sample/given.h"
 #include "farthest_point_sample/kernel.h"
 #include "farthest_point_sample/plan.h"
 
@@ -12,6 +13,11 @@ namespace any2point {
 int64_t batched_workspace(const FarthestPointSample<float>& run, const BatchedPlan& plan);
 // Samples the clouds of more than `above` and at most plan.capacity points. Returns a cudaError_t.
 int launch_batched(const FarthestPointSample<float>& run, int64_t above, const BatchedPlan& plan,
-                   void* workspace, void* stream);
+                   const GivenPicks& given, void* workspace, void* stream);
+
+// The same for clouds that one block or one cluster holds.
+int64_t cluster_workspace(const FarthestPointSample<float>& run, const BatchedPlan& plan);
+int launch_cluster(const FarthestPointSample<float>& run, int64_t above, const BatchedPlan& plan,
+                   const GivenPicks& given, void* workspace, void* stream);
 
 }  // namespace any2point

@@ -9,8 +9,8 @@
 // D, double, more blocks than fit the device, the order of pointnet2): one block a cloud streams points and
 // levels from L1/L2.
 //
-// From 384 picks on (256 for more than 8,192 points) the batched kernel of batched.cu takes over, where the
-// GPU allows it; plan.h says which launch gets which clouds.
+// From 384 picks on (256 for more than 8,192 points) the batched kernels of batched_cluster.cu and batched.cu
+// take over, where the GPU allows it; plan.h says which launch gets which clouds. Start sets: given.cu.
 //
 // The chain of dependent steps is the limit, not memory or arithmetic: a block-wide argmax with its barrier
 // alone takes 0.15 to 0.18 us a step, so that 32 x 1,024 -> 512 cannot go below about 0.08-0.10 ms this way.
@@ -28,28 +28,10 @@
 #include "common/distance.h"
 #include "farthest_point_sample/batched.h"
 #include "farthest_point_sample/device.cuh"
+#include "farthest_point_sample/given.h"
 
 namespace any2point {
 namespace {
-
-// The wanted start if it is a finite point of the cloud, else the lowest finite point, else -1. Whole block.
-template <typename T>
-__device__ int64_t first_pick(const T* points, int64_t count, int64_t dim, int64_t wanted) {
-  if (wanted >= 0 && wanted < count && finite(points + wanted * dim, dim)) return wanted;
-  __shared__ unsigned long long lowest;
-  if (threadIdx.x == 0) lowest = ~0ull;
-  __syncthreads();
-  for (int64_t i = threadIdx.x; i < count; i += blockDim.x) {
-    if (finite(points + i * dim, dim)) {
-      atomicMin(&lowest, static_cast<unsigned long long>(i));
-      break;
-    }
-  }
-  __syncthreads();
-  const int64_t found = static_cast<int64_t>(lowest);  // -1 if untouched
-  __syncthreads();
-  return found;
-}
 
 // Registers.
 
@@ -124,7 +106,7 @@ class Reduction {
 template <int kWarps, int kPoints, bool kParts>
 __global__ void __launch_bounds__(kWarps * 32, 1)
     farthest_point_sample_kernel(FarthestPointSample<float> run, int64_t above, int parts,
-                                 unsigned long long* words) {
+                                 unsigned long long* words, GivenPicks given) {
   constexpr int kThreads = kWarps * 32, kHeld = kThreads * kPoints;
   constexpr bool kShared = !kParts && kHeld <= 2048;  // else the pick's coordinates come from L1
   __shared__ Best slots[2][kWarps];
@@ -137,6 +119,8 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
   const unsigned count = static_cast<unsigned>(wide_count);
   const float* points = run.points + run.rows.begin(cloud) * 3;
   const int64_t wanted = run.start ? run.start[cloud] : 0;
+  const int starts = given.count ? given.count[cloud] : 1;
+  if (starts < 0) return;
   const int64_t first = first_pick(points, count, 3, wanted);
   if (first < 0) {
     if (part == 0) fill_rest(run, cloud, 0);
@@ -174,6 +158,19 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
   const bool writer = part == 0 && threadIdx.x == 0;
   Best pick{0x7f800000u, static_cast<unsigned>(first)};
   int64_t j = 0;
+  if (given.count) {  // all but the last, which the loop takes
+    const float4* picks = static_cast<const float4*>(given.points) + cloud * run.starts;
+    for (; j < starts - 1; j++) {
+      const float4 p = picks[j];
+      const unsigned local = __float_as_uint(p.w) - mine;
+      if (local < kHeld && local % kThreads == 0) left &= ~(1u << local / kThreads);
+#pragma unroll
+      for (int i = 0; i < kPoints; i++) {
+        level[i] = min(level[i], __float_as_uint(squared_distance3(x[i] - p.x, y[i] - p.y, z[i] - p.z)));
+      }
+    }
+    pick = {__float_as_uint(distance[j]), __float_as_uint(picks[j].w)};
+  }
   // A picked point's level falls to 0, its distance to itself; while any level is above 0 that is mark
   // enough.
   for (;;) {
@@ -239,13 +236,14 @@ __device__ __forceinline__ uint64_t tie_order(int64_t i, int bits) {
 }
 
 // Grid: one block a cloud, kStreamThreads threads. `levels`: one a row, -1 for points that cannot be picked.
+// With `given`, only the clouds that it leaves out.
 template <typename T, int kDim, bool kPointnet2>
 __global__ void __launch_bounds__(kStreamThreads, 1)
-    farthest_point_stream_kernel(FarthestPointSample<T> run, int64_t above, T* levels) {
+    farthest_point_stream_kernel(FarthestPointSample<T> run, int64_t above, T* levels, GivenPicks given) {
   __shared__ T slot_level[2][32];
   __shared__ uint64_t slot_order[2][32];
   const int64_t cloud = blockIdx.x, count = run.rows.count(cloud), dim = kDim ? kDim : run.dim;
-  if (count <= above) return;
+  if (count <= above || (given.count && given.count[cloud] >= 0)) return;
   const T* points = run.points + run.rows.begin(cloud) * dim;
   T* level = levels + run.rows.begin(cloud);
   int64_t* index = run.index + cloud * run.samples;
@@ -345,9 +343,7 @@ int64_t parts_of(const FarthestPointSample<T>& run) {
 }
 
 // The runs that have kernels other than the streaming one.
-bool has_choice(const FarthestPointSample<float>& run) {
-  return run.dim == 3 && !run.pointnet2 && run.starts == 1;
-}
+bool has_choice(const FarthestPointSample<float>& run) { return run.dim == 3 && !run.pointnet2; }
 bool has_choice(const FarthestPointSample<double>&) { return false; }
 
 DeviceLimits device_limits() {
@@ -379,30 +375,32 @@ bool parts_fit(const FarthestPointSample<float>& run) {
 }
 
 template <int kWarps, int kPoints>
-cudaError_t launch_registers(const FarthestPointSample<float>& run, int64_t above, cudaStream_t stream) {
+cudaError_t launch_registers(const FarthestPointSample<float>& run, int64_t above, const GivenPicks& given,
+                             cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(run.rows.clouds));
   farthest_point_sample_kernel<kWarps, kPoints, false>
-      <<<grid, kWarps * 32, 0, stream>>>(run, above, 1, nullptr);
+      <<<grid, kWarps * 32, 0, stream>>>(run, above, 1, nullptr, given);
   return cudaGetLastError();
 }
 
-cudaError_t launch_parts(FarthestPointSample<float> run, int64_t above, void* words, cudaStream_t stream) {
+cudaError_t launch_parts(FarthestPointSample<float> run, int64_t above, void* words, GivenPicks given,
+                         cudaStream_t stream) {
   int parts = static_cast<int>(parts_of(run));
   const cudaError_t error =
       cudaMemsetAsync(words, 0, run.rows.clouds * 2 * parts * sizeof(unsigned long long), stream);
   if (error != cudaSuccess) return error;
-  void* arguments[] = {&run, &above, &parts, &words};
+  void* arguments[] = {&run, &above, &parts, &words, &given};
   const auto kernel = farthest_point_sample_kernel<kPartWarps, kPartPoints, true>;
   return cudaLaunchCooperativeKernel(kernel, dim3(static_cast<unsigned>(run.rows.clouds * parts)),
                                      dim3(kPartWarps * 32), arguments, 0, stream);
 }
 
 template <typename T, int kDim, bool kPointnet2>
-cudaError_t launch_stream(const FarthestPointSample<T>& run, int64_t above, void* levels,
-                          cudaStream_t stream) {
+cudaError_t launch_stream(const FarthestPointSample<T>& run, int64_t above, void* levels, cudaStream_t stream,
+                          const GivenPicks& given = {}) {
   const dim3 grid(static_cast<unsigned>(run.rows.clouds));
   farthest_point_stream_kernel<T, kDim, kPointnet2>
-      <<<grid, kStreamThreads, 0, stream>>>(run, above, static_cast<T*>(levels));
+      <<<grid, kStreamThreads, 0, stream>>>(run, above, static_cast<T*>(levels), given);
   return cudaGetLastError();
 }
 
@@ -414,23 +412,32 @@ cudaError_t launch(const FarthestPointSample<double>& run, void* workspace, cuda
 cudaError_t launch(const FarthestPointSample<float>& run, void* workspace, cudaStream_t stream) {
   if (run.pointnet2) return launch_stream<float, 3, true>(run, -1, workspace, stream);
   if (!has_choice(run)) return launch_stream<float, 0, false>(run, -1, workspace, stream);
+  GivenPicks given;
+  if (run.starts > 1) {
+    const int error = launch_given(run, workspace, &given, stream);
+    if (error != cudaSuccess) return static_cast<cudaError_t>(error);
+    workspace = static_cast<char*>(workspace) + given_workspace(run);
+    const cudaError_t streamed = launch_stream<float, 3, false>(run, -1, workspace, stream, given);
+    if (streamed != cudaSuccess) return streamed;
+  }
   const Launches all = launches_of(run);
   for (int i = 0; i < all.count; i++) {
     const Launch& next = all.launch[i];
     int error = cudaSuccess;
     if (next.kernel == Launch::batched) {
-      error = launch_batched(run, next.above, next.plan, workspace, stream);
+      const auto launch = next.plan.words ? launch_cluster : launch_batched;
+      error = launch(run, next.above, next.plan, given, workspace, stream);
     } else if (next.kernel == Launch::large) {
-      error = parts_fit(run) ? launch_parts(run, next.above, workspace, stream)
+      error = parts_fit(run) ? launch_parts(run, next.above, workspace, given, stream)
                              : launch_stream<float, 3, false>(run, next.above, workspace, stream);
     } else if (next.up_to <= 1024) {
-      error = launch_registers<4, 8>(run, next.above, stream);
+      error = launch_registers<4, 8>(run, next.above, given, stream);
     } else if (next.up_to <= 2048) {
-      error = launch_registers<8, 8>(run, next.above, stream);
+      error = launch_registers<8, 8>(run, next.above, given, stream);
     } else if (next.up_to <= 4096) {
-      error = launch_registers<8, 16>(run, next.above, stream);
+      error = launch_registers<8, 16>(run, next.above, given, stream);
     } else {
-      error = launch_registers<8, 32>(run, next.above, stream);
+      error = launch_registers<8, 32>(run, next.above, given, stream);
     }
     if (error != cudaSuccess) return static_cast<cudaError_t>(error);
   }
@@ -441,8 +448,10 @@ cudaError_t launch(const FarthestPointSample<float>& run, void* workspace, cudaS
 
 namespace {
 int64_t workspace_of(const FarthestPointSample<float>& run, const BatchedPlan& plan) {
-  return batched_workspace(run, plan);
+  return plan.words ? cluster_workspace(run, plan) : batched_workspace(run, plan);
 }
+int64_t workspace_of_given(const FarthestPointSample<float>& run) { return given_workspace(run); }
+int64_t workspace_of_given(const FarthestPointSample<double>&) { return 0; }
 int64_t workspace_of(const FarthestPointSample<double>&, const BatchedPlan&) { return 0; }
 }  // namespace
 
@@ -451,7 +460,7 @@ int64_t farthest_point_sample_workspace(const FarthestPointSample<T>& run) {
   const int64_t levels = run.rows.total * static_cast<int64_t>(sizeof(T));
   if (!has_choice(run)) return levels;
   const Launches all = launches_of(run);
-  int64_t most = 0;
+  int64_t most = run.starts > 1 ? levels : 0;
   for (int i = 0; i < all.count; i++) {
     int64_t bytes = 0;
     if (all.launch[i].kernel == Launch::batched) bytes = workspace_of(run, all.launch[i].plan);
@@ -461,7 +470,7 @@ int64_t farthest_point_sample_workspace(const FarthestPointSample<T>& run) {
     }
     most = bytes > most ? bytes : most;
   }
-  return most;
+  return most + workspace_of_given(run);
 }
 
 template <typename T>

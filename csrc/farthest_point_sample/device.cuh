@@ -44,6 +44,25 @@ __device__ __forceinline__ bool finite(const T* point, int64_t dim) {
   return true;
 }
 
+// The wanted start if it is a finite point of the cloud, else the lowest finite point, else -1. Whole block.
+template <typename T>
+__device__ int64_t first_pick(const T* points, int64_t count, int64_t dim, int64_t wanted) {
+  if (wanted >= 0 && wanted < count && finite(points + wanted * dim, dim)) return wanted;
+  __shared__ unsigned long long lowest;
+  if (threadIdx.x == 0) lowest = ~0ull;
+  __syncthreads();
+  for (int64_t i = threadIdx.x; i < count; i += blockDim.x) {
+    if (finite(points + i * dim, dim)) {
+      atomicMin(&lowest, static_cast<unsigned long long>(i));
+      break;
+    }
+  }
+  __syncthreads();
+  const int64_t found = static_cast<int64_t>(lowest);  // -1 if untouched
+  __syncthreads();
+  return found;
+}
+
 // Whole block: picks from `from` on are none.
 template <typename T>
 __device__ __forceinline__ void fill_rest(const FarthestPointSample<T>& run, int64_t cloud, int64_t from) {

@@ -109,6 +109,7 @@ std::string launches(int64_t capability, int64_t processors, int64_t shared, boo
     const char* names[] = {"registers", "batched", "large"};
     text << (i ? ", " : "") << "{\"kernel\": \"" << names[next.kernel] << "\", \"above\": " << next.above
          << ", \"up_to\": " << next.up_to << ", \"parts\": " << next.plan.parts
+         << ", \"warps\": " << next.plan.warps << ", \"words\": " << next.plan.words
          << ", \"held\": " << next.plan.held << ", \"capacity\": " << next.plan.capacity
          << ", \"most\": " << next.plan.most << ", \"wanted\": " << next.plan.wanted
          << ", \"shared\": " << next.plan.shared << "}";

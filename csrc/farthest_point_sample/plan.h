@@ -1,8 +1,10 @@
-// The launch parameters of the batched kernel: plain arithmetic, so that it can be tested for GPUs that are
+// The launch parameters of the batched kernels: plain arithmetic, so that it can be tested for GPUs that are
 // not there.
 #pragma once
 
 #include <stdint.h>
+
+#include <initializer_list>
 
 namespace any2point {
 
@@ -19,7 +21,7 @@ constexpr int kBatchedParts = 256;  // blocks a cloud at most
 
 struct BatchedPlan {
   int parts = 0;   // blocks a cloud; 0: do not use this kernel
-  int held = 1;    // points a thread: 1, 2, 4 or 8
+  int held = 1;    // points a thread: 1, 2, 4, 6 (cluster) or 8
   int bits = 3;    // of a cell of the sort, an axis
   int most = 0;    // candidates a round at most
   int wanted = 0;  // aimed at, at most
@@ -27,6 +29,8 @@ struct BatchedPlan {
   int listed = 0;  // neighbours listed a candidate
   int steps = 0;   // picks made one by one at the start
   int few = 0;     // picks of a poor round; after it come `few` steps
+  int warps = 32;  // a block
+  int words = 0;   // 32 candidates each, of batched_cluster.cu; 0: the kernel of batched.cu
   // What follows from these:
   int64_t capacity = 0;  // points that a cloud may have
   int segment = 0;       // candidates that one of several blocks may have in a round
@@ -40,42 +44,83 @@ inline BatchedPlan finish_plan(BatchedPlan plan) {
   plan.segment = plan.most < spread ? plan.most : spread;
   const int64_t points = int64_t(plan.held) * kBatchedThreads;
   const int64_t boxes = 2 * kBatchedWarps * (plan.held >= 4 ? plan.held + 1 : plan.held);
-  const int64_t places = (plan.parts > 1 ? 1 : 2) * (plan.most + 8);  // of candidates and picks
   const int64_t settling = int64_t(kBatchedWarps) * plan.slots;
-  plan.shared = 16 * (points + boxes + places) + settling * (plan.listed * 8 + 4) + 8 * plan.most + 4096;
+  plan.shared =
+      16 * (points + boxes + plan.most + 8) + settling * (plan.listed * 8 + 4) + 8 * plan.most + 4096;
   return plan;
 }
 
-// `count`: points of the largest cloud to serve (plan.capacity may be less); `samples`: picks. A thread holds
-// at most 8 points. For few picks the sequential kernels are faster: the sort and the first
-// picks, which come one by one, cost as much as that.
+constexpr int kClusterParts = 8;  // blocks of a cluster at most
+
+inline BatchedPlan finish_cluster_plan(BatchedPlan plan) {
+  const int64_t threads = plan.warps * 32, most = plan.words * 32;
+  plan.capacity = plan.held * plan.parts * threads;
+  plan.most = static_cast<int>(most);
+  plan.wanted = plan.most * 3 / 4;
+  const int64_t boxes = 2 * plan.warps * (plan.held >= 4 ? plan.held + 1 : plan.held);
+  const int64_t fixed = 16 * (plan.held * threads + boxes) + 40 * plan.warps * plan.parts + 1024;
+  int64_t masks = 8 * plan.words * most;
+  const int64_t lists = 512 * plan.warps * (plan.warps == 32 || plan.held == 1 ? 1 : 2);
+  if (masks < lists) masks = lists;
+  int64_t round = 36 * most + masks + 32 * plan.words + (plan.parts > 1 ? 40 * plan.parts * most : 0);
+  const int64_t cells = plan.parts > 1 ? 0 : int64_t(4) << 3 * plan.bits, taken = plan.capacity / 8 + 4;
+  if (round < cells) round = cells;
+  if (round < taken) round = taken;
+  plan.shared = fixed + round;
+  return plan;
+}
+
+// One block a cloud, or from sm_90 on a cluster, for up to 8,192 points.
+inline BatchedPlan cluster_plan(const DeviceLimits& device, int64_t clouds, int64_t count) {
+  BatchedPlan plan;
+  plan.parts = 1;
+  plan.steps = 8;
+  plan.few = 2;
+  if (count > 2048 && device.capability >= 90) {
+    // A cluster lies within one of the groups of 16 to 18 processors that a GPU is made of; all clusters are
+    // to run at once.
+    const int64_t groups = device.processors / 18;
+    for (int parts : {8, 4, 3, 2}) {
+      if (plan.parts == 1 && parts <= (count + 1023) / 1024 && clouds <= groups * (16 / parts)) {
+        plan.parts = parts;
+      }
+    }
+  }
+  const int64_t each = (count + plan.parts - 1) / plan.parts;
+  plan.warps = plan.parts == 1 && each > 2048 ? 32 : 16;
+  const int64_t held = (each + plan.warps * 32 - 1) / (plan.warps * 32);
+  plan.held = held <= 2 ? 2 : held <= 4 ? 4 : held <= 6 && plan.parts > 1 ? 6 : 8;
+  plan.words = plan.parts == 1 && each <= 1024 ? 3 : 4;
+  plan.bits = count <= 2048 ? 3 : 4;
+  plan = finish_cluster_plan(plan);
+  if (plan.shared > device.shared) plan.parts = 0;
+  return plan;
+}
+
+// `count`: points of the largest cloud to serve (plan.capacity may be less); `samples`: picks. For few picks
+// the sequential kernels are faster: the sort and the first picks, which come one by one, cost as much as
+// that.
 inline BatchedPlan batched_plan(const DeviceLimits& device, int64_t clouds, int64_t count, int64_t samples) {
   BatchedPlan plan;
   if (device.capability < 80 || clouds < 1 || samples < (count <= 8192 ? 384 : 256)) return plan;
   if (count <= 2048 && clouds > device.processors) return plan;  // sequential blocks share processors
   int64_t parts = device.cooperative ? device.processors / clouds : 1;
-  const int64_t useful = count <= 2048 ? 1 : (count + 1023) / 1024;
-  if (parts > useful) parts = useful;
+  if (parts > (count + 1023) / 1024) parts = (count + 1023) / 1024;
   if (parts > kBatchedParts) parts = kBatchedParts;
-  if (parts < 1) parts = 1;
+  const BatchedPlan cluster = cluster_plan(device, clouds, count);
+  if (count <= 2048 || parts < 2 || (count <= 8192 && cluster.parts > 1)) return cluster;
+
   const int64_t held = (count + parts * kBatchedThreads - 1) / (parts * kBatchedThreads);
   plan.held = held <= 1 ? 1 : held <= 2 ? 2 : held <= 4 ? 4 : 8;
   plan.steps = 20;
   plan.few = 4;
   plan.parts = static_cast<int>(parts);
-  if (parts == 1) {
-    plan.bits = count <= 2048 ? 3 : 4;
-    plan.most = 128;
-    plan.wanted = count <= 1024 ? 60 : 48;
-    plan.listed = 65;
-  } else {
-    plan.bits = count <= 16384 ? 4 : 5;
-    plan.most = count <= 8192 ? 256 : count <= 16384 ? 512 : count <= 135168 ? 2048 : 4096;
-    if (plan.held == 8 && plan.most > 2560) plan.most = 2560;      // shared memory
-    if (plan.most > 64 * plan.parts) plan.most = 64 * plan.parts;  // two a warp
-    plan.wanted = count <= 16384 ? plan.most * 5 / 8 : plan.most * 3 / 4;
-    plan.listed = 64;
-  }
+  plan.bits = count <= 16384 ? 4 : 5;
+  plan.most = count <= 8192 ? 256 : count <= 16384 ? 512 : count <= 135168 ? 2048 : 4096;
+  if (plan.held == 8 && plan.most > 2560) plan.most = 2560;      // shared memory
+  if (plan.most > 64 * plan.parts) plan.most = 64 * plan.parts;  // two a warp
+  plan.wanted = count <= 16384 ? plan.most * 5 / 8 : plan.most * 3 / 4;
+  plan.listed = 64;
   plan = finish_plan(plan);
   while (plan.shared > device.shared && plan.listed > 16) {
     plan.listed /= 2;

@@ -7,8 +7,9 @@ import pytest
 import torch
 from farthest_point_sample_clouds import clouds, exact
 from op_contract import assert_same
+from torch import Tensor
 
-from any2point.ops import farthest_point_sample
+from any2point.ops import FarthestPoints, farthest_point_sample
 
 pytestmark = pytest.mark.gpu
 
@@ -135,11 +136,93 @@ def test_cuda_batches_on_hard_clouds(n: int) -> None:
         assert_same(got, want, f"kinds from {few}")
 
 
+def start_sets(generator: torch.Generator, points: Tensor, starts: int) -> Tensor:
+    """``[B, S]``: distinct points; with some that are none after them; with such and repeated ones anywhere;
+    and picks of a run before. Not all points are finite."""
+    batch, n, _ = points.shape
+    sets = torch.stack([torch.randperm(n, generator=generator)[:starts] for _ in range(batch)])
+    sets[1::4, starts // 2 :] = -1
+    where = torch.randint(0, starts, (len(sets[2::4]), 3), generator=generator)
+    sets[2::4] = sets[2::4].scatter(1, where, torch.tensor([n, 3, 3]).expand_as(where))
+    sets[3::4] = farthest_point_sample(points[3::4], starts)
+    return sets
+
+
+@pytest.mark.parametrize("n", [40, 400, 1024, 2000, 5000, 20_000, 60_000])
+def test_cuda_continues_from_given_picks(n: int) -> None:
+    generator = torch.Generator().manual_seed(n)
+    points = torch.stack([cloud for _, cloud in clouds(generator, n)][:: 1 if n <= 2000 else 5])
+    lengths = torch.tensor([n - b * n // 80 for b in range(len(points))])
+    for starts, num_samples in ((2, 30), (30, 20), (33, 500), (300, 500), (3000, 5000)):
+        if starts > n // 2:
+            continue
+        sets = start_sets(generator, points, starts)
+        for sizes in (None, lengths):
+            want = farthest_point_sample(points, num_samples, lengths=sizes, start=sets, return_distance=True)
+            got = farthest_point_sample(
+                points.cuda(),
+                num_samples,
+                lengths=None if sizes is None else sizes.cuda(),
+                start=sets.cuda(),
+                return_distance=True,
+            )
+            assert_same(got, want, f"{starts} starts")
+
+
+def test_cuda_continues_packed_clouds_and_replays() -> None:
+    sizes = [900, 0, 5000, 33, 20_000, 2048]
+    offsets = torch.tensor([0, *np.cumsum(sizes)])
+    points = torch.randn(sum(sizes), 3)
+    sets = torch.arange(600).expand(len(sizes), -1).contiguous()
+    want = farthest_point_sample(points, 1000, offsets=offsets, start=sets, return_distance=True)
+    static = points.cuda(), offsets.cuda(), sets.cuda()
+
+    def run() -> FarthestPoints:
+        return farthest_point_sample(
+            static[0], 1000, offsets=static[1], start=static[2], return_distance=True
+        )
+
+    assert_same(run(), want, "packed")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = run()
+    got.index.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert_same(got, want, "replay")
+
+
+VARIANTS = ["plain", "many picks", "starts", "start sets", "pointnet2", "float64", "half", "D"]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("n", [1024, 3000, 10_000])
-def test_cuda_equals_cpu_on_thousands_of_clouds(n: int) -> None:
-    for seed in range(120):
-        generator = torch.Generator().manual_seed(seed)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_cuda_equals_cpu_on_ten_thousand_clouds(variant: str) -> None:
+    """Bit for bit: 8 variants, 48 sizes and seeds, 27 kinds of clouds."""
+    generator = torch.Generator().manual_seed(VARIANTS.index(variant))
+    checked = 0
+    for seed in range(48):
+        n = int(torch.randint(300, (1100, 2100, 3000, 9000)[seed % 4], (), generator=generator))
         points = torch.stack([cloud for _, cloud in clouds(generator, n)])
-        want = farthest_point_sample(points, 600, return_distance=True)
-        assert_same(farthest_point_sample(points.cuda(), 600, return_distance=True), want, f"seed {seed}")
+        num_samples, options = 420 if n > 2100 else min(n, 600), {}
+        if variant == "many picks":
+            num_samples = n - seed
+        elif variant == "starts":
+            options["start"] = torch.randint(0, n + 9, (len(points),), generator=generator)
+        elif variant == "start sets":
+            options["start"] = start_sets(generator, points, 2 + 5 * seed)
+        elif variant == "pointnet2":
+            options["tie"], num_samples = "pointnet2", 100
+        elif variant == "float64":
+            points, num_samples = points.double() + (0.0 if seed % 2 else 1e-12), 100
+        elif variant == "half":
+            points = points.to(torch.float16 if seed % 2 else torch.bfloat16)
+        elif variant == "D":
+            points = torch.cat([points, points.flip(1)], -1)[..., : (1, 2, 4, 5)[seed % 4]].contiguous()
+            num_samples = 100
+        want = farthest_point_sample(points, num_samples, return_distance=True, **options)
+        there = {k: v.cuda() if isinstance(v, Tensor) else v for k, v in options.items()}
+        got = farthest_point_sample(points.cuda(), num_samples, return_distance=True, **there)
+        assert_same(got, want, f"{variant}, seed {seed}, {n} points")
+        checked += len(points)
+    assert checked * len(VARIANTS) >= 10_000
