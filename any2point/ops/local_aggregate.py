@@ -19,7 +19,7 @@ from any2point.ops._checks import (
 from any2point.ops._local_aggregate_train import SAVED
 from any2point.ops._local_aggregate_train import forward as train_forward
 from any2point.ops.group import checked, group
-from any2point.reference.batch_norm import BatchNorm, are_shared
+from any2point.reference.batch_norm import BatchNorm, over_processes
 from any2point.reference.local_aggregate import (
     ResidualUnit,
     group_offsets,
@@ -78,17 +78,18 @@ def local_aggregate(
         TypeError: an argument has another dtype than listed.
 
     Differentiable in: features, points and every weight.
-    Deterministic: yes.
+    Deterministic: yes; training on CUDA as far as torch's products are (see CUBLAS_WORKSPACE_CONFIG there).
     Complexity: O(B S K (C H + C)) time, O(B S K C) memory. On the CPU, in float32 or less, kernels take over:
     evaluation without a gradient to keep needs O(B S C) memory, training O(B S K H) (with several units
     O(B S K C) for a while in backward), unless a gradient of the points is wanted; it differentiates once.
-    On CUDA (sm_80 and newer, with Triton) kernels evaluate in O(B S C) memory.
+    The same holds on CUDA (sm_80 and newer, with Triton). Statistics may be shared by processes in all cases.
 
     Precision: on CUDA the kernels multiply in the dtype of `features` and add up in float32. float16 and
     bfloat16 round rows, hidden layers and weights to their own precision (float16 overflows beyond 65504);
     float32 is as accurate as float32 products, or TF32 where torch allows that for products
     (`torch.backends.cuda.matmul.fp32_precision`, `torch.set_float32_matmul_precision`). Offsets are float32.
-    Under autocast on CUDA float32 features are rounded to its dtype, which is then that of the result.
+    Under autocast on CUDA float32 features are rounded to its dtype, which is then that of the result. Batch
+    statistics and sums of weights' gradients are float32 within a part of the rows and float64 between parts.
 
     Source: Point-NN / Point-PN (Zhang et al., CVPR 2023), LGA module; Any2Point (Tang et al., ECCV 2024).
 
@@ -170,7 +171,7 @@ def _is_fused(
     if torch.compiler.is_exporting():
         return False
     if features.is_cuda:
-        if training or not units or not _TRITON:
+        if not units or not _TRITON:
             return False
         if torch.cuda.get_device_properties(features.device).major < 8:
             return False
@@ -180,9 +181,9 @@ def _is_fused(
     tensors = [points, features, *(tensor for layer in layers for tensor in layer if tensor is not None)]
     if any(tensor.dtype == torch.float64 for tensor in tensors):
         return False
-    if training:  # gradients of everything but the points; statistics of at least two rows, of this process
+    if training:  # gradients of everything but the points; statistics of at least two rows
         moving = torch.is_grad_enabled() and points.requires_grad
-        return bool(units) and neighbor.numel() > 1 and not moving and not are_shared()
+        return bool(units) and neighbor.numel() > 1 and not moving
     return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
 
 
@@ -202,17 +203,20 @@ def _train(
             bias = weight.new_zeros(len(weight)) if bias is None else bias
             parameters += [tensor.float().contiguous() for tensor in (weight, bias, norm.weight, norm.bias)]
     out, _, *saved = checked(train_forward, *rows, beta, guard, eps, parameters)
-    count = rows[3].numel()
+    (count,) = over_processes(out.new_full((), rows[3].numel(), dtype=torch.float64))
+    running: list[Tensor] = []
+    means: list[Tensor] = []
+    deviations: list[Tensor] = []
+    for unit, statistics in zip(units, zip(*[iter(saved)] * SAVED)):
+        for norm, (mean, deviation) in zip((unit.in_norm, unit.out_norm), (statistics[1:3], statistics[3:5])):
+            running += [norm.running_mean, norm.running_var]
+            means.append(mean)
+            deviations.append(deviation)
     with torch.no_grad():
-        for unit, statistics in zip(units, zip(*[iter(saved)] * SAVED)):
-            _, in_mean, in_deviation, out_mean, out_deviation, *_ = statistics
-            for norm, mean, deviation in (
-                (unit.in_norm, in_mean, in_deviation),
-                (unit.out_norm, out_mean, out_deviation),
-            ):
-                var = (deviation.pow(-2) - eps) * (count / (count - 1))
-                norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), momentum)
-                norm.running_var.lerp_(var.to(norm.running_var.dtype), momentum)
+        variances = torch._foreach_sub(torch._foreach_pow(deviations, -2.0), eps)
+        torch._foreach_mul_(variances, count / (count - 1))
+        batch = [x for pair in zip(means, variances) for x in pair]
+        torch._foreach_lerp_(running, [x.to(y.dtype) for x, y in zip(batch, running)], momentum)
     return out
 
 

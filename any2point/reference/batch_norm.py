@@ -46,7 +46,8 @@ def are_shared() -> bool:
     return _add_up is not None
 
 
-def _over_processes(*sums: Tensor) -> tuple[Tensor, ...]:
+def over_processes(*sums: Tensor) -> tuple[Tensor, ...]:
+    """Inside `shared_statistics` the sums over all processes; otherwise the tensors as they are."""
     if _add_up is None:
         return sums
     whole = _add_up(torch.cat([value.reshape(-1) for value in sums]))
@@ -102,11 +103,11 @@ def masked_batch_norm(
     kept = torch.where(occupied[:, None], rows, 0.0)
     present = occupied.sum().to(rows.dtype)
     counted = present if total is None else torch.full_like(present, total)
-    summed, present, counted = _over_processes(kept.sum(0), present, counted)
+    summed, present, counted = over_processes(kept.sum(0), present, counted)
     count = counted.clamp(min=1) if total is None else counted
     mean = summed / count
     centered = rows - mean
-    (spread,) = _over_processes(torch.where(occupied[:, None], centered, 0.0).square().sum(0))
+    (spread,) = over_processes(torch.where(occupied[:, None], centered, 0.0).square().sum(0))
     var = (spread + (count - present).clamp(min=0) * mean.square()) / count
     with torch.no_grad():
         unbiased = var * (count / (count - 1).clamp(min=1))

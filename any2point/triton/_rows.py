@@ -16,6 +16,11 @@ INTERPRETED = triton.knobs.runtime.interpret
 _GROUPS = 16  # groups of a program of `_prepare_kernel`
 
 
+def tf32_allowed() -> bool:
+    """Whether torch may round float32 operands of products on GPUs to 10 bits."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
 def prepare(
     points: Tensor,
     center: Tensor,
@@ -164,11 +169,12 @@ def columns(
         row = tl.where(own, middle, near)
         at = (features + row * half)[:, None] + (c - tl.where(own, half, 0))[None, :]
         feature = tl.load(at, (row >= 0)[:, None], 0.0)
-    else:
-        own = c >= half
-        row = tl.where(own[None, :], middle[:, None], near[:, None])
-        at = features + row * half + tl.where(own, c - half, c)[None, :]
-        feature = tl.load(at, (row >= 0) & (c < WIDTH)[None, :], 0.0)
+    else:  # two loads whose addresses are contiguous
+        own = (c >= half)[None, :]
+        feature = tl.load(features + (near * half)[:, None] + c[None, :], (near >= 0)[:, None] & ~own, 0.0)
+        at = features + (middle * half)[:, None] + (c - half)[None, :]
+        other = tl.load(at, (middle >= 0)[:, None] & own & (c < WIDTH)[None, :], 0.0)
+        feature = tl.where(own, other, feature)
     if WIDTH % 6 == 0 and axis % CHUNK == 0:  # and one axis
         offset = tl.where(first < axis, x, tl.where(first < 2 * axis, y, z))[:, None]
     else:

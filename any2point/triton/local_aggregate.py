@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from any2point.triton._rows import INTERPRETED, columns, geometry, prepare, relu
+from any2point.triton._rows import INTERPRETED, columns, geometry, prepare, relu, tf32_allowed
 
 _ROWS = 64
 
@@ -36,7 +36,7 @@ def local_aggregate(
     out = features.new_empty(batch, centers, width)
     if out.numel() == 0:
         return out
-    precision = "tf32x3" if features.dtype == torch.float32 and not _tf32() else "tf32"
+    precision = "tf32x3" if features.dtype == torch.float32 and not tf32_allowed() else "tf32"
     exact = features.dtype == torch.float32 and precision == "tf32x3"
     points, features, center, neighbor = (x.contiguous() for x in (points, features, center, neighbor))
     hidden = [len(bias) for bias in units[1::4]]
@@ -57,11 +57,6 @@ def local_aggregate(
             num_warps=4, maxnreg=128 if sum(splits) <= 64 and not exact else None,
         )  # fmt: skip
     return out
-
-
-def _tf32() -> bool:
-    """Whether torch may round float32 operands of products on GPUs to 10 bits."""
-    return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def _split(hidden: int) -> tuple[int, int]:
