@@ -151,17 +151,19 @@ class Build(build_ext):
         stable = f"-DTORCH_TARGET_VERSION={TORCH_FLOOR} -isystem {torch_dir / 'include'}"
         stable += " -DUSE_CUDA -DANY2POINT_WITH_CUDA" if cuda else ""
 
+        hopper = False  # whether *.sm90a.*, which need instructions of that architecture alone, are built
         ninja = NinjaFile(build)
         ninja.rule("cxx", f"{cxx} {flags} $extra -MMD -MF $out.d -c $in -o $out", depfile=True)
         ninja.rule("link", f"{cxx} -shared -o $out $in $libs", depfile=False)
         archs: list[str] = []
         if cuda:
             gencode, archs = arch_flags(os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHS)
+            hopper = not {"sm_90", "sm_90a"}.isdisjoint(archs)
             device = "-O0 -g -lineinfo" if debug else "-O3 -lineinfo -DNDEBUG"
             ninja.rule(
                 "nvcc",
                 f"{cuda / 'bin' / 'nvcc'} {device} -std=c++17 -fmad=false --threads 2 -I{ROOT / 'csrc'} "
-                f"-Xcompiler -fPIC,-fvisibility=hidden,-ffp-contract=off {' '.join(gencode)} "
+                "-Xcompiler -fPIC,-fvisibility=hidden,-ffp-contract=off $gencode "
                 "-MD -MF $out.d -c $in -o $out",
                 depfile=True,
             )
@@ -170,7 +172,7 @@ class Build(build_ext):
         glue: list[Path] = []
         for source in sorted((ROOT / "csrc").rglob("*.cpp")):
             name = source.relative_to(ROOT / "csrc").with_suffix("")
-            if source.name == "numpy.cpp":
+            if source.name == "numpy.cpp" or (source.name.endswith(".sm90a.cpp") and not hopper):
                 continue
             if source.name.endswith(".simd.cpp"):
                 for isa, isa_flags in SIMD_FLAGS.items():
@@ -183,7 +185,12 @@ class Build(build_ext):
         if cuda:
             for source in sorted((ROOT / "csrc").rglob("*.cu")):
                 name = source.relative_to(ROOT / "csrc").with_suffix("")
-                glue.append(ninja.edge("nvcc", build / f"{name}.cu.o", [source]))
+                out, targets = build / f"{name}.cu.o", " ".join(gencode)
+                if source.name.endswith(".sm90a.cu"):
+                    if not hopper:
+                        continue
+                    targets = "-gencode=arch=compute_90a,code=sm_90a"
+                glue.append(ninja.edge("nvcc", out, [source], gencode=targets))
 
         runtime = "" if debug else "-Wl,-s"
         runtime += self.shared_runtime(cxx)

@@ -50,10 +50,16 @@ STABLE_TORCH_LIBRARY(any2point, m) {
       "height, "
       "SymInt width, float camera, bool wrap) -> (Tensor weight, Tensor corner)");
 
-  // Evaluation on the CPU. units: in_weight [H, C], in_bias [H], out_weight [C, H], out_bias [C] of each
-  // unit, with the batch normalisations folded in; divisor [B], or none for the largest offset of each group.
+  // Evaluation; on CUDA any2point/ops/local_aggregate.py chooses among kernels. units: in_weight [H, C],
+  // in_bias [H], out_weight [C, H], out_bias [C] of each unit, with the batch normalisations folded in;
+  // divisor [B], or none for the largest offset of each group.
   m.def(
       "_local_aggregate(Tensor points, Tensor features, Tensor center, Tensor neighbor, Tensor? divisor, "
+      "Tensor wavelength, Tensor[] units, float beta, bool guard) -> Tensor");
+  // The same in float16 and bfloat16 on sm_90a, for the sizes of hopper_has.
+  m.def(
+      "_local_aggregate_hopper(Tensor points, Tensor features, Tensor center, Tensor neighbor, Tensor? "
+      "divisor, "
       "Tensor wavelength, Tensor[] units, float beta, bool guard) -> Tensor");
 
   // Guided aggregation. L layers of segments of the R = B * S tokens: the cells of V views, and the voxels if

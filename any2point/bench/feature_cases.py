@@ -197,9 +197,10 @@ def local_aggregate(device: str, shapes: Shapes | None = None) -> Iterator[Case]
         features = _random(device, batch, rows, width)
         weights = residual_units(2 * width, hidden, count, device)
         inputs = [(points.to(device), features, center, neighbor, weights)]
+        name = f"{batch},{rows},{width} -> {centers}x{k} H={hidden}x{count}"
         yield Case(
             "local_aggregate",
-            f"{batch},{rows},{width} -> {centers}x{k} H={hidden}x{count}",
+            name,
             inputs,
             near_reference(reference.local_aggregate, inputs, 1e-3),
             costs.cost_local_aggregate(batch, rows, centers, k, width, hidden, count),
@@ -213,6 +214,19 @@ def local_aggregate(device: str, shapes: Shapes | None = None) -> Iterator[Case]
             training=_TRAINING,
             compilable=reference.local_aggregate if count == 2 else None,  # half a minute each
         )
+        if device == "cuda":  # evaluation with products in float16
+            low = [(points.to(device), features.detach().half(), center, neighbor, weights)]
+            yield Case(
+                "local_aggregate",
+                f"{name} float16",
+                low,
+                near_reference(reference.local_aggregate, low, 1e-2),
+                costs.cost_local_aggregate(batch, rows, centers, k, width, hidden, count),
+                [
+                    Provider.plain("any2point", ops.local_aggregate),
+                    Provider("torch", reference.local_aggregate),
+                ],
+            )
 
 
 def guided_aggregate(device: str, shapes: Shapes | None = None) -> Iterator[Case]:

@@ -31,6 +31,10 @@ from any2point.reference.local_aggregate import local_aggregate as _composition
 __all__ = ["BatchNorm", "ResidualUnit", "local_aggregate"]
 
 _TRITON = importlib.util.find_spec("triton") is not None
+# Channels 2 C, hidden channels and number of units that csrc/local_aggregate/hopper.h has kernels for.
+_HOPPER_SIZES = {(192, 96, 2), (384, 192, 1), (768, 32, 1)}
+if not torch._C._dispatch_has_kernel_for_dispatch_key("any2point::_local_aggregate_hopper", "CUDA"):
+    _HOPPER_SIZES = set()  # built without sm_90
 
 
 def local_aggregate(
@@ -221,10 +225,16 @@ def _train(
 
 
 def _evaluate(rows: Rows, units: Sequence[ResidualUnit], beta: float, guard: bool, eps: float) -> Tensor:
-    folded = []
+    folded: list[Tensor] = []
     for unit in units:
-        folded += _fold(unit.in_weight, unit.in_bias, unit.in_norm, eps)
-        folded += _fold(unit.out_weight, unit.out_bias, unit.out_norm, eps)
+        for weight, bias, norm in (
+            (unit.in_weight, unit.in_bias, unit.in_norm),
+            (unit.out_weight, unit.out_bias, unit.out_norm),
+        ):
+            if weight.is_cuda:
+                folded += _fold_layer(weight, bias, *norm, eps, rows[1])
+            else:
+                folded += _fold(weight, bias, norm, eps)
     return checked(torch.ops.any2point._local_aggregate.default, *rows, folded, beta, guard)
 
 
@@ -235,6 +245,41 @@ def _fold(weight: Tensor, bias: Tensor | None, norm: BatchNorm, eps: float) -> l
     if bias is not None:
         shift = shift + bias.float() * scale
     return [(weight.float() * scale[:, None]).contiguous(), shift]
+
+
+@torch.library.custom_op("any2point::_fold_layer", mutates_args=(), device_types="cuda")
+def _fold_layer(
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    eps: float,
+    like: Tensor,
+) -> list[Tensor]:
+    """`_fold` in one launch, with the weight in the dtype of `like`."""
+    from any2point.triton.local_aggregate import fold
+
+    norm = BatchNorm(norm_weight, norm_bias, running_mean, running_var)
+    return fold(weight, bias, norm, eps, like.dtype)
+
+
+@_fold_layer.register_fake
+def _(
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    eps: float,
+    like: Tensor,
+) -> list[Tensor]:
+    return [
+        weight.new_empty(weight.shape, dtype=like.dtype),
+        weight.new_empty(len(weight), dtype=torch.float32),
+    ]
 
 
 @torch.library.register_fake("any2point::_local_aggregate")
@@ -252,6 +297,9 @@ def _fake(
     return features.new_empty(*center.shape, 2 * features.shape[-1])
 
 
+torch.library.register_fake("any2point::_local_aggregate_hopper")(_fake)
+
+
 def _cuda(
     points: Tensor,
     features: Tensor,
@@ -263,6 +311,22 @@ def _cuda(
     beta: float,
     guard: bool,
 ) -> Tensor:
+    hidden = {len(bias) for bias in units[1::4]}
+    sizes = (2 * features.shape[-1], hidden.pop() if len(hidden) == 1 else 0, len(units) // 4)
+    if (
+        sizes in _HOPPER_SIZES
+        and features.dtype in (torch.float16, torch.bfloat16)
+        and torch.cuda.get_device_capability(features.device) == (9, 0)
+        and features.numel() < 1 << 33
+    ):
+        features = features.contiguous()
+        if features.data_ptr() % 16:
+            features = features.clone()
+        units = [tensor.to(features.dtype) if i % 2 == 0 else tensor for i, tensor in enumerate(units)]
+        return torch.ops.any2point._local_aggregate_hopper.default(
+            points.contiguous(), features, center, neighbor, divisor, wavelength, units, beta, guard
+        )
+
     from any2point.triton.local_aggregate import local_aggregate
 
     return local_aggregate(points, features, center, neighbor, divisor, wavelength, units, beta, guard)

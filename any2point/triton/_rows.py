@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 INTERPRETED = triton.knobs.runtime.interpret
+_PLAIN = tl.constexpr(INTERPRETED)
 _GROUPS = 16  # groups of a program of `_prepare_kernel`
 
 
@@ -147,6 +148,29 @@ def geometry(points, center, neighbor, divisors, group, k, beta, N, S, K):
 
 
 @triton.jit
+def _exact_wave(offset, length, cosine):
+    """Sine or cosine of offset / length within 1e-7, up to angles of 1e5; 0 for an infinite length."""
+    if _PLAIN:  # the interpreter rounds twice in an fma
+        angle = tl.div_rn(tl.broadcast_to(offset, (offset.shape[0], length.shape[1])), length)
+        return tl.where(cosine, tl.cos(angle), tl.sin(angle))
+    inverse = 1.0 / length
+    length = tl.where(inverse > 0, length, 1.0)
+    angle = offset * inverse
+    angle = tl.fma(tl.fma(-angle, length, offset), inverse, angle)  # the quotient's rounding
+    quarter = (angle * 0.63661977236758134 + 12582912.0) - 12582912.0  # to a whole number
+    r = tl.fma(quarter, -1.5707963705062866, angle)
+    r = tl.fma(quarter, 4.371139000186243e-08, r)
+    r = tl.maximum(tl.minimum(r, 1.0, tl.PropagateNan.ALL), -1.0, tl.PropagateNan.ALL)
+    s = r * r
+    sine = tl.fma(tl.fma(tl.fma(s, -1.9515295891e-4, 8.3321608736e-3), s, -1.6666654611e-1), s * r, r)
+    even = tl.fma(tl.fma(s, 2.443315711809948e-5, -1.388731625493765e-3), s, 4.166664568298827e-2)
+    even = tl.fma(even, s * s, tl.fma(s, -0.5, 1.0))
+    turn = quarter.to(tl.int32) + tl.where(cosine, 1, 0)
+    wave = tl.where((turn & 1) == 1, even, sine)
+    return tl.where((turn & 2) == 2, -wave, wave)
+
+
+@triton.jit
 def columns(
     features,  # [B N, WIDTH / 2]
     table,  # [2, WIDTH]
@@ -184,8 +208,7 @@ def columns(
     length = tl.load(table + c, c < WIDTH, float("inf") if SINE == "exact" else 0.0)
     phase = tl.load(table + WIDTH + c, c < WIDTH, 0.0)
     if SINE == "exact":
-        angle = tl.div_rn(offset, tl.broadcast_to(length[None, :], (x.shape[0], CHUNK)))
-        wave = tl.where((phase > 0)[None, :], tl.cos(angle), tl.sin(angle))
+        wave = _exact_wave(offset, length[None, :], (phase > 0)[None, :])
     else:
         angle = offset * length[None, :] + phase[None, :]
         if SINE == "plain":

@@ -12,7 +12,7 @@ from any2point import reference
 from any2point.ops.group import group
 from any2point.ops.local_aggregate import _fold
 from any2point.reference.local_aggregate import group_offsets, offset_deviation, wavelengths
-from any2point.triton.local_aggregate import local_aggregate
+from any2point.triton.local_aggregate import fold, local_aggregate
 
 
 def evaluate(points, features, center, neighbor, units, *, normalize="scan", guard=True):  # type: ignore[no-untyped-def]
@@ -24,8 +24,10 @@ def evaluate(points, features, center, neighbor, units, *, normalize="scan", gua
     wavelength = wavelengths(2 * features.shape[-1], 1000.0, like=points)
     folded = []
     for unit in units:
-        folded += _fold(unit.in_weight, unit.in_bias, unit.in_norm, 1e-5)
-        folded += _fold(unit.out_weight, unit.out_bias, unit.out_norm, 1e-5)
+        for layer in (unit[:3], unit[3:]):
+            folded += fold(*layer, 1e-5, torch.float32)
+            for got, want in zip(folded[-2:], _fold(*layer, 1e-5)):
+                torch.testing.assert_close(got, want)
     return local_aggregate(points, features, center, neighbor, divisor, wavelength, folded, 100.0, guard)
 
 

@@ -1,4 +1,4 @@
-"""The Triton kernels of local_aggregate: in the interpreter on any machine, and on a GPU."""
+"""Kernels of local_aggregate in evaluation: Triton's in the interpreter on any machine, and all on a GPU."""
 
 from __future__ import annotations
 
@@ -74,6 +74,10 @@ SIZES = [
     ((2, 100, 17, 81, 192, 192), 1),
     ((2, 100, 17, 81, 384, 32), 1),
     ((1, 70, 9, 64, 96, 96), 2),
+    ((16, 300, 257, 20, 96, 96), 2),
+    ((2, 60, 9, 5, 192, 192), 1),
+    ((3, 60, 40, 1, 384, 32), 1),
+    ((1, 200, 3, 200, 384, 32), 1),  # a group's rows in several warps
     ((3, 40, 7, 1, 17, 33), 1),
     ((2, 40, 7, 3, 5, 4), 3),
     ((2, 40, 7, 13, 48, 70), 2),
@@ -164,6 +168,17 @@ def test_same_bits_on_every_run_stream_and_replay(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
+def test_large_batch_equals_its_clouds() -> None:
+    """More rows than one launch takes, and groups that launches share."""
+    kwargs = samples((32, 300, 257, 81, 192, 192), 1)
+    kwargs["features"] = kwargs["features"].half()
+    whole = fused(kwargs)
+    for i in (0, 15, 16, 31):
+        names = ("points", "features", "center", "neighbor")
+        assert_same(fused(kwargs | {name: kwargs[name][i : i + 1] for name in names}), whole[i : i + 1])
+
+
+@pytest.mark.gpu
 def test_empty_compiled_and_autocast() -> None:
     kwargs = samples((2, 40, 7, 13, 48, 70), 1)
     empty = kwargs | {name: kwargs[name][:0] for name in ("points", "features", "center", "neighbor")}
@@ -173,7 +188,8 @@ def test_empty_compiled_and_autocast() -> None:
     with torch.no_grad():
         want = ops.local_aggregate(**kwargs)
         compiled = torch.compile(lambda kw: ops.local_aggregate(**kw), fullgraph=True)
-        torch.testing.assert_close(compiled(kwargs), want, rtol=1e-5, atol=1e-6)
+        # Inductor has its own power for the wavelengths.
+        torch.testing.assert_close(compiled(kwargs), want, rtol=1e-4, atol=1e-4)
     half = kwargs | {"features": kwargs["features"].bfloat16()}
     with torch.autocast("cuda", dtype=torch.bfloat16):
         assert_same(fused(kwargs), fused(half))
