@@ -101,9 +101,11 @@ def main() -> int:
     compare("fps continued", ops.farthest_point_sample, points, 9, start=given)
     for n, most in ((2049, 9), (5000, 40), (9000, 100)):  # each cloud sorted by a block
         cloud = torch.rand(2, n, 3)
-        compare(f"knn tree of {n}", ops.knn, cloud[:, : n // 3], cloud, most)
+        compare(f"knn tree of {n}", ops.knn, cloud[:, :41], cloud, most)
     cloud[:, ::7] = torch.nan
-    compare("knn tree of itself", ops.knn, cloud, cloud, 9, sorted=False, exclude_self=True)
+    compare(
+        "knn tree of itself", ops.knn, cloud[:, :2100], cloud[:, :2100], 9, sorted=False, exclude_self=True
+    )
     compare("ball first of many", ops.ball_query, cloud[:, :40], cloud, 0.2, 20, mode="first")
     compare("knn large", ops.knn, torch.rand(1, 77, 3), torch.rand(1, 20011, 3), 16)
     tree = torch.rand(1, 50017, 3)
@@ -117,6 +119,9 @@ def main() -> int:
     compare("fps packed", ops.farthest_point_sample, packed, 9, offsets=offsets)
     compare("knn packed", ops.knn, packed, packed, 9, offsets=offsets, query_offsets=offsets)
     compare("voxel packed", ops.voxel_cluster, packed, 0.3, offsets=offsets)
+    for rows in (1000, 2001):  # inverse lists of several blocks a cloud
+        features = torch.randn(2, rows, 3, requires_grad=True)
+        compare(f"group of {rows}", ops.group, features, torch.randint(-1, rows, (2, 9000)))
     index = torch.randint(-1, 37, (3, 11, 6))
     for channels in (1, 5, 96):
         for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):

@@ -1,6 +1,15 @@
 // interpolate on CUDA. Forward: a thread per 16 bytes of output adds up its K rows in order. Gradient of the
 // weights: a group of up to 32 lanes per neighbour takes the dot product of two rows, each lane a fixed set
 // of columns, and adds the lanes up in a fixed tree.
+//
+// H200, us as a graph, K = 3, float32; bytes' floor at the copy bandwidth; and index_add_ of the weighted
+// rows in torch, whose atomics add in any order:
+//                                              forward   features' gradient   weights'   floor   index_add_
+//   32 x 1,024 of   256, C = 256                    29                   32         56      10          259
+//   32 x 4,096 of 1,024, C = 128                    57                   60        150      21          499
+//    1 x  100k of   25k, C =  64                    22                   64         62       9          199
+// Forward reads K rows from L2 for each one written: counters on 32 x 512 of 1,024, C = 96 say L2 53 % of its
+// peak, DRAM 26 %, issue slots 52 %.
 #include "common/grid.cuh"
 #include "interpolate/kernel.h"
 

@@ -1,11 +1,10 @@
 // Builds the tree of tree.cuh: extents of the clouds, places on the curve, one radix sort for the points and
-// the queries of all clouds, boxes.
+// the queries of all clouds, boxes. Clouds that fit are sorted by a block each (tree_sort.cu).
 //
 // Bytes: 12 read and 12 written a row for each digit of the sort (8 bits of the key), about 100 a row for the
 // rest: 0.15 us a thousand rows at 4 TB/s for 5 digits, rows read out of order apart. H200, us: 65 for 20,000
-// points, 81 for 100,000, 193 for 1 M (6 digits), 90 for 32 x (8,192 points and 2,048 queries). Up to a few
-// 100,000 rows that is the latency of 9 to 12 launches one after the other: each pass of the radix sort takes
-// 8 to 13.
+// points, 81 for 100,000, 193 for 1 M (6 digits). Up to a few 100,000 rows that is the latency of 9 to 12
+// launches one after the other: each pass of the radix sort takes 8 to 13.
 #include "common/radix_sort.h"
 #include "knn/curve.cuh"
 #include "knn/tree_sort.cuh"

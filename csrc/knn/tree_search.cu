@@ -17,24 +17,28 @@
 // H200, us a call as a graph, building included; before: the scans of cuda.cu; peer: the best of pytorch3d,
 // pointops, torch.compile of distances + topk:
 //                                       build  search   total   before    peer
-//   32 x 2,048 of  8,192, k = 32           90     187     276    1,021   2,026
-//    1 x   25k of   100k, k = 32           86     100     186    2,146  13,302
-//    1 x  100k of   100k, k = 16           81     187     268    7,315  14,840
-//    1 x    1M of     1M, k = 16          193   1,540   1,733
+//   32 x   512 of  4,096, k = 32                           98      171
+//   32 x 2,048 of  8,192, k = 32           58     185     243    1,021   2,026
+//    1 x   25k of   100k, k = 32                          194    2,146  13,302
+//    1 x  100k of   100k, k = 16                  184     257    7,315  14,840
+//    1 x    1M of     1M, k = 16                        1,708
 //    1 x 1,000 of     1M, k = 16          200     213     413    3,867
 // 100k of 100k: k = 1 188, k = 81 701, k = 190 1,366. With k = 16, other kinds of clouds: surface 275, plane
 // 178, line 173, lattice 386, 50 places 299, one place 345, clusters of six scales 527, coordinates 2^-40u
-// (finer than the curve tells apart) 4,449, where a scan takes 7,679. A query far off all points looks at
-// most of them in a warp of its own, 0.7 us for 100 points.
+// (finer than the curve tells apart) 4,449, where a scan takes 7,679. 32 x 2,048 of 8,192, k = 32: surface
+// 223, plane 201, line 171, lattice 538, 50 places 579, one place 430, clusters of six scales 664. A query
+// far off all points looks at most of them in a warp of its own, 0.7 us for 100 points.
 //
 // Floor by bytes: 12 k written a query and 16 read a point, 5 us for 100k of 100k; in practice instructions.
 // For eight queries of 100k, k = 16, a warp executes 8,700 (counted, before the last 20 %): 21 % in leaves,
 // 17 % on boxes of nodes, 9 % on boxes of leaves, 16 % to shorten lists (2.1 times), 13 % to sort, 8 %
-// between nodes. It issues 0.64 a clock and scheduler, with 5 warps on each; 40 % take the integer pipe,
-// which has half the rate. Tried: 96, 72, 64 instead of 80 registers (2, 2, 8 % slower), 4 lanes a query for
+// between nodes. It issues 0.65 a clock and scheduler, with 5 warps on each; 40 % take the integer pipe,
+// which has half the rate. Counters (32 x 2,048 of 8,192; 100k of 100k): issue slots 57, 65 %, L1 56, 55 % of
+// its peak with 82, 86 % hits, L2 7, 8 %, DRAM 2, 0.4 %. Of the 8.8 (7.7) cycles that a warp spends on an
+// instruction it waits 2.1 (2.2) for the one before, 1.2 (1.1) for L1 or L2, 0.8 (0.6) for shared memory, and
+// 0.9 (1.0) for its turn. Tried: 96, 72, 64 instead of 80 registers (2, 2, 8 % slower), 4 lanes a query for
 // k = 32 (9 to 24 % slower, as lists fill up sooner), 8 for k = 16 (27 % slower), a sort of 64-bit keys (10
-// to 20 % slower). Next: a sort of each medium cloud in shared memory (four passes of the radix sort are 50
-// of the 276 us).
+// to 20 % slower).
 #include "knn/tree.cuh"
 
 namespace any2point {

@@ -4,6 +4,11 @@
 // scans the 256 x 32 counts and scatters words of (place, row): 16 bits of the place are left after the
 // first pass, so row numbers of 14 bits ride along. Points and queries are sorted together, so that a query
 // finds its place among the points by counting.
+//
+// H200, 32 x (8,192 points and 2,048 queries): 51 us, where one sort for all clouds, with extents and places,
+// takes 83. Floor: 1.5 us for the bytes. A block is alone on its processor; by its clock, in us: extent 2.9,
+// usual extent (36 barriers) 5.1, places 16.0, three passes 6.2 each, exchanges 0.7 each, output 4.1. Places
+// are instructions, passes the latency of ballots and counters with 8 warps on a scheduler.
 #include "knn/curve.cuh"
 #include "knn/tree_sort.cuh"
 

@@ -1,5 +1,14 @@
 // The gradient of segment_pool on CUDA: every row fetches its part, 16 bytes per thread. The pooling itself
 // is inverse_list's gather_reduce.
+//
+// H200, us as a graph, float32, mean and max; bytes' floor at the copy bandwidth; and index_select in torch,
+// the gradient of a sum by index_add_:
+//                                        mean   max   floor   index_select
+//      32,768 rows,   4,096 x  96           8     8       3             22
+//   1,000,000 rows, 100,000 x  64         124   189      69            605
+//   1,000,000 rows, 100,000 x   3          19    21       5             13
+//     100,000 rows,  20,000 x 256          55    77      29             63
+// max reads 8 bytes of argmax for each element.
 #include "common/grid.cuh"
 #include "segment_pool/kernel.h"
 

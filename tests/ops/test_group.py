@@ -192,3 +192,28 @@ def test_more_than_2_to_the_31_elements() -> None:
     sums = torch.ops.any2point._group_backward(grad, index[None], rows)
     counts = torch.bincount(index, minlength=rows).half()
     assert torch.equal(sums[0], counts[:, None].expand(rows, channels))
+
+
+@pytest.mark.parametrize("rows", [1, 1000, 1024, 1025, 2047, 2048, 2049])
+@pytest.mark.parametrize("entries", [4096, 9001])
+def test_gradient_of_long_and_uneven_lists(rows: int, entries: int, device: str) -> None:
+    """Lists built by several blocks, half of their entries at one row: whole numbers, so sums are exact."""
+    index = torch.randint(-1, rows, (2, entries))
+    index[:, ::2] = rows // 2
+    features = torch.zeros(2, rows, 5, device=device, requires_grad=True)
+    grad = torch.randint(-9, 10, (2, entries, 5)).float()
+    (found,) = torch.autograd.grad(ops.group(features, index.to(device)), features, grad.to(device))
+    wanted = torch.zeros(2, rows + 1, 5)
+    for total, at, part in zip(wanted, index, grad):
+        total.index_add_(0, at + 1, part)  # row 0: no row
+    assert torch.equal(found.cpu(), wanted[:, 1:])
+
+
+@pytest.mark.parametrize("entries", [1, 7, 33, 300])
+@pytest.mark.parametrize("channels", [1, 3, 8, 17, 64, 96, 97, 200])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float16, torch.float32, torch.float64])
+def test_rows_of_every_width(entries: int, channels: int, dtype: torch.dtype, device: str) -> None:
+    features = torch.randint(0, 100, (3, 50, channels)).to(dtype)
+    index = torch.randint(0, 50, (3, entries))
+    got = ops.group(features.to(device), index.to(device))
+    assert torch.equal(got.cpu(), features[torch.arange(3)[:, None], index])
