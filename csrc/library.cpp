@@ -23,8 +23,6 @@ STABLE_TORCH_LIBRARY(any2point, m) {
   // Canonical layouts: features [B, N, C], index [B, R], grad [B, R, C]; -1 in an index is no row.
   m.def("group(Tensor features, Tensor index) -> Tensor");
   m.def("_group_backward(Tensor grad, Tensor index, SymInt num_rows) -> Tensor");
-  // index [B, R] -> start [B, N + 1], order [B R] of csrc/inverse_list/kernel.h: int32 (int64 from 2^32 on).
-  m.def("_inverse_list(Tensor index, SymInt num_rows) -> (Tensor start, Tensor order)");
   // index and weight [B, S, K]; weight in float32 (float64 with float64 features).
   m.def("interpolate(Tensor features, Tensor index, Tensor weight) -> Tensor");
   m.def("_interpolate_features_grad(Tensor grad, Tensor index, Tensor weight, SymInt num_rows) -> Tensor");

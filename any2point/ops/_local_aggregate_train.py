@@ -1,7 +1,6 @@
-"""Local aggregation in training: the kernels' passes, with batch statistics in float64 between them.
+"""Local aggregation in training on the CPU: the kernels' passes, with batch statistics in float64 between.
 
-csrc/local_aggregate/train.h has the identities and the passes on the CPU, any2point/triton/
-local_aggregate_train.py those on GPUs. One unit on rows x [M, C] is
+csrc/local_aggregate/train.h has the identities and the passes. One unit on rows x [M, C] is
 
     y1 = x W1' + b1,  h = ReLU(n1(y1)),  y2 = h W2' + b2,  z = ReLU(x + n2(y2))
 
@@ -11,7 +10,6 @@ and only y1 [M, H] of each unit is kept.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,19 +53,18 @@ class _Unit:
         scale = self.in_scale * self.in_deviation
         return [self.before, scale.float(), (self.in_shift - self.in_mean * scale).float()]
 
-    def done(self, rounded: Callable[[Tensor], Tensor]) -> list[Tensor]:
-        """The unit as later passes take it: `hidden`, and the second layer with its normalisation.
-
-        The weight is that of the products, `rounded`, and so is the mean that the bias takes away.
-        """
+    def done(self) -> list[Tensor]:
+        """The unit as later passes take it: `hidden`, and the second layer with its normalisation."""
         scale = self.out_scale * self.out_deviation
-        weight = rounded((self.out_weight * scale[:, None]).float().contiguous())
+        weight = (self.out_weight * scale[:, None]).float().contiguous()
         return [*self.hidden, weight, (self.out_shift - weight.double() @ self.hidden_mean).float()]
 
 
 class _Passes:
-    """The passes on the CPU. `du`, the gradient after a unit, is an entry per group and channel below the
-    maximum; before, `dense` rows."""
+    """The passes. Below the maximum the gradient after a unit is an `entry` per group and channel.
+
+    Before that it is `dense` rows.
+    """
 
     def __init__(
         self, rows: tuple[Any, ...], grad: Tensor | None = None, argmax: Tensor | None = None
@@ -76,9 +73,6 @@ class _Passes:
         self.entry = (grad, argmax)
         self.dense: Tensor | None = None
         self.sums: list[Tensor] = []
-
-    def round(self, weight: Tensor) -> Tensor:
-        return weight
 
     def project(self, done: list[Tensor], weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
         before, means, spreads, counts = _ops._local_aggregate_project(*self.rows, done, weight, bias)
@@ -120,7 +114,7 @@ class _Passes:
 
     def rows_grad(self, units: list[_Unit], norm: list[Tensor]) -> Tensor:
         unit = units[-1]
-        done = [tensor for other in units[:-1] for tensor in other.done(self.round)]
+        done = [tensor for other in units[:-1] for tensor in other.done()]
         below: list[Tensor] = []
         if done:
             under = units[-2]
@@ -143,21 +137,7 @@ class _Passes:
         return direct + by_neighbor @ first[:, :half] + by_center @ first[:, half:]
 
 
-def _alone(function: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
-    """The function on the device of its first tensor, and in the precision that it says."""
-
-    @functools.wraps(function)
-    def call(first: Tensor, *args: Any) -> list[Tensor]:
-        if not first.is_cuda:
-            return function(first, *args)
-        with torch.cuda.device_of(first), torch.autocast("cuda", enabled=False):
-            return function(first, *args)
-
-    return call
-
-
-@torch.library.custom_op("any2point::_local_aggregate_train", mutates_args=(), device_types=("cpu", "cuda"))
-@_alone
+@torch.library.custom_op("any2point::_local_aggregate_train", mutates_args=(), device_types="cpu")
 def forward(
     points: Tensor,
     features: Tensor,
@@ -172,7 +152,7 @@ def forward(
 ) -> list[Tensor]:
     """out [B, S, C], argmax [B, S, C] int32, and `SAVED` tensors per unit."""
     rows = (points, features, center, neighbor, divisor, wavelength, beta, guard)
-    passes = _forward_passes(rows)
+    passes = _Passes(rows)
     done: list[Tensor] = []
     saved: list[Tensor] = []
     for first in range(0, len(parameters), PER_UNIT):
@@ -191,24 +171,8 @@ def forward(
         out_var = ((weight @ cov) * weight).sum(1).clamp(min=0)
         saved += [before, in_mean, in_deviation, out_mean, torch.rsqrt(out_var + eps), mean]
         saved += [total, gram - mean[:, None] * total]
-        done += _Unit(*own, *saved[-SAVED:]).done(passes.round)
+        done += _Unit(*own, *saved[-SAVED:]).done()
     return [*passes.maximum(done), *saved]
-
-
-def _forward_passes(rows: tuple[Any, ...]) -> Any:
-    if rows[0].device.type == "cpu":
-        return _Passes(rows)
-    from any2point.triton.local_aggregate_train import Forward
-
-    return Forward(rows)
-
-
-def _backward_passes(rows: tuple[Any, ...], grad: Tensor, argmax: Tensor) -> Any:
-    if rows[0].device.type == "cpu":
-        return _Passes(rows, grad, argmax)
-    from any2point.triton.local_aggregate_train_backward import Backward
-
-    return Backward(rows, grad, argmax)
 
 
 def _merge(mean: Tensor, spread: Tensor, count: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -244,10 +208,7 @@ def _(
     return [out, features.new_empty(out.shape, dtype=torch.int32), *saved]
 
 
-@torch.library.custom_op(
-    "any2point::_local_aggregate_train_backward", mutates_args=(), device_types=("cpu", "cuda")
-)
-@_alone
+@torch.library.custom_op("any2point::_local_aggregate_train_backward", mutates_args=(), device_types="cpu")
 def backward(
     grad: Tensor,
     points: Tensor,
@@ -271,7 +232,7 @@ def backward(
     ]
     grad = torch.where(out > 0, grad, 0.0).contiguous()
     size = _scale(grad, units[-1]) if features.dtype == torch.float16 else None
-    passes = _backward_passes(rows, grad if size is None else grad * size, argmax)
+    passes = _Passes(rows, grad if size is None else grad * size, argmax)
     found: list[Tensor] = []
     for u in reversed(range(len(units))):
         unit = units[u]

@@ -82,18 +82,18 @@ def local_aggregate(
         TypeError: an argument has another dtype than listed.
 
     Differentiable in: features, points and every weight.
-    Deterministic: yes; training on CUDA as far as torch's products are (see CUBLAS_WORKSPACE_CONFIG there).
+    Deterministic: yes.
     Complexity: O(B S K (C H + C)) time, O(B S K C) memory. On the CPU, in float32 or less, kernels take over:
     evaluation without a gradient to keep needs O(B S C) memory, training O(B S K H) (with several units
     O(B S K C) for a while in backward), unless a gradient of the points is wanted; it differentiates once.
-    The same holds on CUDA (sm_80 and newer, with Triton). Statistics may be shared by processes in all cases.
+    On CUDA (sm_80 and newer, with Triton) kernels evaluate, training is the composition. Statistics may be
+    shared by processes in all cases.
 
     Precision: on CUDA the kernels multiply in the dtype of `features` and add up in float32. float16 and
     bfloat16 round rows, hidden layers and weights to their own precision (float16 overflows beyond 65504);
     float32 is as accurate as float32 products, or TF32 where torch allows that for products
     (`torch.backends.cuda.matmul.fp32_precision`, `torch.set_float32_matmul_precision`). Offsets are float32.
-    Under autocast on CUDA float32 features are rounded to its dtype, which is then that of the result. Batch
-    statistics and sums of weights' gradients are float32 within a part of the rows and float64 between parts.
+    Under autocast on CUDA float32 features are rounded to its dtype, which is then that of the result.
 
     Source: Point-NN / Point-PN (Zhang et al., CVPR 2023), LGA module; Any2Point (Tang et al., ECCV 2024).
 
@@ -175,7 +175,7 @@ def _is_fused(
     if torch.compiler.is_exporting():
         return False
     if features.is_cuda:
-        if not units or not _TRITON:
+        if training or not units or not _TRITON:
             return False
         if torch.cuda.get_device_properties(features.device).major < 8:
             return False

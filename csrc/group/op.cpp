@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <tuple>
 
 #include "inverse_list/op.h"
 
@@ -70,25 +69,16 @@ Tensor group_backward(const Tensor& grad_, const Tensor& index_, int64_t rows) {
   return out;
 }
 
-std::tuple<Tensor, Tensor> list_of(const Tensor& index_, int64_t rows) {
-  A2P_CHECK(index_.dim() == 2 && rows >= 0, "index: expected [B, R]");
-  const Tensor index = index_tensor("index", index_, {index_.size(0), index_.size(1)}, index_);
-  const InverseList list = inverse_list("index", index, rows);
-  return {list.start, list.order};
-}
-
 }  // namespace
 }  // namespace any2point
 
 STABLE_TORCH_LIBRARY_IMPL(any2point, CPU, m) {
   m.impl("group", TORCH_BOX(&any2point::group));
   m.impl("_group_backward", TORCH_BOX(&any2point::group_backward));
-  m.impl("_inverse_list", TORCH_BOX(&any2point::list_of));
 }
 #ifdef ANY2POINT_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(any2point, CUDA, m) {
   m.impl("group", TORCH_BOX(&any2point::group));
   m.impl("_group_backward", TORCH_BOX(&any2point::group_backward));
-  m.impl("_inverse_list", TORCH_BOX(&any2point::list_of));
 }
 #endif

@@ -35,7 +35,7 @@ def reference_of(name: str) -> Callable[..., Any]:
     plain = getattr(reference, name)
     if name != "guided_aggregate":
         return plain
-    return lambda x, cell, cluster, attention, *rest, **options: plain(
+    return lambda x, cell, cluster, attention, *rest, plan=None, **options: plain(
         x, cell, cluster, attention, *rest, scale=attention.proj_weight.shape[-1] ** -0.5, **options
     )
 
