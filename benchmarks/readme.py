@@ -63,11 +63,7 @@ TABLES: dict[str, tuple[str, list[Line]]] = {
             Line("group", "32 x 1024 x 96 -> 512 x 81", "group", "32,1024,96 -> 512x81"),
             Line("group, backward", "the same", "group", "32,1024,96 -> 512x81", "backward"),
             *(
-                Line(LOCAL, f"stage {i + 1} (graph)", LOCAL, shape, "forward graph")
-                for i, shape in enumerate(_STAGES)
-            ),
-            *(
-                Line(f"{LOCAL}, training", f"stage {i + 1} (graph)", LOCAL, shape, TRAIN)
+                Line(LOCAL, f"stage {i + 1}, float16 (graph)", LOCAL, f"{shape} float16", "forward graph")
                 for i, shape in enumerate(_STAGES)
             ),
             Line(PROJECT, "32 x 128, 77 positions (graph)", PROJECT, "32,128 77,768 V=6", "forward graph"),

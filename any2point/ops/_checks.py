@@ -136,3 +136,11 @@ def check_clouds(
 def readable(tensor: Tensor) -> bool:
     """Whether values may be looked at: on the CPU, outside of tracing."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and type(tensor) is Tensor
+
+
+def exporting() -> bool:
+    """Whether `torch.export` runs the code; its graphs are for any device and hold the composition.
+
+    Not `torch.compiler.is_exporting()`, which up to torch 2.12 is true under `torch.compile`, too.
+    """
+    return torch.compiler._is_exporting_flag

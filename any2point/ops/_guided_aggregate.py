@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from any2point.ops._checks import exporting
 from any2point.ops.group import checked
 from any2point.reference.batch_norm import BatchNorm, are_shared
 from any2point.reference.guided_aggregate import CellAttention
@@ -60,7 +61,7 @@ def make_plan(
 
 def is_fused(features: Tensor, tensors: Sequence[Tensor], training: bool) -> bool:
     """Whether kernels can take over; exported graphs are for any device."""
-    if features.device.type not in _DEVICES or torch.compiler.is_exporting():
+    if features.device.type not in _DEVICES or exporting():
         return False
     if any(tensor.dtype == torch.float64 for tensor in (features, *tensors)):
         return False

@@ -14,6 +14,7 @@ from any2point.ops._checks import (
     check_index,
     check_like,
     check_tensor,
+    exporting,
     shape_text,
 )
 from any2point.ops._local_aggregate_train import SAVED
@@ -172,7 +173,7 @@ def _is_fused(
     points: Tensor, features: Tensor, neighbor: Tensor, units: Sequence[ResidualUnit], training: bool
 ) -> bool:
     """Whether kernels can take over; exported graphs are for any device."""
-    if torch.compiler.is_exporting():
+    if exporting():
         return False
     if features.is_cuda:
         if training or not units or not _TRITON:

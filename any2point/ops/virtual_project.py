@@ -15,6 +15,7 @@ from any2point.ops._checks import (
     check_int,
     check_like,
     check_tensor,
+    exporting,
     readable,
     shape_text,
 )
@@ -128,7 +129,7 @@ def virtual_project(
 
 
 def _is_fused(centers: Tensor, table: Tensor, views: Tensor, wrap: bool) -> bool:
-    if torch.compiler.is_exporting() or centers.device.type not in ("cpu", "cuda"):
+    if exporting() or centers.device.type not in ("cpu", "cuda"):
         return False
     if torch.float64 in (centers.dtype, table.dtype) or (wrap and table.dim() == 2):
         return False

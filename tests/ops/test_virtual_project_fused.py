@@ -109,3 +109,16 @@ def test_gradient_twice() -> None:
     want = _composed(table=table, **kwargs).encoding
     (first,) = torch.autograd.grad(want.pow(3).sum(), table, create_graph=True)
     assert_same(second, torch.autograd.grad(first.sum(), table)[0])
+
+
+def test_compiled_code_keeps_the_kernel() -> None:
+    """Exported programs hold the composition, code for `torch.compile` does not."""
+    kwargs, seen = lines(), []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> torch.fx.GraphModule:
+        seen.extend(node.target for node in graph.graph.nodes)
+        return graph
+
+    torch._dynamo.reset()
+    torch.compile(lambda: virtual_project(**kwargs), fullgraph=True, backend=backend)()
+    assert torch.ops.any2point._virtual_project.default in seen
