@@ -60,21 +60,6 @@ def skipped() -> list[str]:
 
 
 @cache
-def approximate_samplers() -> dict[str, Sampler]:
-    """fpsample's heuristics: no farthest point sampling, for the picture only; not in the claims."""
-    if missing("fpsample"):
-        return {}
-    import fpsample
-
-    return {
-        "fpsample npdu (approximate)": lambda p, m: fpsample.fps_npdu_sampling(p, m, start_idx=0),
-        "fpsample npdu kdtree (approximate)": lambda p, m: fpsample.fps_npdu_kdtree_sampling(
-            p, m, start_idx=0
-        ),
-    }
-
-
-@cache
 def searches() -> dict[str, Search]:
     """Exact neighbour searches for NumPy, one thread, build and query: (index, squared distance)."""
     found: dict[str, Search] = {}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from any2point.ops._checks import check_floating, check_index, check_tensor, shape_text
@@ -127,51 +129,37 @@ def guided_aggregate(
         raise ValueError(f"pooling: expected 'mean' or 'max+mean', got {pooling!r}")
     if not 0 <= drop_path < 1:
         raise ValueError(f"drop_path: expected a probability below 1, got {drop_path}")
+    options: dict[str, Any] = {
+        "num_cells": num_cells,
+        "num_heads": num_heads,
+        "coefficient": coefficient,
+        "scale": inner**-0.5 if scale is None else scale,
+        "pooling": pooling,
+        "ensemble": ensemble,
+        "count_empty": count_empty,
+        "drop_path": drop_path,
+        "drop_path_rows": drop_path_rows,
+        "training": training,
+        "momentum": momentum,
+        "eps": eps,
+        "norm_eps": norm_eps,
+    }
     tensors = [*attention, *view_norm, *(space_norm or ())]
     if is_fused(features, tensors, training):
         if plan is None:
             plan = make_plan(
                 cell, cluster if ensemble == "adaptive" else None, attention, num_cells=num_cells
             )
-        return fused(
-            features,
-            plan,
-            view_norm,
-            space_norm,
-            num_cells=num_cells,
-            num_heads=num_heads,
-            coefficient=coefficient,
-            scale=inner**-0.5 if scale is None else scale,
-            pooling=pooling,
-            ensemble=ensemble,
-            count_empty=count_empty,
-            drop_path=drop_path,
-            drop_path_rows=drop_path_rows,
-            training=training,
-            momentum=momentum,
-            eps=eps,
-            norm_eps=norm_eps,
-        )
+        return fused(features, plan, view_norm, space_norm, **options)
+    attention = CellAttention(*(tensor.contiguous() for tensor in attention))
     return _composition(
         features.contiguous(),
         cell,
         cluster,
-        CellAttention(*(tensor.contiguous() for tensor in attention)),
+        attention,
         view_norm,
         space_norm,
-        num_cells=num_cells,
-        num_heads=num_heads,
-        coefficient=coefficient,
-        scale=inner**-0.5 if scale is None else scale,
-        pooling=pooling,
-        ensemble=ensemble,
-        count_empty=count_empty,
-        drop_path=drop_path,
-        drop_path_rows=drop_path_rows,
-        training=training,
-        momentum=momentum,
-        eps=eps,
-        norm_eps=norm_eps,
+        **options,
         group=group,
         segment_pool=segment_pool,
     )
