@@ -95,8 +95,10 @@ STABLE_TORCH_LIBRARY(any2point, m) {
       "_neighbour_launches(int shared, int clouds, int queries, int points, int dim, int k, bool packed, "
       "bool same, bool wide) -> str");
 
-  // Training on the CPU, pass by pass (csrc/local_aggregate/train.h). done: before [M, H], scale, shift [H],
-  // weight [C, H] and bias [C] of each unit before. Sums come as one row per chunk, padded as the kernels do.
+  // Training, pass by pass (csrc/local_aggregate/train.h). done: before [M, H], scale, shift [H], weight [C,
+  // H] and bias [C] of each unit before. Sums come as one row per chunk, on the CPU padded as the kernels do.
+  // On CUDA features, before, dense, dz and the weights that are operands of products have 16 bits; the
+  // weight of _out_sums, biases, statistics, sums, grad and out are float32 everywhere.
   m.def(
       "_local_aggregate_project(Tensor points, Tensor features, Tensor center, Tensor neighbor, Tensor? "
       "divisor, Tensor wavelength, float beta, bool guard, Tensor[] done, Tensor weight, Tensor bias) -> "
@@ -122,6 +124,12 @@ STABLE_TORCH_LIBRARY(any2point, m) {
       "divisor, Tensor wavelength, float beta, bool guard, Tensor[] done, Tensor before, Tensor? grad, "
       "Tensor? "
       "argmax, Tensor? dense, Tensor dz, Tensor[] norm, Tensor weight, Tensor[] below) -> Tensor[]");
+  // On CUDA the first unit's _rows_grad returns the gradient of W1 and dy1 [M, H] alone. This adds it up over
+  // the rows of each point [B, N, H], as neighbour and as centre, and du, dense [M, C] or an entry per group
+  // and channel, over both: [B, N, C / 2]. All float32.
+  m.def(
+      "_local_aggregate_points_grad(Tensor dy1, Tensor? grad, Tensor? argmax, Tensor? dense, Tensor center, "
+      "Tensor neighbor, SymInt points) -> (Tensor by_neighbor, Tensor by_center, Tensor direct)");
 
   // The SIMD level in use ("scalar", "avx2", "avx512"); a non-empty argument sets it, for tests.
   m.def("_simd(str level) -> str");

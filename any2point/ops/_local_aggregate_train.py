@@ -1,15 +1,17 @@
-"""Local aggregation in training on the CPU: the kernels' passes, with batch statistics in float64 between.
+"""Local aggregation in training: the kernels' passes, with batch statistics in float64 between.
 
 csrc/local_aggregate/train.h has the identities and the passes. One unit on rows x [M, C] is
 
     y1 = x W1' + b1,  h = ReLU(n1(y1)),  y2 = h W2' + b2,  z = ReLU(x + n2(y2))
 
-and only y1 [M, H] of each unit is kept.
+and only y1 [M, H] of each unit is kept. Rows, y1, gradients of rows and operands of products are in the dtype
+of the features: float32 on the CPU, float16 or bfloat16 on CUDA.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,9 +56,12 @@ class _Unit:
         return [self.before, scale.float(), (self.in_shift - self.in_mean * scale).float()]
 
     def done(self) -> list[Tensor]:
-        """The unit as later passes take it: `hidden`, and the second layer with its normalisation."""
+        """The unit as later passes take it: `hidden`, and the second layer with its normalisation.
+
+        The mean that is taken away is that of the rounded weight's products.
+        """
         scale = self.out_scale * self.out_deviation
-        weight = (self.out_weight * scale[:, None]).float().contiguous()
+        weight = (self.out_weight * scale[:, None]).to(self.before.dtype).contiguous()
         return [*self.hidden, weight, (self.out_shift - weight.double() @ self.hidden_mean).float()]
 
 
@@ -70,11 +75,13 @@ class _Passes:
         self, rows: tuple[Any, ...], grad: Tensor | None = None, argmax: Tensor | None = None
     ) -> None:
         self.rows, self.neighbors = rows, rows[3].shape[-1]
+        self.dtype = rows[1].dtype
         self.entry = (grad, argmax)
         self.dense: Tensor | None = None
         self.sums: list[Tensor] = []
 
     def project(self, done: list[Tensor], weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+        weight = weight.to(self.dtype)
         before, means, spreads, counts = _ops._local_aggregate_project(*self.rows, done, weight, bias)
         hidden = before.shape[1]
         return before, means[:, :hidden], spreads[:, :hidden], counts
@@ -104,9 +111,9 @@ class _Passes:
             *self.entry,
             self.dense,
             self.neighbors,
-            q.T.float().contiguous(),
+            q.T.to(self.dtype).contiguous(),
             constant.float(),
-            (carried if self.dense is None else carried.T).float().contiguous(),
+            (carried if self.dense is None else carried.T).to(self.dtype).contiguous(),
             unit.in_mean.float(),
             unit.in_deviation.float(),
         )
@@ -118,10 +125,10 @@ class _Passes:
         below: list[Tensor] = []
         if done:
             under = units[-2]
-            below = [under.out_weight, under.out_bias, under.out_mean, under.out_deviation]
-            below = [x.float().contiguous() for x in below]
+            below = [under.out_bias, under.out_mean, under.out_deviation]
+            below = [under.out_weight.to(self.dtype).contiguous(), *(x.float().contiguous() for x in below)]
         norm = [x.float() for x in norm]
-        weight = unit.in_weight.T.contiguous()
+        weight = unit.in_weight.T.to(self.dtype).contiguous()
         found, *self.rest = _ops._local_aggregate_rows_grad(
             *self.rows, done, unit.before, *self.entry, self.dense, self.dz, norm, weight, below
         )
@@ -132,12 +139,30 @@ class _Passes:
         return found.double().sum(0)[:hidden, :width]
 
     def features_grad(self, unit: _Unit) -> Tensor:
+        if len(self.rest) == 1:  # on CUDA: dy1, of every row
+            center, neighbor = self.rows[2:4]
+            points = self.rows[0].shape[1]
+            self.rest = _ops._local_aggregate_points_grad(
+                *self.rest, *self.entry, self.dense, center, neighbor, points
+            )
         by_neighbor, by_center, direct = self.rest
         first, half = unit.in_weight, direct.shape[-1]
         return direct + by_neighbor @ first[:, :half] + by_center @ first[:, half:]
 
 
-@torch.library.custom_op("any2point::_local_aggregate_train", mutates_args=(), device_types="cpu")
+def _exact(function: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
+    """The function in the precision that it says, also under autocast."""
+
+    @functools.wraps(function)
+    def call(first: Tensor, *args: Any) -> list[Tensor]:
+        with torch.autocast(first.device.type, enabled=False):
+            return function(first, *args)
+
+    return call
+
+
+@torch.library.custom_op("any2point::_local_aggregate_train", mutates_args=(), device_types=("cpu", "cuda"))
+@_exact
 def forward(
     points: Tensor,
     features: Tensor,
@@ -208,7 +233,10 @@ def _(
     return [out, features.new_empty(out.shape, dtype=torch.int32), *saved]
 
 
-@torch.library.custom_op("any2point::_local_aggregate_train_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op(
+    "any2point::_local_aggregate_train_backward", mutates_args=(), device_types=("cpu", "cuda")
+)
+@_exact
 def backward(
     grad: Tensor,
     points: Tensor,
