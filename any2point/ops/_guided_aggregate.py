@@ -102,7 +102,7 @@ def fused(
     statistics = [tensor for norm in both for tensor in (norm.running_mean, norm.running_var)]
     running = [] if training else [tensor.float().contiguous() for tensor in statistics]
     rows = features if width % 4 == 0 else features.float()  # 16-bit rows are read four channels at a time
-    out, mean, _, unbiased = checked(
+    out, mean, _, unbiased, *_ = checked(
         _ops._guided_aggregate.default,
         rows.contiguous(),
         qkv.view(batch, count, views, 3, plan.proj.shape[1] - 1),
@@ -152,10 +152,16 @@ def _fake(
     running: list[Tensor],
     order: Tensor,
     *rest: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    shape = order.shape[0], features.shape[-1]
-    statistics = [features.new_empty(shape, dtype=torch.float32) for _ in range(3)]
-    return torch.empty_like(features), statistics[0], statistics[1], statistics[2]
+) -> tuple[Tensor, ...]:
+    views, inner, width = proj.shape
+    rows = order.shape[1]
+    shapes: list[tuple[int, ...]] = [(order.shape[0], width)] * 3
+    if features.device.type == "cuda":  # kept for the backward pass
+        adaptive = len(norms) == 4
+        shapes += [(views, rows, (inner + 3) // 4 * 4), (2 * views + 1, rows) if adaptive else (0, 0)]
+    else:
+        shapes += [(0, 0, 0), (0, 0)]
+    return torch.empty_like(features), *(features.new_empty(s, dtype=torch.float32) for s in shapes)
 
 
 @torch.library.register_fake("any2point::_guided_aggregate_backward")
@@ -171,7 +177,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     keep, *options, _ = inputs[9:]
     ctx.options = *options, not running
     ctx.norms, ctx.running = len(norms), len(running)
-    ctx.save_for_backward(features, qkv, proj, *norms, *output[1:3], *lists, keep)
+    ctx.save_for_backward(features, qkv, proj, *norms, *output[1:3], *output[4:], *lists, keep)
 
 
 def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:

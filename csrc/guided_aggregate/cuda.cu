@@ -70,7 +70,7 @@ __global__ void running_kernel(GuidedForward args) {
 }
 
 struct Workspace {
-  float *z, *heads, *inner;
+  float *z, *heads;
   float2* parts;
   int32_t* sizes;
   int64_t bytes;
@@ -80,7 +80,6 @@ struct Workspace {
     const int64_t rows = args.clouds * args.tokens, pad = coefficients(args.inner);
     z = room.take<float>(args.layers * rows * args.channels);
     heads = room.take<float>(args.views * rows * pad);
-    inner = room.take<float>(args.views * rows * pad);
     parts = room.take<float2>(args.clouds * args.layers * args.channels);
     sizes = room.take<int32_t>(args.clouds * args.layers);
     bytes = room.used;
@@ -90,8 +89,8 @@ struct Workspace {
 int forward(const GuidedForward& args, const Workspace& work, cudaStream_t stream) {
   const int64_t rows = args.clouds * args.tokens;
   if (rows > 0) {
-    if (const int error = attention_forward(args, work.heads, work.inner, stream)) return error;
-    const Rows rows_args{work.heads, work.inner, work.z, work.parts, work.sizes};
+    if (const int error = attention_forward(args, work.heads, args.inner_means, stream)) return error;
+    const Rows rows_args{work.heads, args.inner_means, work.z, work.parts, work.sizes};
     if (const int error = pool_rows(args, rows_args, args.training, stream)) return error;
   }
   const int columns = static_cast<int>(args.layers * args.channels);

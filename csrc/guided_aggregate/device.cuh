@@ -126,9 +126,6 @@ __device__ inline float sums_of_warp(const float (&value)[kCount], int lane) {
   }
 }
 
-// Coefficients of the projection per token or segment: M heads and a factor on the bias, padded.
-__host__ __device__ inline int64_t coefficients(int64_t inner) { return (inner + 1 + 3) / 4 * 4; }
-
 // A token's activation: its segment's row, normalised, through GELU. Tokens of no segment have zeros.
 template <int N>
 struct Norm {

@@ -44,17 +44,26 @@ struct Guided {
   const float* keep;                                                     // [V, R] or null
 };
 
+namespace guided {
+// K: coefficients of the projection per token or cell, M heads and a factor on the bias, padded with zeros.
+A2P_ALWAYS_INLINE int64_t coefficients(int64_t inner) { return (inner + 1 + 3) / 4 * 4; }
+}  // namespace guided
+
 struct GuidedForward : Guided {
   void* out;                           // [R, C]
   float *mean, *deviation, *unbiased;  // [L, C]
+  // For the backward pass, on CUDA: inner_means [V, R, K] by segment, means of [h; keep] over the cells;
+  // agreement [2V + 1, R] of the adaptive ensemble: g_v . s of every view, then |g_v|^2, then |s|^2.
+  float *inner_means, *agreement;
 };
 
 struct GuidedBackward : Guided {
-  const float *mean, *deviation;  // [L, C]
-  const void* grad;               // [R, C] of the features' dtype
-  void* grad_features;            // [R, C]
-  void* grad_qkv;                 // [R, V, 3, M]
-  float* grad_proj;               // [V, M + 1, C]
+  const float *mean, *deviation;         // [L, C]
+  const float *inner_means, *agreement;  // of the forward pass, on CUDA
+  const void* grad;                      // [R, C] of the features' dtype
+  void* grad_features;                   // [R, C]
+  void* grad_qkv;                        // [R, V, 3, M]
+  float* grad_proj;                      // [V, M + 1, C]
   float *grad_view_weight, *grad_view_bias, *grad_space_weight, *grad_space_bias;
 };
 

@@ -10,6 +10,7 @@ namespace any2point {
 namespace {
 
 using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+using Six = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 float* floats(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
 
@@ -89,6 +90,17 @@ Four lists(const Tensor& cell_, const OptionalTensor& cluster_, int64_t cells) {
 }
 #endif
 
+// What the forward pass keeps for the backward pass, on CUDA alone: shapes of inner and agreement.
+std::vector<int64_t> inner_shape(const Guided& args, const Tensor& like) {
+  if (!like.is_cuda()) return {0, 0, 0};
+  return {args.views, args.clouds * args.tokens, guided::coefficients(args.inner)};
+}
+
+std::vector<int64_t> agreement_shape(const Guided& args, const Tensor& like) {
+  if (!like.is_cuda() || args.ensemble != Ensemble::adaptive) return {0, 0};
+  return {2 * args.views + 1, args.clouds * args.tokens};
+}
+
 // The checked arguments that forward and backward share.
 template <typename Args>
 Args guided(const Tensor& features, const Tensor& qkv, const Tensor& proj, const std::vector<Tensor>& norms,
@@ -140,10 +152,10 @@ Args guided(const Tensor& features, const Tensor& qkv, const Tensor& proj, const
   return args;
 }
 
-Four forward(const Tensor& features_, const Tensor& qkv, const Tensor& proj_, std::vector<Tensor> norms_,
-             std::vector<Tensor> running, const Tensor& order, const Tensor& segment, const Tensor& start,
-             const Tensor& count, const OptionalTensor& keep, int64_t heads, double scale, double coefficient,
-             bool maximum, std::string ensemble, int64_t total, double eps) {
+Six forward(const Tensor& features_, const Tensor& qkv, const Tensor& proj_, std::vector<Tensor> norms_,
+            std::vector<Tensor> running, const Tensor& order, const Tensor& segment, const Tensor& start,
+            const Tensor& count, const OptionalTensor& keep, int64_t heads, double scale, double coefficient,
+            bool maximum, std::string ensemble, int64_t total, double eps) {
   const Tensor features = whole(features_), proj = whole(proj_);
   const std::vector<Tensor> norms = whole(norms_);
   GuidedForward args = guided<GuidedForward>(features, qkv, proj, norms, order, segment, start, count, keep,
@@ -169,24 +181,28 @@ Four forward(const Tensor& features_, const Tensor& qkv, const Tensor& proj_, st
   args.mean = floats(mean);
   args.deviation = floats(deviation);
   args.unbiased = floats(unbiased);
+  Tensor inner = torch::stable::new_empty(features, inner_shape(args, features), ScalarType::Float);
+  Tensor agreement = torch::stable::new_empty(features, agreement_shape(args, features), ScalarType::Float);
+  args.inner_means = floats(inner);
+  args.agreement = floats(agreement);
 #ifdef ANY2POINT_WITH_CUDA
   if (features.is_cuda()) {
     const OnDevice device(features);
     const Tensor workspace = scratch(features, guided_forward_workspace(args));
     check_cuda("guided_aggregate", guided_forward_cuda(args, workspace.mutable_data_ptr(), device.stream));
-    return {out, mean, deviation, unbiased};
+    return {out, mean, deviation, unbiased, inner, agreement};
   }
 #endif
   guided_forward_cpu(args);
-  return {out, mean, deviation, unbiased};
+  return {out, mean, deviation, unbiased, inner, agreement};
 }
 
 std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> backward(
     const Tensor& grad_, const Tensor& features_, const Tensor& qkv, const Tensor& proj_,
-    std::vector<Tensor> norms_, const Tensor& mean, const Tensor& deviation, const Tensor& order,
-    const Tensor& segment, const Tensor& start, const Tensor& count, const OptionalTensor& keep,
-    int64_t heads, double scale, double coefficient, bool maximum, std::string ensemble, int64_t total,
-    bool training) {
+    std::vector<Tensor> norms_, const Tensor& mean, const Tensor& deviation, const Tensor& inner,
+    const Tensor& agreement, const Tensor& order, const Tensor& segment, const Tensor& start,
+    const Tensor& count, const OptionalTensor& keep, int64_t heads, double scale, double coefficient,
+    bool maximum, std::string ensemble, int64_t total, bool training) {
   const Tensor grad = whole(grad_), features = whole(features_), proj = whole(proj_);
   const std::vector<Tensor> norms = whole(norms_);
   GuidedBackward args = guided<GuidedBackward>(features, qkv, proj, norms, order, segment, start, count, keep,
@@ -195,6 +211,8 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> backward(
   const int64_t width = args.channels;
   args.mean = floats_of("mean", mean, {order.size(0), width}, features);
   args.deviation = floats_of("deviation", deviation, {order.size(0), width}, features);
+  args.inner_means = floats_of("inner", inner, inner_shape(args, features), features);
+  args.agreement = floats_of("agreement", agreement, agreement_shape(args, features), features);
   args.grad = data_of("grad", grad, features.scalar_type(), {args.clouds, args.tokens, width}, features);
   Tensor grad_features = torch::stable::empty_like(features), grad_qkv = torch::stable::empty_like(qkv);
   Tensor grad_proj = torch::stable::empty_like(proj);

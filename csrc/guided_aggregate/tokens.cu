@@ -96,7 +96,15 @@ __global__ void __launch_bounds__(kThreads)
   extern __shared__ float shared[];
   const Token<T, N> token(args, args.mean, args.deviation, z, shared);
   const Lane<N> none = zero<N>();
-  if (args.ensemble == Ensemble::adaptive) token.agreements(nullptr);
+  if (args.ensemble == Ensemble::adaptive) {
+    token.agreements(nullptr);
+    for (int64_t i = threadIdx.x; i <= 2 * args.views; i += kThreads) {
+      const int64_t view = i % args.views;
+      args.agreement[i * token.rows + token.row] = i == 2 * args.views ? token.space_norm2()
+                                                   : i < args.views    ? token.dot(view)
+                                                                       : token.norm2(view);
+    }
+  }
   const T* features = static_cast<const T*>(args.features) + token.row * args.channels;
   T* out = static_cast<T*>(args.out) + token.row * args.channels;
   for (int64_t c = threadIdx.x * N; c < args.channels; c += kThreads * N) {
@@ -287,6 +295,9 @@ __global__ void __launch_bounds__(kMost, 2)
     }
     value[2 * kViews] = dot(g[kViews], g[kViews]);
     const float sum = held.total(value);
+    if (held.warp == 0 && held.lane % 2 == 0 && held.lane <= 4 * kViews) {
+      args.agreement[held.lane / 2 * held.rows + token] = sum;
+    }
     const float norm = __shfl_sync(kAll, sum, 2 * min(kViews + held.lane, 2 * kViews));
     const float space = __shfl_sync(kAll, sum, 4 * kViews), product = __shfl_sync(kAll, sum, 2 * held.lane);
     const float cosine = product / (fmaxf(sqrtf(norm), kNorm) * fmaxf(sqrtf(space), kNorm));
