@@ -126,25 +126,25 @@ __device__ inline float sums_of_warp(const float (&value)[kCount], int lane) {
   }
 }
 
-// A token's activation: its segment's row, normalised, through GELU. Tokens of no segment have zeros.
+// Normalisation of a layer's rows at some channels. The mean is subtracted first: folded into the bias it
+// would cancel against rows that are all near it, whose deviation is large.
 template <int N>
 struct Norm {
-  Lane<N> scale, shift;
+  Lane<N> center, scale, bias;
 
   __device__ Norm(const Guided& args, const float* mean, const float* deviation, int64_t layer, int64_t c) {
     const bool voxels = layer == args.views;
     const float* weights = voxels ? args.space_weight : args.view_weight + layer * args.channels;
     const float* biases = voxels ? args.space_bias : args.view_bias + layer * args.channels;
-    const Lane<N> weight = load<N>(weights + c), bias = load<N>(biases + c);
-    const Lane<N> center = load<N>(mean + layer * args.channels + c);
-    const Lane<N> inverse = load<N>(deviation + layer * args.channels + c);
+    const Lane<N> weight = load<N>(weights + c), inverse = load<N>(deviation + layer * args.channels + c);
+    center = load<N>(mean + layer * args.channels + c);
+    bias = load<N>(biases + c);
 #pragma unroll
-    for (int n = 0; n < N; n++) {
-      scale.at[n] = weight.at[n] * inverse.at[n];
-      shift.at[n] = fmaf(-center.at[n], scale.at[n], bias.at[n]);
-    }
+    for (int n = 0; n < N; n++) scale.at[n] = weight.at[n] * inverse.at[n];
   }
-  __device__ float operator()(int n, float z) const { return fmaf(z, scale.at[n], shift.at[n]); }
+  __device__ float operator()(int n, float z) const {
+    return fmaf(z - center.at[n], scale.at[n], bias.at[n]);
+  }
 };
 
 // The tokens of one segment, fetched 32 at a time by the lanes of a warp.

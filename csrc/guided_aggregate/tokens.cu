@@ -212,7 +212,7 @@ struct Held {
   const Guided& args;
   const float* z;         // [L, R, C]
   float (*parts)[kWarp];  // shared: [2, warps][kWarp], sums over the channels of each warp
-  Lane<4> scale[kLayers], shift[kLayers], next[kLayers];
+  Lane<4> center[kLayers], scale[kLayers], bias[kLayers], next[kLayers];
   int64_t rows, c;
   int lane, warp, warps, turn = 0;
   int32_t mine;         // lane l: segment in layer l of the token after the next
@@ -230,8 +230,9 @@ struct Held {
 #pragma unroll
     for (int l = 0; l < kLayers; l++) {
       const Norm<4> norm(args, mean, deviation, l, c);
+      center[l] = norm.center;
       scale[l] = active ? norm.scale : zero<4>();  // GELU(0) = 0
-      shift[l] = active ? norm.shift : zero<4>();
+      bias[l] = active ? norm.bias : zero<4>();
     }
   }
   // Starts to read the rows of a token whose segments were sought before.
@@ -252,7 +253,7 @@ struct Held {
     for (int l = 0; l < kLayers; l++) {
 #pragma unroll
       for (int n = 0; n < 4; n++) {
-        g[l].at[n] = gelu(fmaf(next[l].at[n], scale[l].at[n], shift[l].at[n])).value;
+        g[l].at[n] = gelu(fmaf(next[l].at[n] - center[l].at[n], scale[l].at[n], bias[l].at[n])).value;
       }
     }
     if (absent) g[kViews] = zero<4>();
