@@ -124,6 +124,15 @@ def _check_together(config: Any2PointConfig) -> None:
         raise ValueError(
             "`insertion`: expected mlp_output or attention_output with `adapter` aggregate, got mlp_parallel"
         )
+    # What the official code sets may have no effect; what somebody asked for shall have one.
+    if (none or config.adapter == "bottleneck") and config.parity is None:
+        for name, default in (("pooling", "mean"), ("ensemble", "adaptive")):
+            if getattr(config, name) != default:
+                kind = "none" if none else config.adapter
+                raise ValueError(
+                    f"`{name}`: expected {default} with `adapter` {kind}, which aggregates nothing, "
+                    f"got {getattr(config, name)}"
+                )
     if config.causal and config.attention_axis == "batch":
         raise ValueError("`causal`: expected False with `attention_axis` batch, got True")
     if config.lines is not None and config.permuted_lines:

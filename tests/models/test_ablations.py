@@ -128,6 +128,8 @@ def test_names_of_saved_tensors_do_not_change() -> None:
             {"tuning": "full", "source_dtype": "bfloat16"},
             "`source_dtype`: expected float32 for `tuning` full",
         ),
+        ({"adapter": "bottleneck", "ensemble": "mean"}, "`ensemble`: expected adaptive with `adapter` bottl"),
+        ({"tuning": "probe", "pooling": "max+mean"}, "`pooling`: expected mean with `adapter` none"),
         ({"adapter": "none", "adapter_blocks": [0]}, "`adapter_blocks`: expected None with `adapter` none"),
         ({"adapter": "none", "insertion": "attention_output"}, "`insertion`: .* with `adapter` none"),
         ({"adapter": "aggregate", "insertion": "mlp_parallel"}, "`insertion`: .* with `adapter` aggregate"),

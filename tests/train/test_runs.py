@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny
 from published_layouts import write_scanobjectnn
@@ -180,6 +181,29 @@ def test_nothing_to_hold_out(tmp_path: Path) -> None:
     one_of_each = tiny.dataset(3)
     with pytest.raises(ValueError, match=r"`select`: expected .last. where no class has two clouds"):
         fit(tiny.model(), one_of_each, None, tiny.config(select="validation"), tmp_path / "run")
+
+
+def test_a_run_on_a_published_set_is_tested_on_a_folder(
+    scene: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Some of its classes, in another order than the alphabet's."""
+    run, folder = str(scene / "run"), tmp_path / "mine"
+    rng = np.random.default_rng(0)
+    for name in ("box", "bag"):
+        (folder / "test" / name).mkdir(parents=True)
+        (folder / "train" / name).mkdir(parents=True)
+        np.save(folder / "test" / name / "a.npy", rng.random((200, 3), dtype=np.float32))
+    assert main(["eval", run, "--data", str(folder), "--output", str(tmp_path / "out")]) == 0
+    result = json.loads((tmp_path / "out" / "results.json").read_text())["test"]
+    assert {name: row["clouds"] for name, row in result["classes"].items()} == {"bag": 1, "box": 1}
+    assert sum(result["confusion"][0]) == sum(result["confusion"][2]) == 1  # bag, bin, box
+    (folder / "test" / "box").rename(folder / "test" / "rocket")
+    (folder / "train" / "box").rename(folder / "train" / "rocket")
+    refused(capsys, ["eval", run, "--data", str(folder)], "rocket: expected one of the classes ['bag'")
+    (tmp_path / "empty").mkdir()
+    capsys.readouterr()
+    assert main(["eval", run, "--data", str(tmp_path / "empty")]) == 2
+    assert "h5_files" in capsys.readouterr().err  # what is missing of the published set
 
 
 def test_evaluation_without_matplotlib_keeps_its_numbers(
