@@ -25,45 +25,6 @@
 namespace any2point {
 namespace {
 
-// Floats in shared memory behind the weights: biases and frequencies.
-template <int C>
-__device__ void load_frequency(const HopperAggregate& args, float* frequency) {
-  for (int i = threadIdx.x; i < C / 6; i += blockDim.x) frequency[i] = 1 / args.wavelength[i];
-}
-
-// Generic writes to shared memory become visible to the products.
-__device__ __forceinline__ void publish() {
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-  __syncthreads();
-}
-
-// A warp per group: what its offsets are multiplied by.
-__global__ void scale_kernel(const HopperAggregate args, float4* scales) {
-  const int lane = threadIdx.x % 32;
-  const int64_t group = this_warp();
-  if (group >= args.groups) return;
-  const int64_t cloud = group / args.centers, first = cloud * args.rows;
-  float divisor[3] = {0, 0, 0};
-  if (args.divisor) {
-    for (float& each : divisor) each = args.divisor[cloud];
-  } else {
-    const int64_t middle = row_of(args, args.center[group], first);
-    const int64_t* neighbor = args.neighbor + group * args.neighbors;
-    for (int k = lane; k < args.neighbors; k += 32) {
-      const int64_t row = neighbor[k] < 0 ? middle : row_of(args, neighbor[k], first);
-      for (int axis = 0; axis < 3; axis++) {
-        const float from = coordinate(args, row, axis) - coordinate(args, middle, axis);
-        divisor[axis] = fmaxf(divisor[axis], fabsf(from));
-      }
-    }
-    for (float& each : divisor) {
-      for (int d = 16; d > 0; d /= 2) each = fmaxf(each, __shfl_xor_sync(kLanes, each, d));
-      if (args.guard && !(each > FLT_MIN)) each = 1;
-    }
-  }
-  if (lane == 0) scales[group] = {1 / divisor[0], 1 / divisor[1], 1 / divisor[2], 0};
-}
-
 // Where a group goes on in the next warps, the maxima of its parts; a block per warp.
 template <int C, typename T>
 __global__ void join_kernel(const HopperAggregate args, const Part part, int64_t warps) {
@@ -79,19 +40,6 @@ __global__ void join_kernel(const HopperAggregate args, const Part part, int64_t
     largest = Two<T>::max(largest, part.heads[warp * (C / 2) + threadIdx.x]);
   }
   *to = largest;
-}
-
-// Begins d += h weight^T for N channels from position `first`.
-template <int C, int H, int N, typename T>
-__device__ __forceinline__ void out_product(float (&d)[N / 2], const uint32_t (&h)[H / 16][4],
-                                            const char* weight, int first) {
-  pin(d);
-  wgmma_fence();
-#pragma unroll
-  for (int k = 0; k < H / 16; k++) {
-    wgmma<N, T>(d, h[k], descriptor(weight + (k / 2 * C + first) * kBlockBytes + k % 2 * 32));
-  }
-  wgmma_commit();
 }
 
 // All units at once, for weights that fit into shared memory together.
@@ -296,8 +244,6 @@ __global__ void __launch_bounds__(kTeams * 128, 1)
 // Launches.
 
 constexpr int64_t kHidden = 160 << 20;  // bytes of hidden channels at a time, about
-
-int64_t divided(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // How the tiles of all groups are cut into parts, and what they need.
 struct Plan {

@@ -1,5 +1,5 @@
-// Pieces of hopper.sm90a.cu: pairs of 16-bit numbers, the rows x as operands of warpgroup products, and the
-// maximum over neighbours.
+// What kernels for sm_90a share, in evaluation and training: pairs of 16-bit numbers, the rows x as operands
+// of warpgroup products, and the maximum over neighbours.
 //
 // Channels stand in another order than in memory, so that a thread owns 8 in a row of every 32: position
 // 8 q + 2 t + e of a block is channel 8 t + 2 q + e (q, t < 4; e < 2), for t of the thread. Blocks come in
@@ -9,6 +9,8 @@
 
 #include <float.h>
 #include <math_constants.h>
+
+#include <algorithm>
 
 #include "local_aggregate/hopper.h"
 #include "local_aggregate/wgmma.cuh"
@@ -71,10 +73,32 @@ struct Order {
   }
 };
 
+// Hidden channels in memory stand in natural order, in registers where training has them in that of
+// positions.
+__host__ __device__ constexpr int hidden_channel(int position) {
+  return position / 32 * 32 + position % 8 / 2 * 8 + position % 32 / 8 * 2 + position % 2;
+}
+
+// Two hidden channels: h = ReLU(scale y1 + shift).
+template <typename T>
+__device__ __forceinline__ uint32_t hidden_pair(uint32_t y, float2 scale, float2 shift) {
+  const float2 v = Two<T>::floats(y);
+  return Two<T>::max(Two<T>::of(__fmaf_rn(v.x, scale.x, shift.x), __fmaf_rn(v.y, scale.y, shift.y)), 0);
+}
+
 // The last pair with channels of a neighbour (the others are the centre's).
 template <int C>
 constexpr int kLastNear =
     (C / 64 - 1) / (2 * Order<C>::kParts) * Order<C>::kParts + (C / 64 - 1) % Order<C>::kParts;
+
+// Eight channels of row n of a block of 32, in the order of positions; t: which of the four.
+__device__ __forceinline__ void store_weight(const uint4& v, char* block, int n, int t) {
+  const uint32_t pairs[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+  for (int q = 0; q < 4; q++) {
+    *reinterpret_cast<uint32_t*>(block + swizzle(n * kBlockBytes + 16 * q + 4 * t)) = pairs[q];
+  }
+}
 
 template <int C, int H>
 __device__ void load_in_weight(const void* weight, char* to) {
@@ -82,12 +106,7 @@ __device__ void load_in_weight(const void* weight, char* to) {
   for (int i = threadIdx.x; i < H * C / 8; i += blockDim.x) {
     const int n = i / (C / 8), b = i % (C / 8) / 4, t = i % 4;
     const uint4 v = from[n * (C / 8) + Order<C>::block(b) * 4 + t];
-    const uint32_t pairs[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-    for (int q = 0; q < 4; q++) {
-      const uint32_t at = b * H * kBlockBytes + swizzle(n * kBlockBytes + 16 * q + 4 * t);
-      *reinterpret_cast<uint32_t*>(to + at) = pairs[q];
-    }
+    store_weight(v, to + b * H * kBlockBytes, n, t);
   }
 }
 
@@ -385,5 +404,58 @@ __device__ __forceinline__ int segment_after(const HopperAggregate& args, const 
   while ((segment + 1) * args.neighbors - walk.begin <= (tile + 1) * kRows) segment++;
   return segment;
 }
+
+template <int C>
+__device__ void load_frequency(const HopperAggregate& args, float* frequency) {
+  for (int i = threadIdx.x; i < C / 6; i += blockDim.x) frequency[i] = 1 / args.wavelength[i];
+}
+
+// Generic writes to shared memory become visible to the products.
+__device__ __forceinline__ void publish() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  __syncthreads();
+}
+
+// A warp per group: what its offsets are multiplied by.
+static __global__ void scale_kernel(const HopperAggregate args, float4* scales) {
+  const int lane = threadIdx.x % 32;
+  const int64_t group = this_warp();
+  if (group >= args.groups) return;
+  const int64_t cloud = group / args.centers, first = cloud * args.rows;
+  float divisor[3] = {0, 0, 0};
+  if (args.divisor) {
+    for (float& each : divisor) each = args.divisor[cloud];
+  } else {
+    const int64_t middle = row_of(args, args.center[group], first);
+    const int64_t* neighbor = args.neighbor + group * args.neighbors;
+    for (int k = lane; k < args.neighbors; k += 32) {
+      const int64_t row = neighbor[k] < 0 ? middle : row_of(args, neighbor[k], first);
+      for (int axis = 0; axis < 3; axis++) {
+        const float from = coordinate(args, row, axis) - coordinate(args, middle, axis);
+        divisor[axis] = fmaxf(divisor[axis], fabsf(from));
+      }
+    }
+    for (float& each : divisor) {
+      for (int d = 16; d > 0; d /= 2) each = fmaxf(each, __shfl_xor_sync(kLanes, each, d));
+      if (args.guard && !(each > FLT_MIN)) each = 1;
+    }
+  }
+  if (lane == 0) scales[group] = {1 / divisor[0], 1 / divisor[1], 1 / divisor[2], 0};
+}
+
+// Begins d += h weight^T for N channels from position `first`.
+template <int C, int H, int N, typename T>
+__device__ __forceinline__ void out_product(float (&d)[N / 2], const uint32_t (&h)[H / 16][4],
+                                            const char* weight, int first) {
+  pin(d);
+  wgmma_fence();
+#pragma unroll
+  for (int k = 0; k < H / 16; k++) {
+    wgmma<N, T>(d, h[k], descriptor(weight + (k / 2 * C + first) * kBlockBytes + k % 2 * 32));
+  }
+  wgmma_commit();
+}
+
+__host__ __device__ inline int64_t divided(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace any2point
