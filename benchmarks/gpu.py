@@ -1,6 +1,7 @@
 """GPU times of the ops and of their peers, on one CUDA device.
 
     python benchmarks/gpu.py --output benchmarks/results/NAME.csv [--peers DIR] [--commit SHA] [--only knn]
+    python benchmarks/gpu.py --output benchmarks/results/NAME_scaling.csv --scaling clouds [--only fps knn]
 
 Per measurement: inputs rotated, warm-up, then CUDA events around each call (`forward`, `backward`,
 `forward+backward`) or around replays of one CUDA graph with a call per input set (`forward graph`, ...). A
@@ -10,7 +11,6 @@ provider's result is checked first; a wrong one is not timed. Peers: any2point/b
 from __future__ import annotations
 
 import argparse
-import itertools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,9 +21,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from any2point.bench import peers, timing
 from any2point.bench.cases import Case
-from any2point.bench.run import measure_cases
+from any2point.bench.run import OPS, SCALING, measure_cases, op_cases, scaling_cases
 from any2point.bench.table import summary, write_csv
-from benchmarks.gpu_cases import KINDS
+
+_SHORT = {"farthest_point_sample": "fps", "farthest_point_hierarchy": "hierarchy"}
+_OP_OF = {_SHORT.get(op, op): op for op in OPS}  # what `--only` takes
 
 
 def main() -> None:
@@ -33,7 +35,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="CSV to add the rows to")
     parser.add_argument("--peers", help="folder with peers.py")
     parser.add_argument("--commit", default="", help="revision to write into the rows (default: from git)")
-    parser.add_argument("--only", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--only", nargs="+", choices=_OP_OF, help="default: all")
+    parser.add_argument("--scaling", choices=SCALING, help="forward over the number of points or of clouds")
     parser.add_argument("--warmup", type=float, default=1.0, help="seconds at first, a tenth of it each time")
     parser.add_argument("--seconds", type=float, default=0.5, help="about how long a measurement takes")
     parser.add_argument("--max-rows", type=int, default=1 << 30, help="leave out shapes of larger clouds")
@@ -51,7 +54,12 @@ def main() -> None:
     print(f"peers: {names or 'none'}", flush=True)
 
     def wanted() -> Iterator[Case]:
-        for case in itertools.chain.from_iterable(KINDS[kind](args.peers) for kind in args.only):
+        names = [_OP_OF[name] for name in args.only or ()]
+        if args.scaling:
+            found = scaling_cases(names, "cuda", args.scaling, folder=args.peers)
+        else:
+            found = op_cases(names, "cuda", folder=args.peers)
+        for case in found:
             longest = max(part.shape[1] for part in timing.flatten(case.inputs[0]) if part.dim() > 1)
             if longest <= args.max_rows:
                 yield case

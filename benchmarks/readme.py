@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from any2point.bench.table import Row, best_peer, by_case, read_rows, time_text
+from any2point.bench.table import Row, best_peer, by_case, peer_name, read_rows, time_text
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -163,7 +163,7 @@ def render(name: str) -> str:
         if found is None:
             continue
         own, best = found
-        peer = f"{time_text(best.p50_us)} ({best.provider})" if best else ""
+        peer = f"{time_text(best.p50_us)} ({peer_name(best)})" if best else ""
         ratio = ratio_text(best.p50_us / own.p50_us) if best else ""
         cells = [line.label if line.label != before else "", line.size, time_text(own.p50_us), peer, ratio]
         if on_gpu:

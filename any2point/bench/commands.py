@@ -43,7 +43,9 @@ def bench_op(
     csv: Csv = None,
     device: Device = "auto",
     quick: Quick = False,
-    scaling: Annotated[bool, typer.Option(help="Sampling and neighbours over N and B instead.")] = False,
+    scaling: Annotated[
+        str | None, typer.Option(help="Sampling, neighbours and groups over `points` or `clouds` instead.")
+    ] = None,
     compile_: Compile = None,
     peers: Peers = None,
     threads: Threads = 1,
@@ -67,13 +69,16 @@ def bench_step(
     precision: Precision = "auto",
     device: Device = "auto",
     against_torch: Against = False,
+    scaling: Annotated[bool, typer.Option(help="Whole evaluations of 1, 2, 4, ... clouds instead.")] = False,
     threads: Threads = 0,
     cpu_time: CpuTime = False,
 ) -> None:
     """A training and an evaluation step by parts, against their floors."""
+    if scaling and plot is not None:
+        raise ValueError("plot: expected a step by parts, got --scaling")
     where = _prepare(device, threads)
     settings = _settings(where, False, None, cpu_time)
-    rows = _measure_step(source, batch, points, precision, where, settings, against_torch)
+    rows = _measure_step(source, batch, points, precision, where, settings, against_torch, scaling)
     if plot is not None:
         from any2point.bench.step_report import step_picture
 
@@ -95,8 +100,8 @@ def bench_all(
     """All ops, then a step with the default options."""
     where = _prepare(device, threads)
     settings = _settings(where, quick, compile_, cpu_time)
-    rows, wrong = _measure_ops([], where, settings, quick, False, peers, csv)
-    rows += _measure_step("random:clip-text", 0, 1024, "auto", where, settings, False)
+    rows, wrong = _measure_ops([], where, settings, quick, None, peers, csv)
+    rows += _measure_step("random:clip-text", 0, 1024, "auto", where, settings)
     _finish(rows, wrong, where, as_json, csv)
 
 
@@ -147,7 +152,7 @@ def _measure_ops(
     device: str,
     settings: Any,
     quick: bool,
-    scaling: bool,
+    scaling: str | None,
     folder: str | None,
     csv: Path | None,
 ) -> tuple[list[Any], list[str]]:
@@ -157,7 +162,10 @@ def _measure_ops(
 
     for reason in peers.skipped() if device == "cpu" else ():
         print(f"without {reason}", file=sys.stderr)
-    found = scaling_cases(device) if scaling else op_cases(names, device, quick=quick, folder=folder)
+    if scaling is not None:
+        found = scaling_cases(names, device, scaling, folder=folder)
+    else:
+        found = op_cases(names, device, quick=quick, folder=folder)
     done = (lambda rows: write_csv(csv, rows)) if csv is not None else None
     rows, wrong = measure_cases(found, device, settings, _say, done=done)
     print(summary(rows))
@@ -165,16 +173,24 @@ def _measure_ops(
 
 
 def _measure_step(
-    source: str, batch: int, points: int, precision: str, device: str, settings: Any, against_torch: bool
+    source: str,
+    batch: int,
+    points: int,
+    precision: str,
+    device: str,
+    settings: Any,
+    against_torch: bool = False,
+    scaling: bool = False,
 ) -> list[Any]:
     import torch
 
-    from any2point.bench.step_report import Choice, measure_step
+    from any2point.bench.step_report import Choice, measure_batches, measure_step
     from any2point.train.runtime import pick_precision
 
     chosen = pick_precision(precision, torch.device(device))
     size = batch or (32 if device == "cuda" else 8)
-    return measure_step(Choice(source, size, points, chosen, against_torch), device, settings, print)
+    measure = measure_batches if scaling else measure_step
+    return measure(Choice(source, size, points, chosen, against_torch), device, settings, print)
 
 
 def _finish(rows: list[Any], wrong: list[str], device: str, as_json: Path | None, csv: Path | None) -> None:

@@ -118,10 +118,11 @@ def segment_pool(device: str, shapes: Shapes | None = None) -> Iterator[Case]:
                 costs.cost_segment_pool(rows, width, count),
                 [
                     Provider.plain("any2point", ops.segment_pool),
-                    Provider("torch", peers.torch_segment_pool),
+                    Provider.plain("torch", peers.torch_segment_pool),
                 ],
                 backward=True,
                 reference=composed,
+                compilable=peers.torch_segment_pool,
             )
 
 
@@ -138,7 +139,8 @@ def virtual_project(device: str, shapes: Shapes | None = None) -> Iterator[Case]
         axes = axes if len(grid) == 2 else axes[:, 0].contiguous()
         table = _random(device, *grid, width)
         inputs = [(points.to(device), table, axes) for points in clouds(batch, count)]
-        composed = partial(_projection, reference.virtual_project, 2.0)
+        specified = partial(_projection, reference.virtual_project, 2.0)
+        composed = partial(_projection, peers.torch_virtual_project, 2.0)
         positions = 1
         for side in grid:
             positions *= side
@@ -146,14 +148,14 @@ def virtual_project(device: str, shapes: Shapes | None = None) -> Iterator[Case]
             "virtual_project",
             f"{batch},{count} {'x'.join(map(str, grid))},{width} V={views}",
             inputs,
-            near_reference(composed, inputs, 1e-4),
+            near_reference(specified, inputs, 1e-4),
             costs.cost_virtual_project(batch, count, positions, width, views),
             [
                 Provider.plain("any2point", partial(_projection, ops.virtual_project, 2.0)),
-                Provider("torch", composed),
+                Provider.plain("torch", composed),
             ],
             backward=True,
-            reference=composed,
+            reference=specified,
             compilable=composed,
         )
 
@@ -206,13 +208,13 @@ def local_aggregate(device: str, shapes: Shapes | None = None) -> Iterator[Case]
             costs.cost_local_aggregate(batch, rows, centers, k, width, hidden, count),
             [
                 Provider.plain("any2point", ops.local_aggregate),
-                Provider("torch", reference.local_aggregate),
+                Provider.plain("torch", peers.torch_local_aggregate),
             ],
             backward=True,
             reference=reference.local_aggregate,
             tolerance=2e-2,  # of many maxima and ReLUs a few go the other way
             training=_TRAINING,
-            compilable=reference.local_aggregate if count == 2 else None,  # half a minute each
+            compilable=peers.torch_local_aggregate if count == 2 else None,  # half a minute each
         )
         if device == "cuda":  # evaluation with products in float16
             low = [(points.to(device), features.detach().half(), center, neighbor, weights)]
@@ -224,8 +226,9 @@ def local_aggregate(device: str, shapes: Shapes | None = None) -> Iterator[Case]
                 costs.cost_local_aggregate(batch, rows, centers, k, width, hidden, count),
                 [
                     Provider.plain("any2point", ops.local_aggregate),
-                    Provider("torch", reference.local_aggregate),
+                    Provider.plain("torch", peers.torch_local_aggregate),
                 ],
+                compilable=peers.torch_local_aggregate if count == 2 else None,
             )
 
 
@@ -262,4 +265,5 @@ def guided_aggregate(device: str, shapes: Shapes | None = None) -> Iterator[Case
             backward=True,
             reference=composed,
             training=_TRAINING,
+            compilable=composed if cells < 100 else None,
         )

@@ -24,7 +24,15 @@ from any2point import reference
 
 Sampler = Callable[[np.ndarray, int], np.ndarray]
 Search = Callable[[np.ndarray, np.ndarray, int], tuple[np.ndarray, np.ndarray]]
-GPU_PEERS = ["pointnet2_ops", "pytorch3d", "pointops", "torch_fps"]
+GPU_PEERS = [
+    "pointnet2_ops",
+    "pytorch3d",
+    "pointops",
+    "torch_fps",
+    "torch_quickfps",
+    "torch_cluster",
+    "pyg-lib",
+]
 
 
 @cache
@@ -191,16 +199,35 @@ def torch_voxels(points: Tensor, size: float) -> Tensor:
 
 
 def torch_segment_pool(features: Tensor, segment: Tensor, count: int, reduce: str) -> Tensor:
-    """`scatter_reduce`, or `index_add` over counts."""
+    """`scatter_reduce`, or `index_add` over counts; of segments without rows a maximum is 0."""
     out = features.new_zeros(count, features.shape[1])
     if reduce == "max":
         rows = segment[:, None].expand_as(features)
         return out.scatter_reduce(0, rows, features, "amax", include_self=False)
-    total = out.index_add(0, segment, features)
-    return total / torch.bincount(segment, minlength=count).clamp(min=1)[:, None].to(features)
+    # Not `bincount`, which waits for the device.
+    rows = features.new_zeros(count).index_add(0, segment, features.new_ones(len(segment)))
+    return out.index_add(0, segment, features) / rows.clamp(min=1)[:, None]
+
+
+# The specifications of the fused ops with what people write for their primitives: these check no index, so
+# that they neither wait for the device nor break a graph.
+
+
+def torch_virtual_project(*args: Any, **options: Any) -> Any:
+    """The specification, with indexing."""
+
+    def interpolate(table: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        return (table[index] * weight[..., None]).sum(-2)
+
+    return reference.virtual_project(*args, **options, interpolate=interpolate)
+
+
+def torch_local_aggregate(*args: Any, **options: Any) -> Tensor:
+    """The specification, with indexing."""
+    return reference.local_aggregate(*args, **options, group=torch_group)
 
 
 def torch_guided_aggregate(*args: Any, **options: Any) -> Tensor:
-    """The specification, with indexing and scatters for its primitives."""
+    """The specification, with indexing and scatters."""
     options |= {"scale": args[3].proj_weight.shape[-1] ** -0.5, "segment_pool": torch_segment_pool}
     return reference.guided_aggregate(*args, **options, group=lambda features, index: features[index])

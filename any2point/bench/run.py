@@ -95,15 +95,47 @@ def _levels(function: Callable[..., Any], op: Any) -> Callable[..., Any]:
     return run
 
 
-def scaling_cases(device: str) -> Iterator[Case]:
-    """Sampling and neighbours over the number of points and of clouds."""
-    most = 17 if device == "cpu" else 20
-    sizes = [1 << power for power in range(10, most + 1)]
-    yield from cases.farthest_point_sample(device, [(1, rows, rows // 4) for rows in sizes])
-    yield from cases.knn(device, [(1, rows, rows, 16) for rows in sizes])
-    batches = [1 << power for power in range(0, 5 if device == "cpu" else 9)]
-    yield from cases.farthest_point_sample(device, [(batch, 1024, 512) for batch in batches])
-    yield from cases.knn(device, [(batch, 512, 1024, 32) for batch in batches])
+# `any2point bench op --scaling`: what is varied -> op -> shapes by that number
+SCALING: dict[str, dict[str, Callable[[int], tuple[Any, ...]]]] = {
+    "points": {
+        "farthest_point_sample": lambda rows: (1, rows, rows // 4),
+        "knn": lambda rows: (1, rows, rows, 16),
+    },
+    "clouds": {
+        "farthest_point_sample": lambda batch: (batch, 1024, 512),
+        "knn": lambda batch: (batch, 512, 1024, 32),
+        "group": lambda batch: (batch, 1024, 96, 512, 32),
+    },
+}
+_MOST_OF_OTHERS = 1 << 14  # points: more take other libraries seconds a call
+
+
+def scaling_cases(
+    names: Sequence[str], device: str, over: str, *, folder: str | None = None
+) -> Iterator[Case]:
+    """Forward of some ops over the number of points or of clouds.
+
+    Args:
+        names: of `SCALING[over]`, or none for all.
+        device: "cpu" or "cuda".
+        over: "points" of one cloud, or "clouds" of 1024 points.
+        folder: with other libraries for GPUs, see `any2point.bench.peers`.
+    """
+    if over not in SCALING:
+        raise ValueError(f"scaling: expected one of {', '.join(SCALING)}, got {over!r}")
+    for name in names:
+        if name not in SCALING[over]:
+            raise ValueError(f"op: expected one of {', '.join(SCALING[over])}, got {name!r}")
+    largest = {"points": 17 if device == "cpu" else 20, "clouds": 4 if device == "cpu" else 7}[over]
+    numbers = [1 << power for power in range(10 if over == "points" else 0, largest + 1)]
+    rivals = peers.gpu_peers(folder) if device == "cuda" else {}
+    for name in names or SCALING[over]:
+        make: Any = OPS[name]
+        for case in make(device, [SCALING[over][name](number) for number in numbers]):
+            if over == "clouds" or case.inputs[0][0].shape[1] <= _MOST_OF_OTHERS:
+                _add_rivals(case, rivals)
+            case.backward = False
+            yield case
 
 
 def measure_cases(

@@ -149,20 +149,20 @@ class Step:
         return graph.replay
 
 
-def profile_step(step: Step, settings: Settings) -> Profile:
-    """Parts and whole of a step, after a check that its results are finite."""
+def profile_step(step: Step, settings: Settings, *, parts: bool = True) -> Profile:
+    """Parts (unless there shall be none) and whole of a step, after a check that its results are finite."""
     for _ in range(3):
         result = step()
     values = result if isinstance(result, Tensor) else result[0]
     if not bool(values.isfinite().all()):
         raise AssertionError("the step's results are not finite")
-    parts, launches = _parts(step)
+    each, launches = _parts(step) if parts else ({}, 0)
     memory = peak(step, step.points.device.type)
     if not step.points.is_cuda:
         times = interleave({"": step}, rounds=max(3, int(settings.seconds * 10)), clock=settings.clock)[""]
-        return Profile(parts, [1e6 * each for each in times], memory=memory)
+        return Profile(each, [1e6 * seconds for seconds in times], memory=memory)
     eager = event_times([step], warmup=settings.warmup, seconds=max(settings.seconds, 0.5))
-    found = Profile(parts, eager, launches=launches, memory=memory)
+    found = Profile(each, eager, launches=launches, memory=memory)
     if settings.graph:
         try:
             replay = step.captured()

@@ -44,14 +44,10 @@ class Choice:
 
 def measure_step(choice: Choice, device: str, settings: Settings, say: Reporter) -> list[Row]:
     """Rows of the training step, the evaluation of a batch, and that of one cloud."""
-    torch.manual_seed(0)
-    source = open_source(choice.source, {}, 0, None)
-    config = Any2PointConfig(num_points=choice.points, neighbors=81)
-    model = Any2Point(config, source).to(device)
+    model = _model(choice, device)
     rows: list[Row] = []
     for training, batch in ((True, choice.batch), (False, choice.batch), (False, 1)):
-        points = torch.from_numpy(cloud("surface", batch, choice.points)).to(device)
-        step = Step(model, points, choice.precision, training)
+        step = _step(model, choice, batch, training)
         found = profile_step(step, settings)
         new = _rows(step, found, choice, device)
         if choice.against_torch and device == "cpu" and batch > 1:
@@ -61,6 +57,32 @@ def measure_step(choice: Choice, device: str, settings: Settings, say: Reporter)
             say(f"no graph: {found.note}")
         rows += new
     return rows
+
+
+def measure_batches(choice: Choice, device: str, settings: Settings, say: Reporter) -> list[Row]:
+    """Rows of whole evaluation steps of 1, 2, 4, ... clouds, up to 16 on a CPU and 128 on a GPU."""
+    model = _model(choice, device)
+    rows: list[Row] = []
+    for power in range(5 if device == "cpu" else 8):
+        step = _step(model, choice, 1 << power, False)
+        new = _rows(step, profile_step(step, settings, parts=False), choice, device)
+        for row in new:
+            rate = f"{(1 << power) * 1e6 / row.p50_us:,.0f} clouds/s, floor {time_text(row.floor_us)}"
+            say(f"{row.op}, {row.shape}, {row.mode:<17} {time_text(row.p50_us):>10} {rate}")
+        rows += new
+    return rows
+
+
+def _model(choice: Choice, device: str) -> Any2Point:
+    torch.manual_seed(0)
+    source = open_source(choice.source, {}, 0, None)
+    config = Any2PointConfig(num_points=choice.points, neighbors=81)
+    return Any2Point(config, source).to(device)
+
+
+def _step(model: Any2Point, choice: Choice, batch: int, training: bool) -> Step:
+    points = torch.from_numpy(cloud("surface", batch, choice.points))
+    return Step(model, points.to(next(model.parameters()).device), choice.precision, training)
 
 
 def _rows(step: Step, found: Profile, choice: Choice, device: str) -> list[Row]:
@@ -105,8 +127,8 @@ def _composed(step: Step, ours: Row, settings: Settings) -> Row:
 
 @contextlib.contextmanager
 def composed_ops() -> Iterator[None]:
-    """Models made of torch ops alone, while inside: the specification (with scatters for the pools of its
-    segments, over which it loops), and a loop over farthest points."""
+    """Models made of torch ops alone, while inside: the specification (with indexing and scatters for its
+    primitives), and a loop over farthest points."""
 
     def hierarchy(points: Any, sizes: Any, start: Any, **_: Any) -> Any:
         levels = peers.torch_farthest_points(points, sizes[0], start)
@@ -125,12 +147,12 @@ def composed_ops() -> Iterator[None]:
         "any2point.nn.tokenizer": {
             "farthest_point_hierarchy": hierarchy,
             "knn": knn,
-            "local_aggregate": reference.local_aggregate,
-            "group": reference.group,
+            "local_aggregate": peers.torch_local_aggregate,
+            "group": peers.torch_group,
         },
-        "any2point.nn.projection": {"virtual_project": reference.virtual_project},
+        "any2point.nn.projection": {"virtual_project": peers.torch_virtual_project},
         "any2point.nn.adapter": {"guided_aggregate": guided},
-        "any2point.models.any2point": {"voxel_cluster": voxels, "group": reference.group},
+        "any2point.models.any2point": {"voxel_cluster": voxels, "group": peers.torch_group},
     }
     with contextlib.ExitStack() as stack:
         for module, functions in replaced.items():

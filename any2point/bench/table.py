@@ -172,6 +172,14 @@ def best_peer(own: Row, group: Sequence[Row]) -> Row | None:
     return min(others, key=lambda row: row.p50_us, default=None)
 
 
+def peer_name(row: Row) -> str:
+    """The name of a provider, marked where its result is not ours: ties apart, nobody's should differ."""
+    if row.match is None or row.match >= 0.999:
+        return row.provider
+    share = f"{100 * row.match:.3g} % equal" if row.match > 0 else "another result"
+    return f"{row.provider}, {share}"
+
+
 def time_text(microseconds: float) -> str:
     """`36 us`, `1.08 ms`, `5,420 ms`: three digits."""
     if microseconds >= 1e6:
@@ -191,7 +199,7 @@ def summary(rows: Sequence[Row]) -> str:
             text += f"{'' if own.mem_mb is None else f'{own.mem_mb:.1f} MB':>9}"
             if best := best_peer(own, group):
                 text += f" {time_text(best.p50_us):>10} {best.p50_us / own.p50_us:>5.1f}x  "
-                text += f"{best.provider} ({best.mode})"
+                text += f"{peer_name(best)} ({best.mode})"
             lines.append(text + ("" if own.provider == "any2point" else f"  [{own.provider}]"))
     return "\n".join(lines)
 

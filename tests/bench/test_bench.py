@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import torch
 from torch import Tensor
 
 from any2point import Any2Point, Any2PointConfig, Source, ops
-from any2point.bench import run, table, timing
+from any2point.bench import run, step_report, table, timing
 from any2point.bench.cases import Case, Provider
 from any2point.bench.compare import compare
 from any2point.bench.costs import Cost
@@ -48,6 +50,24 @@ def test_every_case_is_right_and_timed(op: str) -> None:
     assert ours
     assert peers  # every op has someone to be compared with
     assert all(row.p50_us > 0 and row.floor_us > 0 and row.device for row in rows)
+
+
+@pytest.mark.parametrize("over", run.SCALING)
+def test_scaling(over: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = {"points": "farthest_point_sample 1,1024,256", "clouds": "group 1,1024,96 -> 512x32"}
+    found = list(itertools.islice(run.scaling_cases([shapes[over].split()[0]], "cpu", over), 2))
+    assert f"{found[0].op} {found[0].shape}" == shapes[over]
+    assert found[1].shape != found[0].shape
+    assert not any(case.backward for case in found)
+    with pytest.raises(ValueError, match="op: expected one of farthest_point_sample"):
+        next(run.scaling_cases(["interpolate"], "cpu", over))
+
+
+def test_another_result_is_named() -> None:
+    row = table.Row("knn", "other", "1,2,3", "forward", match=1.0)
+    assert table.peer_name(row) == "other"
+    assert table.peer_name(dataclasses.replace(row, match=0.9526)) == "other, 95.3 % equal"
+    assert table.peer_name(dataclasses.replace(row, match=float("nan"))) == "other, another result"
 
 
 def _case(result: Tensor, peer: Tensor) -> Case:
@@ -160,6 +180,14 @@ def test_step_rows(model: Any2Point, tmp_path: Path) -> None:
         step_picture(rows, tmp_path / name)
         assert (tmp_path / name).stat().st_size > 1000
     assert b"<svg" in (tmp_path / "step.svg").read_bytes()
+
+
+def test_evaluations_over_the_number_of_clouds(monkeypatch: pytest.MonkeyPatch, model: Any2Point) -> None:
+    monkeypatch.setattr(step_report, "_model", lambda choice, device: model)
+    choice = step_report.Choice("random:bert", points=64)
+    rows = step_report.measure_batches(choice, "cpu", QUICK, lambda line: None)
+    assert [row.shape for row in rows] == [f"bert {1 << power},64" for power in range(5)]
+    assert all(row.p50_us > 0 and row.mode == WHOLE and row.op == "eval step" for row in rows)
 
 
 def test_composed_ops_give_the_same_logits(model: Any2Point) -> None:
