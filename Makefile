@@ -62,9 +62,10 @@ docs: $(READY)
 	$(PY) -m mkdocs build --strict --quiet
 	@echo "build/site/index.html"
 
-# Source distribution and wheel, audited, and installed without a compiler with the oldest and the newest torch.
-wheel-check:
-	scripts/wheel_check.sh
+# Source distribution and wheel (for all architectures), audited, and installed without a compiler with the oldest and the newest torch.
+wheel-check: $(READY)
+	@test -n "$(SYSTEM)" || $(PY) -c "import twine, auditwheel" 2>/dev/null || $(PIP) --no-build-isolation -e ".[package]"
+	env $(if $(filter file,$(origin TORCH_CUDA_ARCH_LIST)),-u TORCH_CUDA_ARCH_LIST) PYTHON=$(PY) scripts/wheel_check.sh
 
 lint: build
 	$(PY) -m ruff check .

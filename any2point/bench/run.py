@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch._functorch.config as functorch
 
 from any2point.bench import cases, feature_cases, peers
 from any2point.bench.cases import Case, Provider, check_close
@@ -209,6 +210,7 @@ def measure(
 def compiled(case: Case) -> Provider:
     """The baseline: what torch.compile makes of the composition in torch."""
     assert case.compilable is not None
+    functorch.donated_buffer = False  # or a backward could not be run twice behind one forward
     # A frame of its own, because recompilations of one function are limited.
     return Provider.plain("torch.compile", torch.compile(functools.partial(case.compilable), dynamic=False))
 
