@@ -63,7 +63,7 @@ def test_farthest_point_sample(
     functions: dict[str, Callable[[], Any]] = {OURS: lambda: numpy_ops.farthest_point_sample(points, samples)}
     check_samples(functions[OURS](), ops.farthest_point_sample(torch.from_numpy(points)[None], samples)[0])
     for name, sample in peers.samplers().items():
-        if rows > 10_000 and name == "fpsample vanilla":
+        if rows > 10_000 and name in ("fpsample vanilla", "torch_cluster"):
             continue  # seconds a call
         # From its own first pick: its trees reorder the points before they look up the start.
         picks = sample(points, samples)
@@ -87,8 +87,8 @@ def test_knn(
     functions: dict[str, Callable[[], Any]] = {OURS: lambda: numpy_ops.knn(query, points, k)}
     expected = functions[OURS]()
     for name, search in peers.searches().items():
-        index, distance = search(query, points, k)
-        check_neighbors(index, np.asarray(distance, dtype=np.float64) ** 2, expected)
+        index = search(query, points, k)[0]
+        check_neighbors(index, np.square(query[:, None] - points[index]).sum(-1), expected)
         functions[name] = lambda search=search: search(query, points, k)
     compare(functions, required, rounds, f"1,{queries},{rows},{k}", request)
 

@@ -182,7 +182,7 @@ def farthest_point_sample(device: str, shapes: Shapes | None = None, kind: str =
             providers.append(Provider("torch loop", peers.torch_farthest_points))
         if device == "cpu" and batch == 1:
             for name, sample in peers.samplers().items():
-                if rows > 10_000 and name == "fpsample vanilla":
+                if rows > 10_000 and name in ("fpsample vanilla", "torch_cluster"):
                     continue  # seconds a call
                 providers.append(_on_arrays(name, sample, lambda index: _as_tensors([index])[0]))
         cost = costs.cost_farthest_point_sample(batch, rows, samples)

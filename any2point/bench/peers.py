@@ -23,7 +23,7 @@ from torch import Tensor
 from any2point import reference
 
 Sampler = Callable[[np.ndarray, int], np.ndarray]
-Search = Callable[[np.ndarray, np.ndarray, int], tuple[np.ndarray, np.ndarray]]
+Search = Callable[[np.ndarray, np.ndarray, int], tuple[np.ndarray, ...]]
 GPU_PEERS = [
     "pointnet2_ops",
     "pytorch3d",
@@ -47,29 +47,41 @@ def missing(module: str) -> str:
 
 @cache
 def samplers() -> dict[str, Sampler]:
-    """Exact farthest point samplers for NumPy: fpsample's variants, start 0."""
-    if missing("fpsample"):
-        return {}
-    import fpsample
+    """Exact farthest point samplers for NumPy, start 0: fpsample's variants and torch_cluster's."""
+    found: dict[str, Sampler] = {}
+    if not missing("fpsample"):
+        import fpsample
 
-    def line(height: int) -> Sampler:
-        return lambda points, samples: fpsample.bucket_fps_kdline_sampling(points, samples, height, 0)
+        def line(height: int) -> Sampler:
+            return lambda points, samples: fpsample.bucket_fps_kdline_sampling(points, samples, height, 0)
 
-    found: dict[str, Sampler] = {f"fpsample kdline h={h}": line(h) for h in (3, 5, 7, 9)}
-    found["fpsample kdtree"] = lambda points, samples: fpsample.bucket_fps_kdtree_sampling(points, samples, 0)
-    found["fpsample vanilla"] = lambda points, samples: fpsample.fps_sampling(points, samples, 0)
+        found |= {f"fpsample kdline h={h}": line(h) for h in (3, 5, 7, 9)}
+        found["fpsample kdtree"] = lambda points, samples: fpsample.bucket_fps_kdtree_sampling(
+            points, samples, 0
+        )
+        found["fpsample vanilla"] = lambda points, samples: fpsample.fps_sampling(points, samples, 0)
+    if not missing("torch_cluster"):
+        import torch_cluster
+
+        def cluster(points: np.ndarray, samples: int) -> np.ndarray:
+            ratio = (samples - 0.5) / len(points)  # of which it takes the ceiling
+            return torch_cluster.fps(torch.from_numpy(points), ratio=ratio, random_start=False).numpy()
+
+        found["torch_cluster"] = cluster
     return found
 
 
 def skipped() -> list[str]:
     """Why each library that is not here is not measured."""
-    modules = ("fpsample", "scipy.spatial", "pykdtree.kdtree", "sklearn.neighbors", "open3d.core")
+    modules = (
+        "fpsample", "scipy.spatial", "pykdtree.kdtree", "sklearn.neighbors", "open3d.core", "torch_cluster",
+    )  # fmt: skip
     return [missing(module) for module in modules if missing(module)]
 
 
 @cache
 def searches() -> dict[str, Search]:
-    """Exact neighbour searches for NumPy, one thread, build and query: (index, squared distance)."""
+    """Exact neighbour searches for NumPy, one thread, build and query: the index, then what else there is."""
     found: dict[str, Search] = {}
     if not missing("scipy.spatial"):
         from scipy.spatial import cKDTree
@@ -110,9 +122,17 @@ def searches() -> dict[str, Search]:
             search = o3c.nns.NearestNeighborSearch(o3c.Tensor.from_numpy(points))
             search.knn_index()
             index, squared = search.knn_search(o3c.Tensor.from_numpy(query), k)
-            return index.numpy(), np.sqrt(squared.numpy())
+            return index.numpy(), squared.numpy()
 
         found["Open3D"] = open3d
+    if not missing("torch_cluster"):
+        import torch_cluster
+
+        def cluster(query: np.ndarray, points: np.ndarray, k: int) -> tuple[np.ndarray]:
+            edges = torch_cluster.knn(torch.from_numpy(points), torch.from_numpy(query), k)
+            return (edges[1].view(len(query), k).numpy(),)
+
+        found["torch_cluster"] = cluster
     return found
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -84,13 +83,14 @@ def _draw_cloud(
 def _draw_lines(axes: Any, position: np.ndarray, shade: np.ndarray, length: int, cell: float) -> None:
     for view, along in enumerate(position):
         axes.hlines(view + 1, 0, length - 1, color=f"C{view % 10}", linewidth=1)
-        # Tokens that share a place are stacked upwards a little, so that all can be seen.
-        order = np.argsort(along)
+        # Tokens that share a place are stacked upwards, below the next line.
+        bins = np.floor(along * (110 / length))
         rank = np.zeros(len(along))
-        for before, after in pairwise(order):
-            near = along[after] - along[before] < length / 120
-            rank[after] = rank[before] + 1 if near else 0
-        axes.scatter(along, view + 1 - 0.07 * rank, s=12, c=shade, cmap=_TOP, linewidths=0, zorder=3)
+        for place in np.unique(bins):
+            (here,) = np.nonzero(bins == place)
+            rank[here[np.argsort(along[here])]] = np.arange(len(here))
+        step = min(0.07, 0.8 / max(rank.max(), 1))
+        axes.scatter(along, view + 1 - step * rank, s=10, c=shade, cmap=_TOP, linewidths=0, zorder=3)
     axes.set(xlim=(-length * 0.02, length * 1.02), ylim=(len(position) + 0.5, 0.3))
     axes.set(xlabel=f"position in the source's sequence of {length} (cells of {cell:.3g})", ylabel="line")
     axes.set_yticks(range(1, len(position) + 1))
