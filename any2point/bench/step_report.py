@@ -21,6 +21,7 @@ from any2point.bench.timing import Settings, interleave, machine_of
 from any2point.train.recipe import open_source
 
 WHOLE = "whole step"
+BATCHES = {"cpu": [1, 2, 4, 8, 16], "cuda": [1, 2, 4, 8, 16, 32, 64, 128]}  # of `--scaling`
 
 
 @dataclass(frozen=True)
@@ -63,11 +64,11 @@ def measure_batches(choice: Choice, device: str, settings: Settings, say: Report
     """Rows of whole evaluation steps of 1, 2, 4, ... clouds, up to 16 on a CPU and 128 on a GPU."""
     model = _model(choice, device)
     rows: list[Row] = []
-    for power in range(5 if device == "cpu" else 8):
-        step = _step(model, choice, 1 << power, False)
+    for batch in BATCHES[device]:
+        step = _step(model, choice, batch, False)
         new = _rows(step, profile_step(step, settings, parts=False), choice, device)
         for row in new:
-            rate = f"{(1 << power) * 1e6 / row.p50_us:,.0f} clouds/s, floor {time_text(row.floor_us)}"
+            rate = f"{batch * 1e6 / row.p50_us:,.0f} clouds/s, floor {time_text(row.floor_us)}"
             say(f"{row.op}, {row.shape}, {row.mode:<17} {time_text(row.p50_us):>10} {rate}")
         rows += new
     return rows
