@@ -108,6 +108,14 @@ __device__ __forceinline__ void set_operands(const uint4& v, int row, uint32_t (
   a[1][row + 2] = v.w;
 }
 
+// v = *from, or `otherwise`; without a branch, which would not go well with products.
+__device__ __forceinline__ void load_if(bool condition, const uint4* from, const uint4& otherwise, uint4& v) {
+  v = otherwise;
+  asm volatile("{\n.reg .pred p;\nsetp.ne.u32 p, %5, 0;\n@p ld.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
+               : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)
+               : "l"(from), "r"(static_cast<uint32_t>(condition)));
+}
+
 // Entries at the row `at` (twice) of a group; others become 0.
 __device__ __forceinline__ uint4 entries_at(const uint4& grad, const uint4& argmax, uint32_t at) {
   const auto only = [at](uint32_t grad, uint32_t argmax) {  // numbers of 15 bits are equal as halves are
@@ -166,17 +174,18 @@ __device__ __forceinline__ void copy_operand(const void* from, int64_t bytes, ch
   for (int i = threadIdx.x; i < bytes / 16; i += blockDim.x) reinterpret_cast<uint4*>(to)[i] = source[i];
 }
 
-// 16 bytes of a row into an operand of kRowsAll rows.
+// 16 bytes of a row, the `chunk`th, of an operand of kRowsAll rows.
 template <int kRowsAll>
-__device__ __forceinline__ void put(char* operand, int block, int row, const uint4& v) {
-  const uint32_t at = swizzle(row * kBlockBytes + threadIdx.x % 4 * 16);
-  *reinterpret_cast<uint4*>(operand + block * kRowsAll * kBlockBytes + at) = v;
+__device__ __forceinline__ uint32_t chunk_at(int chunk, int row) {
+  return chunk / 4 * kRowsAll * kBlockBytes + swizzle(row * kBlockBytes + chunk % 4 * 16);
 }
-
 template <int kRowsAll>
-__device__ __forceinline__ uint4 take(const char* operand, int block, int row) {
-  const uint32_t at = swizzle(row * kBlockBytes + threadIdx.x % 4 * 16);
-  return *reinterpret_cast<const uint4*>(operand + block * kRowsAll * kBlockBytes + at);
+__device__ __forceinline__ void put(char* operand, int chunk, int row, const uint4& v) {
+  *reinterpret_cast<uint4*>(operand + chunk_at<kRowsAll>(chunk, row)) = v;
+}
+template <int kRowsAll>
+__device__ __forceinline__ uint4 take(const char* operand, int chunk, int row) {
+  return *reinterpret_cast<const uint4*>(operand + chunk_at<kRowsAll>(chunk, row));
 }
 
 // Begins sums [64, N] += x' y for a team's 64 of the 192 channels.

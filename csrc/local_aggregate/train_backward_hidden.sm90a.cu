@@ -5,6 +5,24 @@ namespace {
 
 // The gradient of the hidden layer.
 
+// The lowest number, in place of y where h is 0.
+constexpr uint32_t kMark = 0xfbfffbffu;
+__device__ __forceinline__ uint4 marked(const uint4& h, const uint4& y) {
+  const auto each = [](uint32_t h, uint32_t y) {
+    const uint32_t some = __hneu2_mask(*reinterpret_cast<const __half2*>(&h), __half2{});
+    return (y & some) | (kMark & ~some);
+  };
+  return {each(h.x, y.x), each(h.y, y.y), each(h.z, y.z), each(h.w, y.w)};
+}
+__device__ __forceinline__ uint4 where_unmarked(const uint4& y, const uint4& value) {
+  const auto each = [](uint32_t y, uint32_t value) {
+    const uint32_t mark = kMark;
+    const __half2 a = *reinterpret_cast<const __half2*>(&y), b = *reinterpret_cast<const __half2*>(&mark);
+    return value & __hneu2_mask(a, b);
+  };
+  return {each(y.x, value.x), each(y.y, value.y), each(y.z, value.z), each(y.w, value.w)};
+}
+
 struct HiddenGrad {
   const uint4* before;         // [M, H]
   const uint4* grad;           // [groups, C], 16 bits
@@ -13,9 +31,9 @@ struct HiddenGrad {
   const void* weight;          // operand [C -> H], in parts of kColumns
   const void* q;               // operand [H -> H], the same
   const float* operand_scale;  // [2]
-  const float *scale, *shift, *constant, *mean, *deviation;
+  const float *scale, *shift, *constant;
   uint4* dz;    // [M, H]
-  float* sums;  // [workers, 2, H]
+  float* sums;  // [workers, 2, H]: of dz and of dz y1
   int64_t rows;
   int64_t groups;
   int neighbors;
@@ -41,12 +59,8 @@ __global__ void __launch_bounds__(kTeams * 128, 1)
   char* const q = weight + C * kN * 2;
   float* const scale = reinterpret_cast<float*>(q + H * kN * 2);  // [H]
   float* const shift = scale + H;
-  float* const constant = shift + H;  // [kN], and those after it
-  float* const deviation = constant + kN;
-  float* const middle = deviation + kN;
-  float* const own_scale = middle + kN;
-  float* const own_shift = own_scale + kN;
-  char* const slots = reinterpret_cast<char*>(own_shift + kN);
+  float* const constant = shift + H;  // [kN]
+  char* const slots = reinterpret_cast<char*>(constant + kN);
   const int slice = blockIdx.x % kSlices, worker = blockIdx.x / kSlices, workers = gridDim.x / kSlices;
   copy_operand(static_cast<const char*>(args.weight) + slice * C * kN * 2, C * kN * 2, weight);
   copy_operand(static_cast<const char*>(args.q) + slice * H * kN * 2, H * kN * 2, q);
@@ -55,12 +69,7 @@ __global__ void __launch_bounds__(kTeams * 128, 1)
     shift[i] = args.shift[i];
   }
   for (int i = threadIdx.x; i < kN; i += blockDim.x) {
-    const int c = slice * kN + i;
-    constant[i] = args.constant[c] * args.operand_scale[0];
-    deviation[i] = args.deviation[c];
-    middle[i] = -args.mean[c] * args.deviation[c];
-    own_scale[i] = args.scale[c];
-    own_shift[i] = args.shift[c];
+    constant[i] = args.constant[slice * kN + i] * args.operand_scale[0];
   }
   const float unscale = args.operand_scale[1];
   publish();
@@ -113,7 +122,7 @@ __global__ void __launch_bounds__(kTeams * 128, 1)
     copy_commit();
   };
 
-  float total[kN / 4] = {}, normed[kN / 4] = {};
+  float total[kN / 4] = {}, product[kN / 4] = {};
   int64_t tile = static_cast<int64_t>(worker) * kTeams + threadIdx.x / 128;
   const int64_t step = static_cast<int64_t>(workers) * kTeams;
   if (kDense) {
@@ -126,6 +135,7 @@ __global__ void __launch_bounds__(kTeams * 128, 1)
     copy_wait<1>();
     const uint4 *grad[2], *argmax[2];
     uint32_t at[2];
+    bool other = false;  // group, of the second row
     if (!kDense) {
       team_barrier();
       const uint32_t first = static_cast<uint32_t>(tile * kTeamRows) / args.neighbors;
@@ -143,15 +153,19 @@ __global__ void __launch_bounds__(kTeams * 128, 1)
         }
       }
     }
+    if (!kDense) other = grad[0] != grad[1];
     uint4 next[2][2];
     const auto load = [&](int b) {
 #pragma unroll
       for (int i = 0; i < 2; i++) {
         if (kDense) {
           next[i][0] = load_shared(dense_slot + (2 * b + i) * 2048);
+        } else if (i == 0) {
+          next[0][0] = grad[0][4 * b];
+          next[0][1] = argmax[0][4 * b];
         } else {
-          next[i][0] = grad[i][4 * b];
-          next[i][1] = argmax[i][4 * b];
+          load_if(other, grad[1] + 4 * b, next[0][0], next[1][0]);
+          load_if(other, argmax[1] + 4 * b, next[0][1], next[1][1]);
         }
       }
     };
@@ -187,56 +201,49 @@ __global__ void __launch_bounds__(kTeams * 128, 1)
     } else {
       fetch_entries(tile + step, number + 1);
     }
-    uint32_t h[H / 16][4];
+    uint4 before[kN / 32][2];  // of this block's columns
 #pragma unroll
-    for (int part = 0; part < H; part += kN) {
+    for (int n = 0; n < H / 32; n++) {
+      const int block = (slice ^ n / (kN / 32)) * (kN / 32) + n % (kN / 32);  // its own columns first
+      const Eight f = eight(scale + 32 * block + 8 * t), s = eight(shift + 32 * block + 8 * t);
 #pragma unroll
-      for (int b = part / 32; b < (part + kN) / 32; b++) {
-        const Eight f = eight(scale + 32 * b + 8 * t), s = eight(shift + 32 * b + 8 * t);
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-          set_operands(hidden_of<T>(load_shared(slot + (2 * b + i) * 2048), f, s), i, h + 2 * b);
-        }
+      for (int i = 0; i < 2; i++) {
+        const uint4 y = load_shared(slot + (2 * block + i) * 2048), h = hidden_of<T>(y, f, s);
+        set_operands(h, i, a[n % 2]);
+        if (n < kN / 32) before[n][i] = marked(h, y);
       }
+      if (n + 1 == H / 32) fetch_hidden(tile + step);
       wgmma_fence();
 #pragma unroll
-      for (int k = part / 16; k < (part + kN) / 16; k++) {
-        wgmma<kN, T>(d, h[k], descriptor(q + k / 2 * kN * kBlockBytes + k % 2 * 32));
+      for (int k = 0; k < 2; k++) {
+        wgmma<kN, T>(d, a[n % 2][k], descriptor(q + block * kN * kBlockBytes + k * 32));
       }
       wgmma_commit();
+      if (n + 1 < H / 32) wgmma_wait<1>();
     }
     wgmma_wait<0>();
     pin(d);
-    uint4 before[kN / 32][2];
-#pragma unroll
-    for (int b = 0; b < kN / 32; b++) {
-#pragma unroll
-      for (int i = 0; i < 2; i++) {
-        before[b][i] = load_shared(slot + (2 * (slice * (kN / 32) + b) + i) * 2048);
-      }
-    }
-    fetch_hidden(tile + step);
 
 #pragma unroll
     for (int b = 0; b < kN / 32; b++) {
-      const int c = 32 * b + 8 * t;
-      const Eight f = eight(own_scale + c), s = eight(own_shift + c);
-      const Eight r = eight(deviation + c), m = eight(middle + c);
 #pragma unroll
       for (int i = 0; i < 2; i++) {
         const int64_t row = tile * kTeamRows + place + 8 * i;
+        Eight grad;
+#pragma unroll
+        for (int j = 0; j < 8; j++) grad.v[j] = d[16 * b + j / 2 * 4 + 2 * i + j % 2] * unscale;
+        uint4 out = where_unmarked(before[b][i], rounded<T>(grad));
+        if (row < args.rows) {
+          __stcs(args.dz + row * (H / 8) + slice * (kN / 8) + 4 * b + t, out);
+        } else {
+          out = {0, 0, 0, 0};
+        }
+        grad = eight_of<T>(out);
         const Eight y = eight_of<T>(before[b][i]);
-        Eight out;
 #pragma unroll
         for (int j = 0; j < 8; j++) {
-          const float grad = d[16 * b + j / 2 * 4 + 2 * i + j % 2] * unscale;
-          const bool passes = row < args.rows && __fmaf_rn(y.v[j], f.v[j], s.v[j]) > 0;
-          out.v[j] = passes ? grad : 0;
-          total[8 * b + j] += out.v[j];
-          normed[8 * b + j] = __fmaf_rn(out.v[j], __fmaf_rn(y.v[j], r.v[j], m.v[j]), normed[8 * b + j]);
-        }
-        if (row < args.rows) {
-          __stcs(args.dz + row * (H / 8) + slice * (kN / 8) + 4 * b + t, rounded<T>(out));
+          total[8 * b + j] += grad.v[j];
+          product[8 * b + j] = __fmaf_rn(grad.v[j], y.v[j], product[8 * b + j]);
         }
       }
     }
@@ -248,7 +255,7 @@ __global__ void __launch_bounds__(kTeams * 128, 1)
   for (int j = 0; j < kN / 4; j++) {
 #pragma unroll
     for (int each = 0; each < 2; each++) {
-      float v = each ? normed[j] : total[j];
+      float v = each ? product[j] : total[j];
       for (int x = 4; x < 32; x *= 2) v += __shfl_xor_sync(kLanes, v, x);
       if (lane < 4) room_sums[(threadIdx.x / 32 * 2 + each) * kN + j / 8 * 32 + 8 * t + j % 8] = v;
     }
@@ -261,12 +268,15 @@ __global__ void __launch_bounds__(kTeams * 128, 1)
   }
 }
 
-// sums [count, 2, H].
-__global__ void hidden_sums_kernel(const float* sums, int count, int hidden, float* sum, float* normed) {
-  const int i = blockIdx.x * blockDim.x + threadIdx.x;
-  if (i >= 2 * hidden) return;
-  const float v = part_sum(sums + i, 2 * hidden, count);
-  (i < hidden ? sum : normed)[i % hidden] = v;
+// sums [count, 2, H], of dz and of dz y1.
+__global__ void hidden_sums_kernel(const float* sums, int count, int hidden, const float* mean,
+                                   const float* deviation, float* sum, float* normed) {
+  const int h = blockIdx.x * blockDim.x + threadIdx.x;
+  if (h >= hidden) return;
+  const double total = part_sum(sums + h, 2 * hidden, count);
+  const double product = part_sum(sums + hidden + h, 2 * hidden, count);
+  sum[h] = static_cast<float>(total);
+  normed[h] = static_cast<float>((product - mean[h] * total) * deviation[h]);
 }
 
 template <int C, int H, bool kDense, typename T>
@@ -305,8 +315,6 @@ int hidden_grad(const BackwardSize& size, const BackwardHiddenGrad& from, void* 
                         from.hidden.scale,
                         from.hidden.shift,
                         from.constant,
-                        from.mean,
-                        from.deviation,
                         static_cast<uint4*>(from.dz),
                         sums,
                         size.groups * size.neighbors,
@@ -315,7 +323,8 @@ int hidden_grad(const BackwardSize& size, const BackwardHiddenGrad& from, void* 
   error = launch_shared(hidden_grad_kernel<C, H, kDense, T>, args, workers * kSlices, kTeams * 128,
                         kHiddenGradBytes<C, H, kDense>, stream);
   if (error) return error;
-  hidden_sums_kernel<<<(2 * H + 63) / 64, 64, 0, stream>>>(sums, workers, H, from.sum, from.sum_normed);
+  hidden_sums_kernel<<<(H + 31) / 32, 32, 0, stream>>>(sums, workers, H, from.mean, from.deviation, from.sum,
+                                                       from.sum_normed);
   return cudaGetLastError();
 }
 

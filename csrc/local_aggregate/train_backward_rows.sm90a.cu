@@ -9,25 +9,28 @@ struct Place {
   int near;  // below 0: none
 };
 
-// `zeros`: the features of no point, C / 2 channels.
-__global__ void place_kernel(const HopperAggregate args, int width, const float4* scales, Place* places,
-                             int* middles, uint4* zeros) {
-  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-  if (i < width / 16) zeros[i] = {0, 0, 0, 0};
-  if (i >= args.groups * args.neighbors) return;
-  const int64_t group = i / args.neighbors, first = group / args.centers * args.rows;
-  const int64_t middle = row_of(args, args.center[group], first), index = args.neighbor[i];
-  const int64_t near = index < 0 ? middle : row_of(args, index, first);
-  const float4 scale = scales[group];
+// A warp per group. middles [groups]: row of its centre. zeros [C / 2]: the features of no point.
+__global__ void place_kernel(const HopperAggregate args, int width, Place* places, int* middles,
+                             uint4* zeros) {
+  const int lane = threadIdx.x % 32;
+  const int64_t group = this_warp();
+  if (blockIdx.x == 0 && threadIdx.x < width / 16) zeros[threadIdx.x] = {0, 0, 0, 0};
+  if (group >= args.groups) return;
+  const float4 scale = scale_of(args, group);
   const float each[3] = {scale.x, scale.y, scale.z};
-  Place place;
-  for (int axis = 0; axis < 3; axis++) {
-    const float from = coordinate(args, near, axis) - coordinate(args, middle, axis);
-    place.offset[axis] = from * each[axis] * args.beta;
+  const int64_t first = group / args.centers * args.rows, middle = row_of(args, args.center[group], first);
+  const float from[3] = {coordinate(args, middle, 0), coordinate(args, middle, 1),
+                         coordinate(args, middle, 2)};
+  for (int64_t i = group * args.neighbors + lane; i < (group + 1) * args.neighbors; i += 32) {
+    const int64_t index = args.neighbor[i], near = index < 0 ? middle : row_of(args, index, first);
+    Place place;
+    for (int axis = 0; axis < 3; axis++) {
+      place.offset[axis] = (coordinate(args, near, axis) - from[axis]) * each[axis] * args.beta;
+    }
+    place.near = static_cast<int>(near);
+    places[i] = place;
   }
-  place.near = static_cast<int>(near);
-  places[i] = place;
-  if (i % args.neighbors == 0) middles[group] = static_cast<int>(middle);
+  if (lane == 0) middles[group] = static_cast<int>(middle);
 }
 
 __device__ __forceinline__ Place load_place(const Place* from) {
@@ -41,24 +44,24 @@ __device__ __forceinline__ const uint4* features_of(const uint4* features, const
   const uint4* from = row < 0 ? zeros : features + static_cast<int64_t>(row) * (C / 16);
   return from + threadIdx.x % 4;
 }
-// 16 bytes of a row: the first half of its blocks are those of its point, the others of the centre.
+// A slice of x is six blocks: sines and cosines of the same frequencies for each axis. Block j, of the point
+// if j < 3, of its centre otherwise:
 template <int C>
-__device__ __forceinline__ uint4 feature(const uint4* near, const uint4* middle, int block) {
-  constexpr int kHalf = C / 64;
-  return __ldg(block < kHalf ? near + block * 4 : middle + (block - kHalf) * 4);
+__host__ __device__ constexpr int block_of(int slice, int j) {
+  return j * Order<C>::kParts + slice;
+}
+template <int C>
+__device__ __forceinline__ uint4 feature(const uint4* near, const uint4* middle, int slice, int j) {
+  return __ldg(j < 3 ? near + block_of<C>(slice, j) * 4 : middle + block_of<C>(slice, j - 3) * 4);
 }
 
-// A sine and a cosine block of pair `pair`, 8 channels each.
-template <int C, typename T>
-__device__ __forceinline__ void encode(const Place& place, const float* frequency, int pair, uint4& sine,
-                                       uint4& cosine) {
-  const int axis = pair / Order<C>::kParts;
-  const float offset = axis == 0 ? place.offset[0] : axis == 1 ? place.offset[1] : place.offset[2];
-  const Eight f = eight(frequency + pair % Order<C>::kParts * 32 + threadIdx.x % 4 * 8);
+// 8 channels of a block of sines and of the block of cosines with the same frequencies.
+template <typename T>
+__device__ __forceinline__ void encode(float offset, const Eight& frequency, uint4& sine, uint4& cosine) {
   Eight s, c;
 #pragma unroll
   for (int j = 0; j < 8; j++) {
-    const float angle = offset * f.v[j];
+    const float angle = offset * frequency.v[j];
     s.v[j] = __sinf(angle);
     c.v[j] = __cosf(angle);
   }
@@ -81,14 +84,21 @@ __device__ __forceinline__ void load_norm(const InnerNorm& norm, float* to) {
   }
 }
 
-template <int H, typename T>
-__device__ __forceinline__ uint4 normed_grad(const uint4& dz, const uint4& before, const float* norm, int c) {
-  const Eight slope = eight(norm + c), bend = eight(norm + H + c), level = eight(norm + 2 * H + c);
+struct Line {
+  Eight slope, bend, level;
+};
+template <int H>
+__device__ __forceinline__ Line line_of(const float* norm, int c) {
+  return {eight(norm + c), eight(norm + H + c), eight(norm + 2 * H + c)};
+}
+
+template <typename T>
+__device__ __forceinline__ uint4 normed_grad(const uint4& dz, const uint4& before, const Line& line) {
   const Eight y = eight_of<T>(before);
   Eight g = eight_of<T>(dz);
 #pragma unroll
   for (int j = 0; j < 8; j++) {
-    g.v[j] = __fmaf_rn(g.v[j], slope.v[j], __fmaf_rn(y.v[j], bend.v[j], level.v[j]));
+    g.v[j] = __fmaf_rn(g.v[j], line.slope.v[j], __fmaf_rn(y.v[j], line.bend.v[j], line.level.v[j]));
   }
   return rounded<T>(g);
 }
@@ -106,7 +116,7 @@ __device__ __forceinline__ Eight of_sums(const float (&d)[N], int block, int row
 template <int C>
 __global__ void weight_grad_kernel(const float* parts, int count, float* to) {
   const int hidden = blockDim.x, h = threadIdx.x, slice = blockIdx.x / kSlice, at = blockIdx.x % kSlice;
-  const int c = Order<C>::block(slice * (kSlice / 32) + at / 32) * 32 + at % 32;
+  const int c = block_of<C>(slice, at / 32) * 32 + at % 32;
   const float* from = parts + static_cast<int64_t>(blockIdx.x) * hidden + h;
   to[static_cast<int64_t>(h) * C + c] = part_sum(from, static_cast<int64_t>(C) * hidden, count);
 }
@@ -128,37 +138,51 @@ struct Bottom {
   int neighbors;
 };
 
+template <int H>
+constexpr int kBottomBlocks = H == 32 ? 2 : 1;  // of a multiprocessor
 template <int C, int H>
 constexpr int kBottomBytes =
     2 * kOuterRows * (kSlice + H) * 2 + H / 32 * 2 * 16 * kTeams * 128 + 12 * H + 4 * (C / 6);
 
 // A warp brings 8 rows of a tile and 192 channels, a thread 8 channels of every 32 of a row, while the
-// products of the tile before run.
+// products of the tile before run. Of dy1 a thread has the same 8 channels in all its rows.
 template <int C, int H, typename T>
-__global__ void __launch_bounds__(kTeams * 128, 1) bottom_kernel(const __grid_constant__ Bottom args) {
+__global__ void __launch_bounds__(kTeams * 128, kBottomBlocks<H>)
+    bottom_kernel(const __grid_constant__ Bottom args) {
   constexpr int kSlices = C / kSlice, kX = kOuterRows * kSlice * 2, kY = kOuterRows * H * 2;
-  constexpr int kThreads = kTeams * 128;
+  constexpr int kThreads = kTeams * 128, kSlot = 16 * kThreads;
+  constexpr int kEach = kThreads / (H / 8), kTimes = kOuterRows / kEach;  // rows of dy1 at a time
   extern __shared__ __align__(1024) char room[];
   char* const y = room + 2 * kX;
   char* const slots = y + 2 * kY;
-  float* const norm = reinterpret_cast<float*>(slots + H / 32 * 2 * 16 * kThreads);
-  float* const frequency = norm + 3 * H;
+  float* const norm = reinterpret_cast<float*>(slots + 2 * kTimes * kSlot);
+  float* frequency = norm + 3 * H;
   load_norm<H>(args.norm, norm);
   for (int i = threadIdx.x; i < C / 6; i += blockDim.x) frequency[i] = 1 / args.wavelength[i];
   __syncthreads();
 
   const int slice = blockIdx.x % kSlices, worker = blockIdx.x / kSlices, workers = gridDim.x / kSlices;
-  const int t = threadIdx.x % 4, in_tile = threadIdx.x / 4;
+  const int in_tile = threadIdx.x / 4, chunk = threadIdx.x % (H / 8);
+  const uint32_t x_at = chunk_at<kOuterRows>(threadIdx.x % 4, in_tile);
+  const uint32_t y_at = chunk_at<kOuterRows>(chunk, threadIdx.x / (H / 8));
   const int64_t tiles = (args.rows + kOuterRows - 1) / kOuterRows;
   const uint32_t slot = shared_address(slots) + threadIdx.x * 16;
-  const auto row_at = [&](int64_t tile) { return min(tile * kOuterRows + in_tile, args.rows - 1); };
+  Line line = line_of<H>(norm, 8 * chunk);
+  frequency += slice * 32 + threadIdx.x % 4 * 8;
+  Eight frequencies = eight(frequency);
+  // A tile's rows of dz lie in a row, and so do those that the threads have at the same time.
+  const auto left_of = [&](int64_t tile) {
+    return static_cast<int>(min((args.rows - tile * kOuterRows) * (H / 8), int64_t{kOuterRows * H / 8}));
+  };
   const auto fetch = [&](int64_t tile) {
     if (tile < tiles) {
-      const int64_t from = row_at(tile) * (H / 8) + t;
+      const int64_t begin = tile * (kOuterRows * H / 8);
+      const int last = left_of(tile) - 1;
 #pragma unroll
-      for (int b = 0; b < H / 32; b++) {
-        copy_async(slot + 2 * b * 16 * kThreads, args.dz + from + 4 * b);
-        copy_async(slot + (2 * b + 1) * 16 * kThreads, args.before + from + 4 * b);
+      for (int i = 0; i < kTimes; i++) {
+        const int at = min(static_cast<int>(threadIdx.x) + i * kThreads, last);
+        copy_async(slot + 2 * i * kSlot, args.dz + begin + at);
+        copy_async(slot + (2 * i + 1) * kSlot, args.before + begin + at);
       }
     }
     copy_commit();
@@ -167,7 +191,7 @@ __global__ void __launch_bounds__(kTeams * 128, 1) bottom_kernel(const __grid_co
   Place here, next;
   int next_middle;
   const auto find = [&](int64_t tile) {
-    const int64_t row = row_at(tile);
+    const int64_t row = min(tile * kOuterRows + in_tile, args.rows - 1);
     next = load_place(args.places + row);
     next_middle = __ldg(args.middles + static_cast<uint32_t>(row) / static_cast<uint32_t>(args.neighbors));
   };
@@ -175,7 +199,7 @@ __global__ void __launch_bounds__(kTeams * 128, 1) bottom_kernel(const __grid_co
     const uint4* near = features_of<C>(args.features, args.zeros, next.near);
     const uint4* middle = features_of<C>(args.features, args.zeros, next_middle);
 #pragma unroll
-    for (int j = 0; j < 6; j++) ahead[j] = feature<C>(near, middle, Order<C>::block(6 * slice + j));
+    for (int j = 0; j < 6; j++) ahead[j] = feature<C>(near, middle, slice, j);
   };
 
   float sums[H / 2] = {};
@@ -188,24 +212,30 @@ __global__ void __launch_bounds__(kTeams * 128, 1) bottom_kernel(const __grid_co
   for (int buffer = 0; tile < tiles; tile += workers, buffer ^= 1) {
     char* const to_x = room + buffer * kX;
     char* const to_y = y + buffer * kY;
+    if (H != 96) frequencies = eight(frequency);  // registers are short
 #pragma unroll
     for (int p = 0; p < 3; p++) {
-      encode<C, T>(here, frequency, 3 * slice + p, ahead[2 * p], ahead[2 * p + 1]);
-      put<kOuterRows>(to_x, 2 * p, in_tile, ahead[2 * p]);
-      put<kOuterRows>(to_x, 2 * p + 1, in_tile, ahead[2 * p + 1]);
+      encode<T>(here.offset[p], frequencies, ahead[2 * p], ahead[2 * p + 1]);
+#pragma unroll
+      for (int j = 2 * p; j < 2 * p + 2; j++) {
+        *reinterpret_cast<uint4*>(to_x + x_at + j * kOuterRows * kBlockBytes) = ahead[j];
+      }
     }
     gather();
     here = next;
     find(tile + 2 * workers);
     copy_wait<0>();
-    const int64_t row = tile * kOuterRows + in_tile;
+    if (H == 32) line = line_of<H>(norm, 8 * chunk);
+    const int left = left_of(tile);
+    uint4* const dy1 = args.dy1 + tile * (kOuterRows * H / 8) + threadIdx.x;
 #pragma unroll
-    for (int b = 0; b < H / 32; b++) {
-      uint4 v = normed_grad<H, T>(load_shared(slot + 2 * b * 16 * kThreads),
-                                  load_shared(slot + (2 * b + 1) * 16 * kThreads), norm, 32 * b + 8 * t);
-      if (row >= args.rows) v = {0, 0, 0, 0};
-      put<kOuterRows>(to_y, b, in_tile, v);
-      if (slice == 0 && row < args.rows) __stcs(args.dy1 + row * (H / 8) + 4 * b + t, v);
+    for (int i = 0; i < kTimes; i++) {
+      uint4 v =
+          normed_grad<T>(load_shared(slot + 2 * i * kSlot), load_shared(slot + (2 * i + 1) * kSlot), line);
+      const bool is_row = static_cast<int>(threadIdx.x) + i * kThreads < left;
+      if (!is_row) v = {0, 0, 0, 0};
+      *reinterpret_cast<uint4*>(to_y + y_at + i * kEach * kBlockBytes) = v;
+      if (slice == 0 && is_row) __stcs(dy1 + i * kThreads, v);
     }
     fetch(tile + workers);
     wgmma_wait<0>();
@@ -244,11 +274,6 @@ struct Upper {
 
 constexpr int kUpperRows = kTeams * kTeamRows;
 
-__device__ __forceinline__ void publish_to_team() {
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-  team_barrier();
-}
-
 // Begins d += y weight' for the team's rows of y and 64 channels from `first`.
 template <int C, int H, typename T>
 __device__ __forceinline__ void team_product(float (&d)[32], const char* y, const char* weight, int first) {
@@ -264,8 +289,7 @@ __device__ __forceinline__ void team_product(float (&d)[32], const char* y, cons
 }
 
 template <int C, int H>
-constexpr int kUpperBytes =
-    4 * C * H + kUpperRows * (C + H) * 2 + kTeams * H / 16 * 2048 + 4 * (C + 5 * H + C / 6);
+constexpr int kUpperBytes = 4 * C * H + kUpperRows * (C + 2 * H) * 2 + 4 * (C + 5 * H + C / 6);
 
 template <int C, int H, typename T>
 __global__ void __launch_bounds__(kTeams * 128, 1) upper_kernel(const __grid_constant__ Upper args) {
@@ -275,8 +299,8 @@ __global__ void __launch_bounds__(kTeams * 128, 1) upper_kernel(const __grid_con
   char* const weight = room + C * H * 2;
   char* const x = weight + C * H * 2;
   char* const y = x + kUpperRows * C * 2;
-  char* const slots = y + kUpperRows * H * 2;
-  float* const bias = reinterpret_cast<float*>(slots + kTeams * H / 16 * 2048);
+  char* const h = y + kUpperRows * H * 2;
+  float* const bias = reinterpret_cast<float*>(h + kUpperRows * H * 2);
   float* const scale = bias + C;
   float* const shift = scale + H;
   float* const norm = shift + H;
@@ -292,20 +316,26 @@ __global__ void __launch_bounds__(kTeams * 128, 1) upper_kernel(const __grid_con
   for (int i = threadIdx.x; i < C / 6; i += blockDim.x) frequency[i] = 1 / args.wavelength[i];
   publish();
 
-  const int t = threadIdx.x % 4, lane = threadIdx.x % 32;
+  const int t = threadIdx.x % 4, lane = threadIdx.x % 32, team = threadIdx.x / 128;
   const int in_tile = threadIdx.x / 32 * 16 + lane / 4;  // the first of a thread's two rows
   const int64_t tiles = (args.rows + kUpperRows - 1) / kUpperRows;
-  const uint32_t slot = shared_address(slots) + threadIdx.x / 128 * (H / 16 * 2048) + threadIdx.x % 128 * 16;
-  const auto row_at = [&](int64_t tile, int i) {
-    return min(tile * kUpperRows + in_tile + 8 * i, args.rows - 1);
+  const Eight frequencies = eight(frequency + 8 * t);
+  // Of hidden layers a thread has the same 8 channels in all its rows; a tile of them lies in a row.
+  constexpr int kChunks = H / 8, kTile = kUpperRows * kChunks, kTimes = kTile / (kTeams * 128);
+  constexpr uint32_t kStep = kUpperRows / kTimes * kBlockBytes;
+  const int chunk = threadIdx.x % kChunks;
+  const uint32_t own = chunk_at<kUpperRows>(chunk, threadIdx.x / kChunks);
+  const auto left_of = [&](int64_t tile) {
+    return static_cast<int>(min((args.rows - tile * kUpperRows) * kChunks, int64_t{kTile}));
   };
-  const auto fetch = [&](int64_t tile) {
+  const auto fetch = [&](int64_t tile) {  // the team's rows
     if (tile < tiles) {
+      const int last = left_of(tile) - 1;
 #pragma unroll
-      for (int i = 0; i < 2; i++) {
-        const uint4* from = args.below + row_at(tile, i) * (H / 8) + t;
-#pragma unroll
-        for (int b = 0; b < H / 32; b++) copy_async(slot + (2 * b + i) * 2048, from + 4 * b);
+      for (int n = 0; n < kTimes; n++) {
+        const int i = team * (kTile / kTeams) + n * 128 + threadIdx.x % 128;
+        copy_async(shared_address(h) + chunk_at<kUpperRows>(i % kChunks, i / kChunks),
+                   args.below + tile * kTile + min(i, last));
       }
     }
     copy_commit();
@@ -314,12 +344,20 @@ __global__ void __launch_bounds__(kTeams * 128, 1) upper_kernel(const __grid_con
   float sums[H / 2] = {};
   fetch(blockIdx.x);
   for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+    const int left = left_of(tile);
+    uint4 dz[kTimes], before[kTimes];
+#pragma unroll
+    for (int i = 0; i < kTimes; i++) {
+      const int64_t from = tile * kTile + min(static_cast<int>(threadIdx.x) + i * kTeams * 128, left - 1);
+      dz[i] = __ldcs(args.dz + from);
+      before[i] = __ldcs(args.before + from);
+    }
     Place place[2];
     int middle[2];
     uint32_t group[2], at[2];
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-      const uint32_t row = static_cast<uint32_t>(row_at(tile, i));
+      const uint32_t row = static_cast<uint32_t>(min(tile * kUpperRows + in_tile + 8 * i, args.rows - 1));
       group[i] = row / args.neighbors;
       at[i] = (row - group[i] * args.neighbors) * 0x10001u;
       place[i] = load_place(args.places + row);
@@ -331,7 +369,7 @@ __global__ void __launch_bounds__(kTeams * 128, 1) upper_kernel(const __grid_con
       for (int i = 0; i < 4; i++) {
         const uint4* near = features_of<C>(args.features, args.zeros, place[i % 2].near);
         const uint4* center = features_of<C>(args.features, args.zeros, middle[i % 2]);
-        ahead[i / 2][i % 2] = feature<C>(near, center, 2 * pair + i / 2);
+        ahead[i / 2][i % 2] = feature<C>(near, center, 0, 2 * pair + i / 2);
       }
     };
     gather(0);
@@ -339,23 +377,31 @@ __global__ void __launch_bounds__(kTeams * 128, 1) upper_kernel(const __grid_con
     wgmma_wait<0>();
     pin(sums);
     __syncthreads();  // nobody reads x and y of the tile before
+    {
+      const Line line = line_of<H>(norm, 8 * chunk);
 #pragma unroll
-    for (int b = 0; b < H / 32; b++) {
-      const Eight f = eight(scale + 32 * b + 8 * t), s = eight(shift + 32 * b + 8 * t);
-#pragma unroll
-      for (int i = 0; i < 2; i++) {
-        put<kUpperRows>(y, b, in_tile + 8 * i, hidden_of<T>(load_shared(slot + (2 * b + i) * 2048), f, s));
+      for (int i = 0; i < kTimes; i++) {
+        uint4 v = normed_grad<T>(dz[i], before[i], line);
+        if (static_cast<int>(threadIdx.x) + i * kTeams * 128 >= left) v = {0, 0, 0, 0};
+        *reinterpret_cast<uint4*>(y + own + i * kStep) = v;
       }
     }
-    fetch(tile + gridDim.x);
-    publish_to_team();
+    {
+      const Eight f = eight(scale + 8 * chunk), s = eight(shift + 8 * chunk);
+#pragma unroll
+      for (int i = 0; i < kTimes; i++) {
+        uint4* const v = reinterpret_cast<uint4*>(h + own + i * kStep);
+        *v = hidden_of<T>(*v, f, s);
+      }
+    }
+    publish();
 
 #pragma unroll
     for (int p = 0; p < C / 64; p++) {
       float d[32];
 #pragma unroll
       for (int i = 0; i < 2; i++) {
-        encode<C, T>(place[i], frequency, p, ahead[0][i], ahead[1][i]);
+        encode<T>(place[i].offset[p], frequencies, ahead[0][i], ahead[1][i]);
 #pragma unroll
         for (int w = 0; w < 2; w++) {
           const Eight r = eight_of<T>(ahead[w][i]), b = eight(bias + 64 * p + 32 * w + 8 * t);
@@ -363,43 +409,41 @@ __global__ void __launch_bounds__(kTeams * 128, 1) upper_kernel(const __grid_con
           for (int j = 0; j < 8; j++) d[16 * w + j / 2 * 4 + 2 * i + j % 2] = r.v[j] + b.v[j];
         }
       }
-      team_product<C, H, T>(d, y, below_weight, 64 * p);
+      team_product<C, H, T>(d, h, below_weight, 64 * p);
       if (p + 1 < C / 64) gather(p + 1);
       wgmma_wait<0>();
       pin(d);
 #pragma unroll
       for (int i = 0; i < 4; i++) {
-        put<kUpperRows>(x, 2 * p + i / 2, in_tile + 8 * (i % 2), relu<T>(of_sums(d, i / 2, i % 2)));
+        put<kUpperRows>(x, 8 * p + i / 2 * 4 + t, in_tile + 8 * (i % 2), relu<T>(of_sums(d, i / 2, i % 2)));
       }
     }
+    team_barrier();  // nobody reads its rows of h
+    fetch(tile + gridDim.x);
 
-    team_barrier();  // nobody reads h
-#pragma unroll
-    for (int b = 0; b < H / 32; b++) {
-#pragma unroll
-      for (int i = 0; i < 2; i++) {
-        const int64_t from = row_at(tile, i) * (H / 8) + 4 * b + t;
-        uint4 v = normed_grad<H, T>(__ldcs(args.dz + from), __ldcs(args.before + from), norm, 32 * b + 8 * t);
-        if (tile * kUpperRows + in_tile + 8 * i >= args.rows) v = {0, 0, 0, 0};
-        put<kUpperRows>(y, b, in_tile + 8 * i, v);
-      }
-    }
-    publish_to_team();
+    const bool other = group[0] != group[1];
 #pragma unroll
     for (int p = 0; p < C / 64; p++) {
       float d[32] = {};
       team_product<C, H, T>(d, y, weight, 64 * p);
       uint4 entry[4];
 #pragma unroll
-      for (int i = 0; i < 4; i++) {
-        const int64_t from = static_cast<int64_t>(group[i % 2]) * (C / 8) + 8 * p + i / 2 * 4 + t;
-        entry[i] = entries_at(__ldg(args.grad + from), __ldg(args.argmax + from), at[i % 2]);
+      for (int w = 0; w < 2; w++) {
+        const int block = 8 * p + 4 * w + t;
+        const int64_t first = static_cast<int64_t>(group[0]) * (C / 8) + block;
+        const int64_t second = static_cast<int64_t>(group[1]) * (C / 8) + block;
+        const uint4 grad = __ldg(args.grad + first), argmax = __ldg(args.argmax + first);
+        uint4 other_grad, other_argmax;
+        load_if(other, args.grad + second, grad, other_grad);
+        load_if(other, args.argmax + second, argmax, other_argmax);
+        entry[2 * w] = entries_at(grad, argmax, at[0]);
+        entry[2 * w + 1] = entries_at(other_grad, other_argmax, at[1]);
       }
       wgmma_wait<0>();
       pin(d);
 #pragma unroll
       for (int i = 0; i < 4; i++) {
-        const uint4 z = take<kUpperRows>(x, 2 * p + i / 2, in_tile + 8 * (i % 2));
+        const uint4 z = take<kUpperRows>(x, 8 * p + i / 2 * 4 + t, in_tile + 8 * (i % 2));
         const uint4 v = where_positive(z, add<T>(rounded<T>(of_sums(d, i / 2, i % 2)), entry[i]));
         const int64_t row = tile * kUpperRows + in_tile + 8 * (i % 2);
         if (row < args.rows) args.du[row * (C / 8) + 8 * p + i / 2 * 4 + t] = v;
@@ -418,10 +462,9 @@ template <int C, int H, bool kBelow, typename T>
 int rows(const BackwardSize& size, const BackwardRows& from, void* scratch, cudaStream_t stream,
          int64_t* bytes = nullptr) {
   constexpr int kSlices = C / kSlice;
-  const int workers = size.processors / kSlices, blocks = workers * kSlices;
+  const int workers = (kBelow ? 1 : kBottomBlocks<H>)*size.processors / kSlices, blocks = workers * kSlices;
   const int64_t count = size.groups * size.neighbors, entries = kBelow ? size.groups * C : 0;
   Pieces pieces(scratch);
-  float4* const scales = pieces.take<float4>(size.groups);
   Place* const places = pieces.take<Place>(count);
   int* const middles = pieces.take<int>(size.groups);
   uint4* const zeros = pieces.take<uint4>(C / 16);
@@ -439,9 +482,8 @@ int rows(const BackwardSize& size, const BackwardRows& from, void* scratch, cuda
   const uint4* const features = static_cast<const uint4*>(from.from.features);
   const uint4* const before = static_cast<const uint4*>(from.before);
   const uint4* const dz = static_cast<const uint4*>(from.dz);
-  scale_kernel<<<static_cast<unsigned>(divided(size.groups, 4)), 128, 0, stream>>>(from.from, scales);
-  place_kernel<<<static_cast<unsigned>(divided(count, 256)), 256, 0, stream>>>(from.from, C, scales, places,
-                                                                               middles, zeros);
+  place_kernel<<<static_cast<unsigned>(divided(size.groups, 4)), 128, 0, stream>>>(from.from, C, places,
+                                                                                   middles, zeros);
   int error = cudaGetLastError();
   if (error) return error;
   if constexpr (kBelow) {

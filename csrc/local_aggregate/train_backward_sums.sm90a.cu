@@ -24,7 +24,13 @@ __global__ void out_sums_kernel(const BackwardOutSums sums, const float* parts, 
 
 // The sums of entries.
 
-constexpr int kSumThreads = 512, kSumRows = 128;
+constexpr int kSumThreads = 512;
+
+// Rows that threads bring at the same time, each 16 bytes, and rows of a tile.
+template <int kN>
+constexpr int kBroughtRows = kSumThreads / (kN / 8);
+template <int kN>
+constexpr int kSumRows = 128 / kBroughtRows<kN> * kBroughtRows<kN>;
 
 struct EntrySums {
   const void* before;  // [M, H]
@@ -42,13 +48,13 @@ struct EntrySums {
 template <int C, int H, typename T>
 __global__ void __launch_bounds__(kSumThreads, 1) entry_sums_kernel(const __grid_constant__ EntrySums args) {
   constexpr int kN = kColumns<H>, kSlices = H / kN, kChunks = kN / 8;
-  constexpr int kLoads = (kSumRows * kChunks + kSumThreads - 1) / kSumThreads;
+  constexpr int kEach = kBroughtRows<kN>, kRowsAtOnce = kSumRows<kN>, kLoads = kRowsAtOnce / kEach;
   constexpr int kLanesEach = kN / 8, kAtOnce = 32 / kLanesEach, kMine = C / 16 / kAtOnce;
   constexpr int kEntries = (C + kSumThreads - 1) / kSumThreads;
   extern __shared__ __align__(1024) char room[];
-  char* const rows = room;                                                      // [2][kSumRows][kN]
-  float2* const entries = reinterpret_cast<float2*>(room + 4 * kSumRows * kN);  // [2][C]
-  float* const scale = reinterpret_cast<float*>(entries + 2 * C);               // [kN]
+  char* const rows = room;                                                         // [2][kRowsAtOnce][kN]
+  float2* const entries = reinterpret_cast<float2*>(room + 4 * kRowsAtOnce * kN);  // [2][C]
+  float* const scale = reinterpret_cast<float*>(entries + 2 * C);                  // [kN]
   float* const shift = scale + kN;
   const int slice = blockIdx.x % kSlices, worker = blockIdx.x / kSlices, workers = gridDim.x / kSlices;
   for (int i = threadIdx.x; i < kN; i += blockDim.x) {
@@ -62,6 +68,8 @@ __global__ void __launch_bounds__(kSumThreads, 1) entry_sums_kernel(const __grid
   int64_t group = args.groups * worker / workers;
   int first = 0;  // row of the group where the tile begins
 
+  const int chunk = threadIdx.x % kChunks, place = threadIdx.x / kChunks;  // of what it brings
+  Eight own_scale = eight(scale + chunk * 8), own_shift = eight(shift + chunk * 8);
   uint4 ahead[kLoads];
   float grad[kEntries];
   int argmax[kEntries];
@@ -69,9 +77,9 @@ __global__ void __launch_bounds__(kSumThreads, 1) entry_sums_kernel(const __grid
     if (group >= end) return;
 #pragma unroll
     for (int n = 0; n < kLoads; n++) {
-      const int i = threadIdx.x + n * kSumThreads, row = first + i / kChunks;
-      if (i / kChunks < kSumRows && row < args.neighbors) {
-        const int64_t at = (group * args.neighbors + row) * (H / 8) + slice * kChunks + i % kChunks;
+      const int row = first + place + n * kEach;
+      if (place < kEach && row < args.neighbors) {
+        const int64_t at = (group * args.neighbors + row) * (H / 8) + slice * kChunks + chunk;
         ahead[n] = __ldcs(static_cast<const uint4*>(args.before) + at);
       }
     }
@@ -89,14 +97,17 @@ __global__ void __launch_bounds__(kSumThreads, 1) entry_sums_kernel(const __grid
   load();
   for (int buffer = 0; group < end; buffer ^= 1) {
     const int from = first;
-    char* const tile = rows + buffer * 2 * kSumRows * kN;
+    char* const tile = rows + buffer * 2 * kRowsAtOnce * kN;
     float2* const here = entries + buffer * C;
+    if (kMine * 8 > 48) {  // registers are short
+      own_scale = eight(scale + chunk * 8);
+      own_shift = eight(shift + chunk * 8);
+    }
 #pragma unroll
     for (int n = 0; n < kLoads; n++) {
-      const int i = threadIdx.x + n * kSumThreads;
-      if (i / kChunks < kSumRows && first + i / kChunks < args.neighbors) {
-        const int at = i % kChunks * 8;
-        reinterpret_cast<uint4*>(tile)[i] = hidden_of<T>(ahead[n], eight(scale + at), eight(shift + at));
+      const int row = place + n * kEach;
+      if (place < kEach && first + row < args.neighbors) {
+        reinterpret_cast<uint4*>(tile)[row * kChunks + chunk] = hidden_of<T>(ahead[n], own_scale, own_shift);
       }
     }
 #pragma unroll
@@ -108,7 +119,7 @@ __global__ void __launch_bounds__(kSumThreads, 1) entry_sums_kernel(const __grid
       }
     }
     __syncthreads();
-    first += kSumRows;
+    first += kRowsAtOnce;
     if (first >= args.neighbors) {
       first = 0;
       group++;
@@ -120,18 +131,19 @@ __global__ void __launch_bounds__(kSumThreads, 1) entry_sums_kernel(const __grid
       for (int i = 0; i < 8; i++) sums[j][i] = __fmaf_rn(grad, h.v[i], sums[j][i]);
     };
     const float2* const own_entries = here + warp * (C / 16) + own;
-    if (args.neighbors <= kSumRows) {
+    const bool has_entries = lane < kLanesEach * kAtOnce;  // the others would only cost time
+    if (has_entries && args.neighbors <= kRowsAtOnce) {
 #pragma unroll
       for (int j = 0; j < kMine; j++) {
         const float2 entry = own_entries[j * kAtOnce];
         add(j, entry.x, __float_as_uint(entry.y));
       }
-    } else {
+    } else if (has_entries) {
 #pragma unroll
       for (int j = 0; j < kMine; j++) {
         const float2 entry = own_entries[j * kAtOnce];
         const uint32_t row = __float_as_uint(entry.y) - from;
-        if (row < kSumRows) add(j, entry.x, row);
+        if (row < kRowsAtOnce) add(j, entry.x, row);
       }
     }
   }
@@ -168,7 +180,7 @@ int entry_sums(const BackwardSize& size, const BackwardEntrySums& from, void* sc
                        size.groups,
                        size.neighbors};
   const int error = launch_shared(entry_sums_kernel<C, H, T>, args, workers * kSlices, kSumThreads,
-                                  4 * kSumRows * kN + 16 * C + 8 * kN, stream);
+                                  4 * kSumRows<kN> * kN + 16 * C + 8 * kN, stream);
   if (error) return error;
   out_sums_kernel<<<C, H, 0, stream>>>(from.sums, args.parts, args.totals, workers);
   return cudaGetLastError();
@@ -251,7 +263,7 @@ __global__ void __launch_bounds__(kTeams * 128, 1) dense_sums_kernel(const __gri
     for (int b = 0; b < H / 32; b++) {
       const uint4 v = load_shared(slot + (number % 2 * (H / 32) + b) * kSlot);
       const Eight f = eight(scale + 32 * b + 8 * t), s = eight(shift + 32 * b + 8 * t);
-      put<kOuterRows>(to_y, b, in_tile, hidden_of<T>(v, f, s));
+      put<kOuterRows>(to_y, 4 * b + t, in_tile, hidden_of<T>(v, f, s));
     }
 #pragma unroll
     for (int b = 0; b < C / 32; b++) {
