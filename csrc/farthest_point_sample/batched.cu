@@ -26,14 +26,20 @@
 //
 // H200, us a call, uniform ball, everything included; rounds + single picks; the sequential kernel of
 // cuda.cu:
-//   8 x 16,384 -> 4,096         403     27 + 28     5,165    16 blocks a cloud
-//   1 x 100,000 -> 25,000     1,080     45 + 24    35,680    98
-//   1 x 1,000,000 -> 250,000  8,070    183 + 40         -   132
+//   8 x 16,384 -> 4,096         372     27 + 28     5,165    16 blocks a cloud
+//   1 x 100,000 -> 25,000     1,013     45 + 24    35,680    98
+//   1 x 1,000,000 -> 250,000  7,794    183 + 40         -   132
 //
 // A bound for one kind of work: updating all points by all picks without pruning would be 0.56 ms of
 // arithmetic at 100,000, 56 ms at 1,000,000. What limits: the two meetings of a round with the waiting there
 // (44 % of the time with 98 blocks; the second, at the end of the longest chain of settling, is the longer);
-// at a million, those and the box tests.
+// at a million, those and the box tests. Counters (16,384; 100,000; a million): of the 25.3, 24.2, 22.6 cycles
+// that a warp spends on an instruction it waits 14.9, 14.4, 12.2 at barriers, most of it for the warp that
+// polls the other blocks, 2.7 to 2.9 for the instruction before, 1.7, 1.6, 2.4 for shared memory, 1.1 to 1.4
+// for L2; issue slots 32, 33, 35 % of their peak, L2 2 to 3 %, DRAM nothing.
+//
+// Of 8 points a thread 64 registers are too few. What is the same in all threads, and the blocks' largest
+// levels, are therefore in shared memory: spilled, they came from L2, 8,090 us at a million.
 //
 // Tried and slower: a lane a candidate walking bit rows of neighbours, each block settling all candidates to
 // save the second meeting (518 us at 8,192, and 10 times that where many candidates are in reach of each
@@ -62,7 +68,18 @@ struct Workspace {
   unsigned* taken;            // a bit a row, padded to words a cloud
 };
 
+// Where things of this cloud begin: in shared memory, as registers are short.
+struct Begin {
+  const float* points;
+  int64_t* index;
+  float* distance;
+  int64_t base;               // of the cloud's indices
+  unsigned long long* words;  // [6, kBatchedParts]
+  int64_t segments;           // in the workspace
+};
+
 struct Shared {
+  Begin begin;
   BatchedHeader header;  // the block's share of the cloud's
   float4 slot[2][32];    // x, y, z, bits of a warp's largest level
   unsigned slot_index[2][32];
@@ -70,7 +87,9 @@ struct Shared {
   unsigned offset[kBatchedParts + 1];
   unsigned sums[32];
   unsigned largest;
+  Aim aim[kBatchedWarps];  // the same for all; a copy a warp, as there are no registers left for it
 };
+static_assert(sizeof(Shared) <= kBatchedFixed, "what the plan counts for it");
 
 // Grid: `parts` blocks a cloud, kBatchedThreads threads. Clouds of at most `above` points, or of more than
 // the blocks hold, belong to another launch.
@@ -103,6 +122,14 @@ __global__ void __launch_bounds__(kBatchedThreads, 1)
   const float* points = run.points + run.rows.begin(cloud) * 3;
   if (tid < static_cast<int>(sizeof(BatchedHeader) / 4)) reinterpret_cast<unsigned*>(&s.header)[tid] = 0;
   if (tid < 4) s.found[tid] = s.most[tid] = s.accepted[tid] = 0;
+  if (tid == 0) {
+    s.begin = {points,
+               run.index + cloud * run.samples,
+               run.distance + cloud * run.samples,
+               run.rows.index_base(cloud),
+               work.words + cloud * 6 * kBatchedParts,
+               cloud * 2 * parts * plan.segment};
+  }
   __syncthreads();
   Team team{part, parts, work.headers + cloud};
   float4* sorted = work.sorted + run.rows.begin(cloud);
@@ -120,7 +147,7 @@ __global__ void __launch_bounds__(kBatchedThreads, 1)
   if (wanted >= 0 && wanted < count && finite(points + wanted * 3, 3)) first = static_cast<int>(wanted);
 
   // The warp's blocks are spread over the cloud, or, if there are many, in a row.
-  Levels<kHeld> held;
+  Levels<kHeld, kHeld == 8> held;
   bool present[kHeld];
   const int row = warp * kHeld;  // its first block in held_points, if they are in a row
 #pragma unroll
@@ -138,32 +165,38 @@ __global__ void __launch_bounds__(kBatchedThreads, 1)
   start_levels(held, own, present);
   __syncthreads();
 
-  int64_t* index = run.index + cloud * run.samples;
-  float* distance = run.distance + cloud * run.samples;
-  const int64_t base = run.rows.index_base(cloud);
   const int samples = static_cast<int>(run.samples < wide_count ? run.samples : wide_count);
   if (given.count) {
     apply_picks(held, own, static_cast<const float4*>(given.points) + cloud * run.starts, starts);
   } else {
     if (part == 0 && tid == 0) {
-      index[0] = base + first;
-      distance[0] = infinity();
+      s.begin.index[0] = s.begin.base + first;
+      s.begin.distance[0] = infinity();
     }
     apply_one(held, own, make_float4(points[first * 3], points[first * 3 + 1], points[first * 3 + 2], 0),
               false);
   }
 
-  unsigned long long* words = work.words + cloud * 6 * kBatchedParts;
-  const int64_t segments = cloud * 2 * parts * plan.segment;  // of this cloud, in the workspace
   unsigned step = 0, round = 0, settled = 0;
   int done = starts, plain = max(starts + 1, 1 + plan.steps);  // picks up to `plain` are made one by one
   float level = infinity();                                    // no level is above it
-  Aim aim{static_cast<unsigned>(count), static_cast<float>(plan.wanted)};
+  const auto steer = [&](auto change) {
+    __syncwarp();
+    Aim aim = s.aim[warp];
+    change(aim);
+    __syncwarp();
+    if (lane == 0) s.aim[warp] = aim;
+    return aim.at;
+  };
+  if (lane == 0) s.aim[warp] = Aim{static_cast<unsigned>(count), static_cast<float>(plan.wanted)};
 
   // One pick of the sequential algorithm. A warp whose box is out of the last pick's reach keeps its best.
-  WarpBest best;
+  WarpBest kept;
   auto sequential_step = [&] {
+    WarpBest best;
+    if constexpr (kHeld < 8) best = kept;
     best.look(held, own);
+    if constexpr (kHeld < 8) kept = best;
     const unsigned parity = step & 1;
     if (best.here) {
       s.slot[parity][warp] = best.point;
@@ -179,7 +212,7 @@ __global__ void __launch_bounds__(kBatchedThreads, 1)
     // needed. A block without points sends level 0.
     constexpr unsigned kMask = 0x3fffffffu;
     const unsigned tag = ((step >> 1) & 1) + 1;
-    unsigned long long* slots = words + parity * kBatchedParts;
+    unsigned long long* slots = s.begin.words + parity * kBatchedParts;
     if (tid == 0) {
       const unsigned long long bits = __float_as_uint(fmaxf(largest, 0.0f));
       *static_cast<volatile unsigned long long*>(&slots[part]) =
@@ -206,18 +239,18 @@ __global__ void __launch_bounds__(kBatchedThreads, 1)
     largest = __uint_as_float(s.largest);
     lowest = s.offset[0];
     if (largest > 0) {
-      const float* p = points + static_cast<size_t>(lowest) * 3;
+      const float* p = s.begin.points + static_cast<size_t>(lowest) * 3;
       chosen = make_float4(__ldg(p), __ldg(p + 1), __ldg(p + 2), 0);
     }
     step++;
     level = largest;
     if (!(level > 0)) return;
     if (part == 0 && tid == 0) {
-      index[done] = base + lowest;
-      distance[done] = level;
+      s.begin.index[done] = s.begin.base + lowest;
+      s.begin.distance[done] = level;
     }
     done++;
-    if (apply_one(held, own, chosen, done > kBoxedSteps)) best.current = false;
+    if (apply_one(held, own, chosen, done > kBoxedSteps)) kept.current = false;
   };
 
   while (done < samples && level > 0) {
@@ -226,7 +259,7 @@ __global__ void __launch_bounds__(kBatchedThreads, 1)
       continue;
     }
     // Candidates.
-    aim.start(level);
+    Threshold threshold = steer([&](Aim& aim) { aim.start(level); });
     int found = 0;
     bool fits = false;
 #pragma unroll 1
@@ -237,11 +270,12 @@ __global__ void __launch_bounds__(kBatchedThreads, 1)
       float largest = 0;
 #pragma unroll
       for (int q = 0; q < kHeld; q++) {
-        largest = fmaxf(largest, held.top[q]);
+        const float top = held.top(own, q);
+        largest = fmaxf(largest, top);
         votes[q] = 0;
-        if (held.top[q] < aim.at.level) continue;
-        bool in = held.level[q] > aim.at.level;
-        if (aim.at.before) in = aim.at.admits(held.level[q], index_of(own.at(q)));
+        if (top < threshold.level) continue;
+        bool in = held.level[q] > threshold.level;
+        if (threshold.before) in = threshold.admits(held.level[q], index_of(own.at(q)));
         votes[q] = __ballot_sync(kAll, in);
         total += __popc(votes[q]);
       }
@@ -254,7 +288,8 @@ __global__ void __launch_bounds__(kBatchedThreads, 1)
         }
       }
       at = __shfl_sync(kAll, at, 0);
-      const int64_t segment = segments + (static_cast<int64_t>(round & 1) * parts + part) * plan.segment;
+      const int64_t segment =
+          s.begin.segments + (static_cast<int64_t>(round & 1) * parts + part) * plan.segment;
 #pragma unroll
       for (int q = 0; q < kHeld; q++) {
         const unsigned k = at + __popc(votes[q] & ((1u << lane) - 1));
@@ -267,23 +302,23 @@ __global__ void __launch_bounds__(kBatchedThreads, 1)
       __syncthreads();
       // A segment that overflows makes the sum too large.
       const unsigned number = static_cast<int>(s.found[turn]) > plan.segment ? 0xffffu : s.found[turn];
-      exchange(words + 2 * kBatchedParts, round, part, parts, number, s.most[turn], s.offset, &s.largest);
+      exchange(s.begin.words + 2 * kBatchedParts, round, part, parts, number, s.most[turn], s.offset,
+               &s.largest);
       found = s.offset[parts];
       bits = s.largest;
       fits = found > 0 && found <= most;
       if (found == 0) level = __uint_as_float(bits);
       if (tid == 0) s.found[(round + 2) & 3] = s.most[(round + 2) & 3] = s.accepted[(round + 2) & 3] = 0;
       round++;
-      if (!fits && level > 0) aim.again(level, found, attempt);
+      if (!fits && level > 0) threshold = steer([&](Aim& aim) { aim.again(level, found, attempt); });
     }
     if (!(level > 0)) break;
     if (!fits) {
       plain = done + 1;
       continue;
     }
-    const Threshold threshold = aim.at;
     unsigned* accepted = &s.accepted[(round - 1) & 3];
-    const int64_t parity = segments + static_cast<int64_t>((round - 1) & 1) * parts * plan.segment;
+    const int64_t parity = s.begin.segments + static_cast<int64_t>((round - 1) & 1) * parts * plan.segment;
     for (int p = warp; p < parts; p += kBatchedWarps) {
       const int begin = s.offset[p], size = s.offset[p + 1] - begin;
       for (int k = lane; k < size; k += 32) {
@@ -376,7 +411,7 @@ __global__ void __launch_bounds__(kBatchedThreads, 1)
     }
     int picks;
     __syncthreads();
-    exchange(words + 4 * kBatchedParts, settled++, part, parts, *accepted, 0, s.offset, &s.largest);
+    exchange(s.begin.words + 4 * kBatchedParts, settled++, part, parts, *accepted, 0, s.offset, &s.largest);
     picks = s.offset[parts];
     for (int p = warp; p < parts; p += kBatchedWarps) {
       const int begin = s.offset[p], size = s.offset[p + 1] - begin;
@@ -401,17 +436,17 @@ __global__ void __launch_bounds__(kBatchedThreads, 1)
       }
       before = warp_sum(before);
       if (lane == 0 && done + static_cast<int>(before) < samples) {
-        index[done + before] = base + a_index;
-        distance[done + before] = a_level;
+        s.begin.index[done + before] = s.begin.base + a_index;
+        s.begin.distance[done + before] = a_level;
       }
     }
     done += picks;
     if (picks < plan.few) plain = done + plan.few;
     if (done >= samples) break;
     apply_picks(held, own, pick, picks);
-    best.current = false;
+    kept.current = false;
     level = threshold.level;
-    aim.settled(found, picks);
+    steer([&](Aim& aim) { aim.settled(found, picks); });
   }
   if (done < samples) team.sync();  // other blocks wrote picks too
   if (part != 0) return;

@@ -251,13 +251,6 @@ __device__ void sort_cloud(const float* points, int count, int bits, AnyTeam& te
   team.sync();
 }
 
-// A warp's blocks of 32 points: the levels in registers, a point a lane, and the largest of each block.
-template <int kHeld>
-struct Levels {
-  float level[kHeld];  // -1: no point
-  float top[kHeld];
-};
-
 // This lane's points, block q's at [q * stride], and the boxes of the warp's blocks.
 struct Held {
   const float4* points;
@@ -269,16 +262,57 @@ struct Held {
 template <int kHeld>
 constexpr int kBoxesOf = kHeld >= 4 ? kHeld + 1 : kHeld;
 
+// A warp's blocks of 32 points: the levels in registers, a point a lane, and the largest of each block.
+// These, and the largest of all, may be `w` of the boxes' lower corners instead, where registers are short.
+template <int kHeld, bool kInBoxes = false>
+struct Levels {
+  float level[kHeld];  // -1: no point
+  float tops[kInBoxes ? 1 : kHeld];
+
+  __device__ __forceinline__ float top(Held own, int q) const {
+    if constexpr (kInBoxes) {
+      return own.low[q].w;
+    } else {
+      return tops[q];
+    }
+  }
+  __device__ __forceinline__ void set_top(Held own, int q, float value) {
+    if constexpr (kInBoxes) {
+      __syncwarp();
+      if (threadIdx.x % 32 == 0) own.low[q].w = value;
+      __syncwarp();
+    } else {
+      tops[q] = value;
+    }
+  }
+  __device__ __forceinline__ float most(Held own) const {
+    if constexpr (kInBoxes) return own.low[kHeld].w;
+    float largest = top(own, 0);
+#pragma unroll
+    for (int q = 1; q < kHeld; q++) largest = fmaxf(largest, top(own, q));
+    return largest;
+  }
+  // After the last of some calls of set_top.
+  __device__ __forceinline__ void set_most(Held own) {
+    if constexpr (kInBoxes) {
+      float largest = own.low[0].w;
+#pragma unroll
+      for (int q = 1; q < kHeld; q++) largest = fmaxf(largest, own.low[q].w);
+      set_top(own, kHeld, largest);
+    }
+  }
+};
+
 // Fills levels and boxes.
-template <int kHeld>
-__device__ void start_levels(Levels<kHeld>& held, Held own, const bool (&present)[kHeld]) {
+template <int kHeld, bool kInBoxes>
+__device__ void start_levels(Levels<kHeld, kInBoxes>& held, Held own, const bool (&present)[kHeld]) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int q = 0; q < kHeld; q++) {
     const bool in = present[q];
     const float4 p = in ? own.at(q) : make_float4(0, 0, 0, 0);
     held.level[q] = in ? infinity() : -1.0f;
-    held.top[q] = __any_sync(kAll, in) ? infinity() : -1.0f;
+    const float top = __any_sync(kAll, in) ? infinity() : -1.0f;
     const unsigned x = ordered(p.x), y = ordered(p.y), z = ordered(p.z);
     const unsigned x0 = warp_min(in ? x : kAll), x1 = warp_max(in ? x : 0);
     const unsigned y0 = warp_min(in ? y : kAll), y1 = warp_max(in ? y : 0);
@@ -287,13 +321,14 @@ __device__ void start_levels(Levels<kHeld>& held, Held own, const bool (&present
       own.low[q] = make_float4(unordered(x0), unordered(y0), unordered(z0), 0);
       own.high[q] = make_float4(unordered(x1), unordered(y1), unordered(z1), 0);
     }
+    held.set_top(own, q, top);
   }
   __syncwarp();
   if (kHeld >= 4 && lane == 0) {
     float4 l = own.low[0], h = own.high[0];
 #pragma unroll
     for (int q = 1; q < kHeld; q++) {
-      if (held.top[q] <= 0) continue;
+      if (held.top(own, q) <= 0) continue;
       const float4 a = own.low[q], b = own.high[q];
       l = make_float4(fminf(l.x, a.x), fminf(l.y, a.y), fminf(l.z, a.z), 0);
       h = make_float4(fmaxf(h.x, b.x), fmaxf(h.y, b.y), fmaxf(h.z, b.z), 0);
@@ -301,6 +336,7 @@ __device__ void start_levels(Levels<kHeld>& held, Held own, const bool (&present
     own.low[kHeld] = l;
     own.high[kHeld] = h;
   }
+  held.set_most(own);
 }
 
 __device__ __forceinline__ float warp_most(float level) {  // levels and -1 are ordered like ints
@@ -321,39 +357,42 @@ __device__ __forceinline__ float box_distance(float4 low, float4 high, float4 p)
 
 // Lowers the levels by `count` picks: a lane tests one pick against a block's box, then the warp takes those
 // that may matter.
-template <int kHeld>
-__device__ __forceinline__ void apply_picks(Levels<kHeld>& held, Held own, const float4* picks, int count) {
+template <int kHeld, bool kInBoxes>
+__device__ __forceinline__ void apply_picks(Levels<kHeld, kInBoxes>& held, Held own, const float4* picks,
+                                            int count) {
   const int lane = threadIdx.x % 32;
 #pragma unroll 1
   for (int a = 0; a < count; a += 32) {
     const float4 pick = picks[min(a + lane, count - 1)];
     if (kHeld >= 4) {
-      float most = held.top[0];
-#pragma unroll
-      for (int q = 1; q < kHeld; q++) most = fmaxf(most, held.top[q]);
+      const float most = held.most(own);
       if (!__any_sync(kAll, box_distance(own.low[kHeld], own.high[kHeld], pick) < most)) continue;
     }
+    bool changed = false;
 #pragma unroll
     for (int q = 0; q < kHeld; q++) {
-      if (held.top[q] <= 0) continue;
+      const float top = held.top(own, q);
+      if (top <= 0) continue;
       const float reach = box_distance(own.low[q], own.high[q], pick);
-      unsigned hits = __ballot_sync(kAll, a + lane < count && reach < held.top[q]);
+      unsigned hits = __ballot_sync(kAll, a + lane < count && reach < top);
       if (!hits) continue;
       const float4 p = own.at(q);
       float level = held.level[q];
 #pragma unroll 1
       for (; hits; hits &= hits - 1) level = fminf(level, squared_distance(p, picks[a + __ffs(hits) - 1]));
       held.level[q] = level;
-      held.top[q] = warp_most(level);
+      held.set_top(own, q, warp_most(level));
+      changed = true;
     }
+    if (changed) held.set_most(own);
   }
 }
 
 // The same for few hits a block: kLists blocks at a time, and each one's hits collected in a list first, so
 // that nothing waits for single bits. `lists`: [kLists, 32] of the warp.
-template <int kLists, int kHeld>
-__device__ __forceinline__ void apply_listed(Levels<kHeld>& held, Held own, const float4* picks, int count,
-                                             float4* lists) {
+template <int kLists, int kHeld, bool kInBoxes>
+__device__ __forceinline__ void apply_listed(Levels<kHeld, kInBoxes>& held, Held own, const float4* picks,
+                                             int count, float4* lists) {
   constexpr int kAtOnce = 4;
   const int lane = threadIdx.x % 32;
 #pragma unroll 1
@@ -361,9 +400,7 @@ __device__ __forceinline__ void apply_listed(Levels<kHeld>& held, Held own, cons
     const bool real = a + lane < count;
     const float4 pick = picks[real ? a + lane : a];
     if (kHeld >= 4) {
-      float most = held.top[0];
-#pragma unroll
-      for (int q = 1; q < kHeld; q++) most = fmaxf(most, held.top[q]);
+      const float most = held.most(own);
       if (!__any_sync(kAll, box_distance(own.low[kHeld], own.high[kHeld], pick) < most)) continue;
     }
 #pragma unroll
@@ -371,7 +408,7 @@ __device__ __forceinline__ void apply_listed(Levels<kHeld>& held, Held own, cons
       int number[kLists], longest = 0;
 #pragma unroll
       for (int u = 0; u < kLists; u++) {
-        const bool hit = real & (box_distance(own.low[q + u], own.high[q + u], pick) < held.top[q + u]);
+        const bool hit = real & (box_distance(own.low[q + u], own.high[q + u], pick) < held.top(own, q + u));
         const unsigned hits = __ballot_sync(kAll, hit);
         number[u] = __popc(hits);
         longest = max(longest, number[u]);
@@ -395,32 +432,36 @@ __device__ __forceinline__ void apply_listed(Levels<kHeld>& held, Held own, cons
         }
       }
 #pragma unroll
-      for (int u = 0; u < kLists; u++) held.top[q + u] = warp_most(held.level[q + u]);
+      for (int u = 0; u < kLists; u++) held.set_top(own, q + u, warp_most(held.level[q + u]));
       __syncwarp();
     }
+    held.set_most(own);
   }
 }
 
 // Lowers the levels by one pick; whether that may have changed any. The first picks reach everywhere: testing
 // boxes would be a waste.
 constexpr int kBoxedSteps = 64;
-template <int kHeld>
-__device__ __forceinline__ bool apply_one(Levels<kHeld>& held, Held own, float4 pick, bool boxed) {
+template <int kHeld, bool kInBoxes>
+__device__ __forceinline__ bool apply_one(Levels<kHeld, kInBoxes>& held, Held own, float4 pick, bool boxed) {
   if (!boxed) {
 #pragma unroll
     for (int q = 0; q < kHeld; q++) held.level[q] = fminf(held.level[q], squared_distance(own.at(q), pick));
 #pragma unroll
-    for (int q = 0; q < kHeld; q++) held.top[q] = warp_most(held.level[q]);
+    for (int q = 0; q < kHeld; q++) held.set_top(own, q, warp_most(held.level[q]));
+    held.set_most(own);
     return true;
   }
   bool changed = false;
 #pragma unroll
   for (int q = 0; q < kHeld; q++) {
-    if (held.top[q] <= 0 || box_distance(own.low[q], own.high[q], pick) >= held.top[q]) continue;
+    const float top = held.top(own, q);
+    if (top <= 0 || box_distance(own.low[q], own.high[q], pick) >= top) continue;
     held.level[q] = fminf(held.level[q], squared_distance(own.at(q), pick));
-    held.top[q] = warp_most(held.level[q]);
+    held.set_top(own, q, warp_most(held.level[q]));
     changed = true;
   }
+  if (changed) held.set_most(own);
   return changed;
 }
 
@@ -430,12 +471,10 @@ struct WarpBest {
   unsigned index;
   bool here = false, current = false;  // current: no level has changed since
 
-  template <int kHeld>
-  __device__ __forceinline__ void look(const Levels<kHeld>& held, Held own) {
+  template <int kHeld, bool kInBoxes>
+  __device__ __forceinline__ void look(const Levels<kHeld, kInBoxes>& held, Held own) {
     if (current) return;
-    float level = held.top[0];
-#pragma unroll
-    for (int q = 1; q < kHeld; q++) level = fmaxf(level, held.top[q]);
+    const float level = held.most(own);
     unsigned mine = kAll;
     point = make_float4(0, 0, 0, level);
 #pragma unroll

@@ -1,7 +1,7 @@
 // What blocks of one launch tell each other through L2, in PTX that every architecture from sm_75 on has.
 #pragma once
 
-#include <stdint.h>
+#include "common/cluster.cuh"
 
 namespace any2point {
 
@@ -28,49 +28,6 @@ __device__ __forceinline__ unsigned long long load_acquire(const unsigned long l
 // No order with other accesses: for words that say all there is to say.
 __device__ __forceinline__ unsigned long long load_relaxed(const unsigned long long* at) {
   return *static_cast<const volatile unsigned long long*>(at);
-}
-
-// Clusters of blocks (from sm_90 on) write into each other's shared memory.
-
-// All blocks of the cluster: what was written before is visible after.
-__device__ __forceinline__ void cluster_sync() {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-#endif
-}
-
-// The address of `at`, a place in this block's shared memory, in that of block `rank` of the cluster.
-__device__ __forceinline__ unsigned peer_address(const void* at, int rank) {
-  unsigned address = 0;
-#if __CUDA_ARCH__ >= 900
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
-               : "=r"(address)
-               : "r"(static_cast<unsigned>(__cvta_generic_to_shared(at))), "r"(rank));
-#endif
-  return address;
-}
-__device__ __forceinline__ void store_peer(unsigned address, float4 value) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(value.x), "f"(value.y),
-               "f"(value.z), "f"(value.w)
-               : "memory");
-#endif
-}
-__device__ __forceinline__ void store_peer(unsigned address, unsigned value) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("st.shared::cluster.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
-#endif
-}
-__device__ __forceinline__ void add_peer(unsigned address, unsigned value) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("red.relaxed.cluster.shared::cluster.add.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
-#endif
-}
-__device__ __forceinline__ void max_peer(unsigned address, unsigned value) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("red.relaxed.cluster.shared::cluster.max.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
-#endif
 }
 
 // 2^x, roughly: for steering only.

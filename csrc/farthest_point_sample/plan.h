@@ -17,7 +17,8 @@ struct DeviceLimits {
 };
 
 constexpr int kBatchedThreads = 1024, kBatchedWarps = 32;
-constexpr int kBatchedParts = 256;  // blocks a cloud at most
+constexpr int kBatchedParts = 256;   // blocks a cloud at most
+constexpr int kBatchedFixed = 4096;  // bytes of shared memory for variables that are not arrays of the plan
 
 struct BatchedPlan {
   int parts = 0;   // blocks a cloud; 0: do not use this kernel
@@ -45,8 +46,8 @@ inline BatchedPlan finish_plan(BatchedPlan plan) {
   const int64_t points = int64_t(plan.held) * kBatchedThreads;
   const int64_t boxes = 2 * kBatchedWarps * (plan.held >= 4 ? plan.held + 1 : plan.held);
   const int64_t settling = int64_t(kBatchedWarps) * plan.slots;
-  plan.shared =
-      16 * (points + boxes + plan.most + 8) + settling * (plan.listed * 8 + 4) + 8 * plan.most + 4096;
+  plan.shared = 16 * (points + boxes + plan.most + 8) + settling * (plan.listed * 8 + 4) + 8 * plan.most +
+                kBatchedFixed;
   return plan;
 }
 
