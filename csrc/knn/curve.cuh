@@ -32,45 +32,73 @@ __device__ __forceinline__ uint32_t warp_min(uint32_t value) {
 #endif
 }
 
-// By a whole block of at least kSamples threads: kSamples rows of a cloud, sorted along each axis. Between
-// 1/32 and 31/32 of them the cloud has its usual extent; the box is larger by four times the longest side of
-// that.
-__device__ inline void find_usual_extent(const float* cloud, int64_t count, int64_t dim, Extent* extent) {
-  __shared__ float sample[3][kSamples];
-  __shared__ int finite_samples;
-  if (threadIdx.x == 0) finite_samples = 0;
-  __syncthreads();
-  const int thread = threadIdx.x;
-  if (thread < kSamples) {
-    const float3 p = row_of(cloud, dim, thread * count / kSamples);
-    const bool usable = finite_point(p);
-    sample[0][thread] = usable ? p.x : infinite();
-    sample[1][thread] = usable ? p.y : infinite();
-    sample[2][thread] = usable ? p.z : infinite();
-    if (usable) atomicAdd(&finite_samples, 1);
-  }
-  for (int size = 2; size <= kSamples; size *= 2) {
+// Sorts kEach * 32 numbers of a warp: lane l ends with those of rank l * kEach + r.
+template <int kEach>
+__device__ __forceinline__ void sort_floats(float (&value)[kEach], int lane) {
+#pragma unroll
+  for (int size = 2; size <= kEach * 32; size *= 2) {
+#pragma unroll
     for (int stride = size / 2; stride > 0; stride /= 2) {
-      __syncthreads();
-      const int other = stride == size / 2 ? thread ^ (size - 1) : thread ^ stride;
-      if (thread < kSamples && other > thread) {
-        for (int c = 0; c < 3; c++) {
-          const float a = sample[c][thread], b = sample[c][other];
-          sample[c][thread] = fminf(a, b);
-          sample[c][other] = fmaxf(a, b);
+      // The first step of a size compares with the mirrored place, the others with the one `stride` on.
+      const bool mirrored = stride == size / 2;
+      if (stride < kEach) {
+#pragma unroll
+        for (int r = 0; r < kEach; r++) {
+          const int other = mirrored ? r ^ (size - 1) : r ^ stride;
+          if (other < r) continue;
+          const float a = value[r], b = value[other];
+          value[r] = fminf(a, b);
+          value[other] = fmaxf(a, b);
+        }
+      } else {
+        const int mask = mirrored ? size / kEach - 1 : stride / kEach;
+        const bool lower = (lane & (stride / kEach)) == 0;
+        float given[kEach];
+#pragma unroll
+        for (int r = 0; r < kEach; r++) {
+          given[r] = __shfl_xor_sync(kAll, value[mirrored ? kEach - 1 - r : r], mask);
+        }
+#pragma unroll
+        for (int r = 0; r < kEach; r++) {
+          value[r] = lower ? fminf(given[r], value[r]) : fmaxf(given[r], value[r]);
         }
       }
     }
   }
+}
+
+// By a whole block of at least three warps: kSamples rows of a cloud, sorted along each axis by a warp.
+// Between 1/32 and 31/32 of them the cloud has its usual extent; the box is larger by four times the longest
+// side of that.
+__device__ inline void find_usual_extent(const float* cloud, int64_t count, int64_t dim, Extent* extent) {
+  constexpr int kEach = kSamples / 32;
+  __shared__ float low[3], high[3];
+  const int axis = threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (axis < 3) {
+    float value[kEach];
+    int usable = 0;
+#pragma unroll
+    for (int r = 0; r < kEach; r++) {
+      const float3 p = row_of(cloud, dim, (lane * kEach + r) * count / kSamples);
+      const bool is_finite = finite_point(p);
+      value[r] = is_finite ? (axis == 0 ? p.x : axis == 1 ? p.y : p.z) : infinite();
+      usable += is_finite;
+    }
+    sort_floats(value, lane);
+    usable = warp_sum(usable);
+    const int first = usable / 32, last = usable - 1 - first;
+#pragma unroll
+    for (int r = 0; r < kEach; r++) {
+      if (lane * kEach + r == first) low[axis] = value[r];
+      if (lane * kEach + r == last) high[axis] = value[r];
+    }
+    if (usable == 0 && lane == 0) low[axis] = high[axis] = 0;
+  }
   __syncthreads();
-  if (thread != 0 || finite_samples == 0) return;
-  const int last = finite_samples - 1, low = finite_samples / 32;
-  float side = 0;
-  for (int c = 0; c < 3; c++) side = fmaxf(side, sample[c][last - low] - sample[c][low]);
-  if (side == 0) return;
-  for (int c = 0; c < 3; c++) {
-    extent->usual_low[c] = sample[c][low] - 4 * side;
-    extent->usual_high[c] = sample[c][last - low] + 4 * side;
+  const float side = fmaxf(fmaxf(high[0] - low[0], high[1] - low[1]), high[2] - low[2]);
+  if (side > 0 && threadIdx.x < 3) {
+    extent->usual_low[threadIdx.x] = low[threadIdx.x] - 4 * side;
+    extent->usual_high[threadIdx.x] = high[threadIdx.x] + 4 * side;
   }
 }
 
