@@ -98,6 +98,11 @@ STABLE_TORCH_LIBRARY(any2point, m) {
       "_neighbour_launches(int shared, int clouds, int queries, int points, int dim, int k, bool packed, "
       "bool same, bool wide) -> str");
 
+  // Which kernels would build the inverse list of an index on a GPU of these limits, as JSON, for tests.
+  m.def(
+      "_inverse_list_launches(int capability, int processors, int shared, int clouds, int entries, int rows) "
+      "-> str");
+
   // Training, pass by pass (csrc/local_aggregate/train.h). done: before [M, H], scale, shift [H], weight [C,
   // H] and bias [C] of each unit before. Sums come as one row per chunk, on the CPU padded as the kernels do.
   // On CUDA features, before, dense, dz and the weights that are operands of products have 16 bits; the

@@ -4,13 +4,14 @@
 // features stay in L2.
 //
 // H200, 32 x 1,024 rows to 512 x 81, us as a graph; the floor is the bytes at the copy bandwidth of 4.2 TB/s:
-//                     float32, C = 96    64   192    97     bfloat16, C = 96    64   192    97
-//   forward                       144    99   278   200                   74    49   145   217
-//   backward                      164   125   282   223                  115    90   168   195
-//   floor                         127    85   251   128                   65    44   127    65
+//                     float32, C = 96    64   192    97     bfloat16, C = 96
+//   forward                       144   100   278   202                   75
+//   backward                      148   108   267   203                   97
+//   floor                         127    85   251   128                   65
 // torch.gather takes 376 forward and 396 backward, by atomics. Forward: reading rows from L2 and writing them
 // through it takes 83 % of the peak of L2, DRAM 72 %; with all indices equal, so that rows come from L1, it
-// is 127. Backward, by inverse_list: 130 to add up (L2 88 %, DRAM 85 % of their peaks), 34 for the list.
+// is 127. Backward, by inverse_list: 131 to add up (L2 90 %, DRAM 85 % of their peaks, 3.96 TB/s), 15 for the
+// list, 2 between them.
 #include "common/grid.cuh"
 #include "group/kernel.h"
 

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <atomic>
+#include <sstream>
+#include <string>
 
 #include "inverse_list/op.h"
 
@@ -69,9 +71,23 @@ Tensor group_backward(const Tensor& grad_, const Tensor& index_, int64_t rows) {
   return out;
 }
 
+std::string list_launches(int64_t capability, int64_t processors, int64_t shared, int64_t clouds,
+                          int64_t entries, int64_t rows) {
+  const ListPlan plan = plan_list(static_cast<int>(capability), processors, shared, clouds, entries, rows);
+  const char* names[] = {"sorted", "counted", "cluster"};
+  std::ostringstream text;
+  text << "{\"kernel\": \"" << names[plan.kernel] << "\", \"parts\": " << plan.parts
+       << ", \"each\": " << plan.each << ", \"rows\": " << plan.rows << ", \"shared\": " << plan.shared
+       << "}";
+  return text.str();
+}
+
 }  // namespace
 }  // namespace any2point
 
+STABLE_TORCH_LIBRARY_IMPL(any2point, CompositeExplicitAutograd, m) {
+  m.impl("_inverse_list_launches", TORCH_BOX(&any2point::list_launches));
+}
 STABLE_TORCH_LIBRARY_IMPL(any2point, CPU, m) {
   m.impl("group", TORCH_BOX(&any2point::group));
   m.impl("_group_backward", TORCH_BOX(&any2point::group_backward));

@@ -1,9 +1,10 @@
 // Builds inverse lists on CUDA: a stable sort of the entries by row.
 //
-// For clouds of few rows it is one pass of counting, in two kernels. Each block has 4,096 entries of a cloud
-// and writes how many point at each row. Then, from these counts, each block knows where its entries of a row
-// begin; its warps count theirs again in shared memory and put them there, 32 at a time in order. Otherwise
-// CUB's radix sort does it, on the bits that (cloud, row) needs.
+// For clouds of few rows it is one pass of counting: in one cluster a cloud (cluster.cu), or in two kernels.
+// Of these each block has 4,096 entries of a cloud and writes how many point at each row. Then, from these
+// counts, each block knows where its entries of a row begin; its warps count theirs again in shared memory
+// and put them there, 32 at a time in order. Otherwise CUB's radix sort does it, on the bits that (cloud,
+// row) needs.
 #include "common/grid.cuh"
 #include "common/radix_sort.h"
 #include "inverse_list/kernel.h"
@@ -14,8 +15,6 @@ namespace {
 constexpr int kEach = 16;                     // entries of a thread
 constexpr int64_t kChunk = kEach * kThreads;  // of a block
 constexpr int kWarps = kThreads / kWarp;
-constexpr int64_t kCountedRows = 2048;  // 2 bytes of counters for each warp, 4 for the block
-constexpr int64_t kCountedChunks = 32;
 
 struct Chunks {
   const int64_t* index;  // [B, R]
@@ -170,10 +169,14 @@ __global__ void search_kernel(Chunks args, const uint64_t* keys) {
 
 int64_t round_up(int64_t bytes) { return (bytes + 255) / 256 * 256; }
 
-bool counted(const InverseListCuda& list) {
-  // With fewer entries than a quarter of the rows the counters would be the larger part.
-  return list.rows <= kCountedRows && list.rows <= 4 * list.entries &&
-         list.entries <= kCountedChunks * kChunk;
+ListPlan plan_of(const InverseListCuda& list) {
+  int device = 0, major = 0, minor = 0, processors = 0, shared = 0;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  return plan_list(major * 10 + minor, processors, shared, list.clouds, list.entries, list.rows);
 }
 
 }  // namespace
@@ -181,7 +184,10 @@ bool counted(const InverseListCuda& list) {
 int64_t inverse_list_workspace(const InverseListCuda& list) {
   const int64_t n = list.clouds * list.entries;
   if (n == 0 || list.rows == 0) return 0;
-  if (counted(list)) return list.clouds * ((list.entries + kChunk - 1) / kChunk) * list.rows * 4;
+  const ListPlan plan = plan_of(list);
+  if (plan.kernel == ListPlan::cluster) return 0;
+  if (plan.kernel == ListPlan::counted)
+    return list.clouds * ((list.entries + kChunk - 1) / kChunk) * list.rows * 4;
   return 2 * round_up(8 * n) + round_up(4 * n) + static_cast<int64_t>(radix_sort_scratch(n));
 }
 
@@ -192,9 +198,11 @@ int inverse_list_cuda(const InverseListCuda& list, void* workspace, int64_t byte
   if (n == 0 || list.rows == 0) {
     return cudaMemsetAsync(list.start, 0, 4 * list.clouds * (list.rows + 1), stream);
   }
+  const ListPlan plan = plan_of(list);
+  if (plan.kernel == ListPlan::cluster) return inverse_list_cluster(list, plan, stream);
   char* memory = static_cast<char*>(workspace);
   Chunks args{list.index, list.clouds, list.entries, list.rows, 0, nullptr, list.start, list.order};
-  if (counted(list)) {
+  if (plan.kernel == ListPlan::counted) {
     args.chunks = (list.entries + kChunk - 1) / kChunk;
     args.counts = reinterpret_cast<uint32_t*>(memory);
     const auto blocks = static_cast<unsigned>(list.clouds * args.chunks);

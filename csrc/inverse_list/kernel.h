@@ -10,6 +10,7 @@
 #include <stdint.h>
 
 #include "common/dtype.h"
+#include "inverse_list/plan.h"
 
 namespace any2point {
 
@@ -29,6 +30,8 @@ struct InverseListCuda {
 };
 int64_t inverse_list_workspace(const InverseListCuda& list);
 int inverse_list_cuda(const InverseListCuda& list, void* workspace, int64_t bytes, void* stream);
+// For a plan with that kernel.
+int inverse_list_cluster(const InverseListCuda& list, const ListPlan& plan, void* stream);
 
 enum class Reduce { sum, mean, max };
 
