@@ -11,9 +11,9 @@
 // x 12,288 entries, 8.7 for 1 x 41,472. Floor: 3.8 for the bytes. Clusters of 6 blocks, as 32 of 8 do not run
 // at once (19.7). What limits: latency, with 6 warps to a scheduler. Of the 14.1 cycles that a warp spends on
 // an instruction it waits 2.2 for shared memory, 2.1 for memory, 2.1 for the instruction before, 1.9 at
-// barriers; issue slots 42 % of their peak, shared memory with L1 41 %, L2 35 %, DRAM 13 %. Tried: clusters of 8 whose lanes find equal
-// rows by bits set in a second word of shared memory (23). Next: one more block to a processor, with fewer
-// registers.
+// barriers; issue slots 42 % of their peak, shared memory with L1 41 %, L2 35 %, DRAM 13 %. Tried: clusters
+// of 8 whose lanes find equal rows by bits set in a second word of shared memory (23). Next: one more block
+// to a processor, with fewer registers.
 #include "common/cluster.cuh"
 #include "common/grid.cuh"
 #include "inverse_list/kernel.h"

@@ -416,11 +416,9 @@ __device__ __forceinline__ void publish() {
   __syncthreads();
 }
 
-// A warp per group: what its offsets are multiplied by.
-static __global__ void scale_kernel(const HopperAggregate args, float4* scales) {
+// What the offsets of a warp's group are multiplied by.
+__device__ __forceinline__ float4 scale_of(const HopperAggregate& args, int64_t group) {
   const int lane = threadIdx.x % 32;
-  const int64_t group = this_warp();
-  if (group >= args.groups) return;
   const int64_t cloud = group / args.centers, first = cloud * args.rows;
   float divisor[3] = {0, 0, 0};
   if (args.divisor) {
@@ -440,7 +438,15 @@ static __global__ void scale_kernel(const HopperAggregate args, float4* scales) 
       if (args.guard && !(each > FLT_MIN)) each = 1;
     }
   }
-  if (lane == 0) scales[group] = {1 / divisor[0], 1 / divisor[1], 1 / divisor[2], 0};
+  return {1 / divisor[0], 1 / divisor[1], 1 / divisor[2], 0};
+}
+
+// A warp per group.
+static __global__ void scale_kernel(const HopperAggregate args, float4* scales) {
+  const int64_t group = this_warp();
+  if (group >= args.groups) return;
+  const float4 scale = scale_of(args, group);
+  if (threadIdx.x % 32 == 0) scales[group] = scale;
 }
 
 // Begins d += h weight^T for N channels from position `first`.
