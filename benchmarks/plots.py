@@ -123,6 +123,8 @@ def _plain(value: float, _: int) -> str:
 
 def scaling(machine: str, path: Path) -> None:
     """Times over the number of points of one cloud, and over the number of clouds."""
+    from matplotlib.ticker import LogLocator
+
     rows = rows_of(f"{machine}_scaling")
     panels: list[tuple[str, str, bool]] = [
         ("farthest_point_sample", "a quarter of N points picked", False),
@@ -150,6 +152,9 @@ def scaling(machine: str, path: Path) -> None:
             axes.grid(alpha=0.3)
             for axis in (axes.xaxis, axes.yaxis):
                 axis.set_major_formatter(_plain)
+            low, high = axes.get_ylim()
+            if high < 100 * low:  # few powers of ten
+                axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             if batches:
                 axes.set_xticks([number for number, _ in found["any2point"]])
                 axes.minorticks_off()

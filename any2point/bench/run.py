@@ -211,7 +211,7 @@ def compiled(case: Case) -> Provider:
     """The baseline: what torch.compile makes of the composition in torch."""
     assert case.compilable is not None
     functorch.donated_buffer = False  # or a backward could not be run twice behind one forward
-    # A frame of its own, because recompilations of one function are limited.
+    torch._dynamo.reset()  # the recompilations of all functions are limited together
     return Provider.plain("torch.compile", torch.compile(functools.partial(case.compilable), dynamic=False))
 
 
