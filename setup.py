@@ -160,7 +160,7 @@ class Build(build_ext):
             gencode, archs = arch_flags(os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHS)
             hopper = not {"sm_90", "sm_90a"}.isdisjoint(archs)
             device = "-O0 -g -lineinfo" if debug else "-O3 -lineinfo -DNDEBUG"
-            if not os.environ.get("TORCH_CUDA_ARCH_LIST"):  # for all cards: a third of the size installed
+            if not os.environ.get("TORCH_CUDA_ARCH_LIST"):  # for all cards: 17 MB instead of 250
                 device = device.replace("-lineinfo", "--compress-mode=size")
             ninja.rule(
                 "nvcc",
