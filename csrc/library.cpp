@@ -68,6 +68,12 @@ STABLE_TORCH_LIBRARY(any2point, m) {
   m.def(
       "_guided_lists(Tensor cell, Tensor? cluster, SymInt num_cells) -> (Tensor order, Tensor segment, "
       "Tensor start, Tensor count)");
+  // LN(features) weight^T + bias of 16-bit features [B, S, C], on CUDA: weight [N, C], for its gradient
+  // alone; low: the same in the features' dtype; sums [N] of its rows. moments [2, R]: mean and 1 /
+  // deviation.
+  m.def(
+      "_guided_product(Tensor features, Tensor weight, Tensor low, Tensor sums, Tensor bias, float eps) -> "
+      "(Tensor out, Tensor moments)");
   // qkv [B, S, V, 3, M]; proj [V, M + 1, C]: weight and, last, bias; norms: weight and bias [V, C] of the
   // views, then [C] of the voxels if there are any; running: likewise means and variances, or none to train;
   // keep [V, B, S]: factors on the attention branch, or none; total: rows that the statistics of views count,

@@ -33,7 +33,8 @@ class GuidedPlan(NamedTuple):
 
     `order [L, R]` (tokens by segment), `segment [L, R]` (of each token), `start [L, R + 1]` (of each segment
     in `order`), `held [L, B]` (segments that hold tokens), all int32; `qkv_weight [V * 3M, C]`, `qkv_bias
-    [V * 3M]`, `proj [V, M + 1, C]`.
+    [V * 3M]`, `proj [V, M + 1, C]`. Where 16-bit features have a kernel for the product: `low`, the weight in
+    their dtype, and `sums [V * 3M]` of its rows.
     """
 
     order: Tensor
@@ -43,10 +44,12 @@ class GuidedPlan(NamedTuple):
     qkv_weight: Tensor
     qkv_bias: Tensor
     proj: Tensor
+    low: Tensor | None
+    sums: Tensor | None
 
 
 def make_plan(
-    cell: Tensor, cluster: Tensor | None, attention: CellAttention, *, num_cells: int
+    features: Tensor, cell: Tensor, cluster: Tensor | None, attention: CellAttention, *, num_cells: int
 ) -> GuidedPlan:
     """Lists of the tokens of every cell and voxel, and the attention's weights as the kernels take them."""
     lists = checked(_ops._guided_lists.default, cell.clamp(0, num_cells - 1), cluster, num_cells)
@@ -54,9 +57,20 @@ def make_plan(
     bias = qkv_bias + (qkv_weight * norm_bias[:, None]).sum(-1)
     proj = torch.cat([proj_weight.transpose(1, 2), proj_bias[:, None]], dim=1)
     order, segment, start, held = lists
-    return GuidedPlan(
-        order, segment, start, held, (qkv_weight * norm_weight[:, None]).flatten(0, 1), bias.flatten(), proj
-    )
+    weight = (qkv_weight * norm_weight[:, None]).flatten(0, 1)
+    low = sums = None
+    if _has_product(features):
+        low = weight.detach().to(features.dtype)
+        sums = low.float().sum(-1)
+    return GuidedPlan(order, segment, start, held, weight, bias.flatten(), proj, low, sums)
+
+
+def _has_product(features: Tensor) -> bool:
+    """Whether there is a kernel for LayerNorm and the product of queries, keys and values."""
+    if features.device.type != "cuda" or features.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    width = features.shape[-1]
+    return width % 8 == 0 and width <= 1024 and torch.cuda.get_device_capability(features.device) >= (9, 0)
 
 
 def is_fused(features: Tensor, tensors: Sequence[Tensor], training: bool) -> bool:
@@ -91,8 +105,13 @@ def fused(
     """`any2point.ops.guided_aggregate` after its checks."""
     batch, count, width = features.shape
     views = plan.proj.shape[0]
-    normalized = F.layer_norm(features.float(), (width,), eps=norm_eps)
-    qkv = F.linear(normalized, plan.qkv_weight, plan.qkv_bias)
+    if plan.low is not None and plan.low.dtype == features.dtype:
+        qkv = _ops._guided_product.default(
+            features, plan.qkv_weight, plan.low, plan.sums, plan.qkv_bias, norm_eps
+        )[0]
+    else:
+        normalized = F.layer_norm(features.float(), (width,), eps=norm_eps)
+        qkv = F.linear(normalized, plan.qkv_weight, plan.qkv_bias)
     keep = None
     if training and drop_path > 0:
         drawn = torch.rand(views, batch, count if drop_path_rows else 1, device=features.device)
@@ -141,6 +160,33 @@ def _lists_fake(
         return cell.new_empty(size, dtype=torch.int32)
 
     return make(layers, rows), make(layers, rows), make(layers, rows + 1), make(layers, batch)
+
+
+@torch.library.register_fake("any2point::_guided_product")
+def _product_fake(features: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    batch, count, _ = features.shape
+    out = features.new_empty(batch, count, weight.shape[0], dtype=torch.float32)
+    return out, features.new_empty(2, batch * count, dtype=torch.float32)
+
+
+def _product_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:2], output[1])
+
+
+def _product_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
+    features, weight, moments = ctx.saved_tensors
+    width = features.shape[-1]
+    grad, x = grad.flatten(0, 1), features.flatten(0, 1).float()
+    mean, deviation = moments[..., None]
+    normalized = (x - mean) * deviation
+    grads = torch.ops.aten.native_layer_norm_backward(
+        grad @ weight, x, [width], mean, deviation, None, None, [True, False, False]
+    )
+    grad_features = grads[0].to(features.dtype).view_as(features)
+    return grad_features, grad.T @ normalized, None, None, grad.sum(0), None
+
+
+torch.library.register_autograd("any2point::_guided_product", _product_backward, setup_context=_product_setup)
 
 
 @torch.library.register_fake("any2point::_guided_aggregate")

@@ -147,9 +147,8 @@ def guided_aggregate(
     tensors = [*attention, *view_norm, *(space_norm or ())]
     if is_fused(features, tensors, training):
         if plan is None:
-            plan = make_plan(
-                cell, cluster if ensemble == "adaptive" else None, attention, num_cells=num_cells
-            )
+            voxels = cluster if ensemble == "adaptive" else None
+            plan = make_plan(features, cell, voxels, attention, num_cells=num_cells)
         return fused(features, plan, view_norm, space_norm, **options)
     attention = CellAttention(*(tensor.contiguous() for tensor in attention))
     return _composition(
@@ -192,4 +191,4 @@ def plan_guided(
     cell = check_index("cell", cell, like=features, like_name="features")
     if cluster is not None:
         cluster = check_index("cluster", cluster, like=features, like_name="features")
-    return make_plan(cell, cluster, attention, num_cells=num_cells)
+    return make_plan(features, cell, cluster, attention, num_cells=num_cells)

@@ -437,7 +437,7 @@ int backward(const GuidedBackward& args, const Workspace& work, cudaStream_t str
   }
   const dim3 grid = Walk<N>::grid(args);
   if (const int error = attention_forward(args, work.heads, work.inner, stream)) return error;
-  const Rows rows_args{work.heads, work.inner, work.z, nullptr, nullptr};
+  const Rows rows_args{work.heads, work.inner, work.z, nullptr};
   if (const int error = pool_rows(args, rows_args, false, stream)) return error;
   if (const int error = token_factors(args, work.z, work.tokens, stream)) return error;
   if (const int error = walk_segments<T, N>(args, work, stream)) return error;

@@ -71,12 +71,39 @@ __device__ inline Lane<N> load(const T* row) {
   return lane;
 }
 
+// Rounded to nearest even, as narrow() does for one.
+__device__ inline uint32_t narrow_two(float low, float high, BFloat16) {
+  uint32_t both = 0;
+#if __CUDA_ARCH__ >= 800
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+#else
+  BFloat16 pair[2];
+  narrow(low, pair);
+  narrow(high, pair + 1);
+  both = pair[0].bits | uint32_t(pair[1].bits) << 16;
+#endif
+  return both;
+}
+__device__ inline uint32_t narrow_two(float low, float high, Half) {
+  Half pair[2];
+  narrow(low, pair);
+  narrow(high, pair + 1);
+  return pair[0].bits | uint32_t(pair[1].bits) << 16;
+}
+
 template <int N, typename T>
 __device__ inline void store(T* row, const Lane<N>& lane) {
-  Pack<T, N> pack;
+  if constexpr (sizeof(T) == 2 && N % 2 == 0) {
+    Pack<uint32_t, N / 2> pack;
 #pragma unroll
-  for (int n = 0; n < N; n++) narrow(lane.at[n], pack.at + n);
-  *reinterpret_cast<Pack<T, N>*>(row) = pack;
+    for (int n = 0; n < N; n += 2) pack.at[n / 2] = narrow_two(lane.at[n], lane.at[n + 1], T{});
+    *reinterpret_cast<Pack<uint32_t, N / 2>*>(row) = pack;
+  } else {
+    Pack<T, N> pack;
+#pragma unroll
+    for (int n = 0; n < N; n++) narrow(lane.at[n], pack.at + n);
+    *reinterpret_cast<Pack<T, N>*>(row) = pack;
+  }
 }
 
 template <int N>

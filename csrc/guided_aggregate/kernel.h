@@ -52,8 +52,9 @@ A2P_ALWAYS_INLINE int64_t coefficients(int64_t inner) { return (inner + 1 + 3) /
 struct GuidedForward : Guided {
   void* out;                           // [R, C]
   float *mean, *deviation, *unbiased;  // [L, C]
-  // For the backward pass, on CUDA: inner_means [V, R, K] by segment, means of [h; keep] over the cells;
-  // agreement [2V + 1, R] of the adaptive ensemble: g_v . s of every view, then |g_v|^2, then |s|^2.
+  // For the backward pass, on CUDA: inner_means [V, R, K] by segment, means of [h; keep] over the cells,
+  // zeros where there are none; agreement [2V + 1, R] of the adaptive ensemble: g_v . s of every view, then
+  // |g_v|^2, then |s|^2.
   float *inner_means, *agreement;
 };
 
@@ -74,6 +75,18 @@ struct GuidedLists {
   int32_t *order, *segment, *start, *count;
 };
 
+// LayerNorm and product of 16-bit features: out = LN(x) weight^T + bias.
+struct GuidedProduct {
+  Dtype dtype;
+  int64_t rows, channels, columns;  // R, C, N
+  float eps;
+  const void* features;      // [R, C]
+  const void* weight;        // [N, C] of the features' dtype
+  const float *sums, *bias;  // [N], sums of the weight's rows
+  float* out;                // [R, N]
+  float* moments;            // [2, R]: mean and 1 / deviation of the tokens' channels
+};
+
 // On CUDA: bytes of workspace, and the work itself, asynchronous. They return a cudaError_t.
 int64_t guided_lists_workspace(const GuidedLists& args);
 int guided_lists_cuda(const GuidedLists& args, void* workspace, int64_t bytes, void* stream);
@@ -81,5 +94,7 @@ int64_t guided_forward_workspace(const Guided& args);
 int guided_forward_cuda(const GuidedForward& args, void* workspace, void* stream);
 int64_t guided_backward_workspace(const Guided& args);
 int guided_backward_cuda(const GuidedBackward& args, void* workspace, void* stream);
+bool guided_product_fits(int64_t channels);
+int guided_product_cuda(const GuidedProduct& args, void* stream);
 
 }  // namespace any2point

@@ -88,6 +88,32 @@ Four lists(const Tensor& cell_, const OptionalTensor& cluster_, int64_t cells) {
   check_cuda("guided_lists", guided_lists_cuda(args, workspace.mutable_data_ptr(), bytes, device.stream));
   return {order, segment, start, count};
 }
+
+std::tuple<Tensor, Tensor> product(const Tensor& features_, const Tensor&, const Tensor& low_,
+                                   const Tensor& sums, const Tensor& bias, double eps) {
+  A2P_CHECK(features_.dim() == 3 && low_.dim() == 2, "features: expected [B, S, C]");
+  const Tensor features = whole(features_), low = whole(low_);
+  GuidedProduct args{};
+  args.dtype = dtype_of("features", features);
+  A2P_CHECK(args.dtype == Dtype::f16 || args.dtype == Dtype::bf16, "features: expected 16 bits");
+  args.rows = features.size(0) * features.size(1);
+  args.channels = features.size(2);
+  args.columns = low.size(0);
+  args.eps = static_cast<float>(eps);
+  const OnDevice device(features);
+  A2P_CHECK(guided_product_fits(args.channels), "features: expected fewer channels, a multiple of 8");
+  args.features = features.const_data_ptr();
+  args.weight = data_of("low", low, features.scalar_type(), {args.columns, args.channels}, features);
+  args.sums = floats_of("sums", sums, {args.columns}, features);
+  args.bias = floats_of("bias", bias, {args.columns}, features);
+  Tensor out = torch::stable::new_empty(features, {features.size(0), features.size(1), args.columns},
+                                        ScalarType::Float);
+  Tensor moments = torch::stable::new_empty(features, {2, args.rows}, ScalarType::Float);
+  args.out = floats(out);
+  args.moments = floats(moments);
+  check_cuda("guided_product", guided_product_cuda(args, device.stream));
+  return {out, moments};
+}
 #endif
 
 // What the forward pass keeps for the backward pass, on CUDA alone: shapes of inner and agreement.
@@ -249,6 +275,7 @@ STABLE_TORCH_LIBRARY_IMPL(any2point, CPU, m) {
 #ifdef ANY2POINT_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(any2point, CUDA, m) {
   m.impl("_guided_lists", TORCH_BOX(&any2point::lists));
+  m.impl("_guided_product", TORCH_BOX(&any2point::product));
   m.impl("_guided_aggregate", TORCH_BOX(&any2point::forward));
   m.impl("_guided_aggregate_backward", TORCH_BOX(&any2point::backward));
 }

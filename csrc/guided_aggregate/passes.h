@@ -20,14 +20,19 @@ struct Rows {
   const float *heads, *inner;  // [V, R, K]
   float* z;                    // [L, R, C]
   float2* parts;               // [B, L, C]: mean and spread about it
-  int32_t* sizes;              // [B, L]
 };
 
-// Rows z, and with `statistics` their parts and sizes.
+// Rows z, and with `statistics` their parts.
 int pool_rows(const Guided& args, const Rows& rows, bool statistics, cudaStream_t stream);
+// The same as products of matrices, for what this is made for.
+bool pools_by_matrix(const Guided& args);
+int pool_by_matrix(const Guided& args, const Rows& rows, bool statistics, cudaStream_t stream);
 
-// out from rows and their statistics.
-int blend_tokens(const GuidedForward& args, const float* z, cudaStream_t stream);
+// out from rows and their statistics. memory: workspace.
+int64_t blend_workspace(const Guided& args);
+int blend_tokens(const GuidedForward& args, const float* z, void* memory, cudaStream_t stream);
+// The same with a block per token, for all that blend_tokens has no room for.
+int blend_each_token(const GuidedForward& args, const float* z, cudaStream_t stream);
 
 // What the gradient of the blend gives each token.
 struct Factors {

@@ -1,195 +1,226 @@
 // Tokens pooled into the rows of their segments, with partial means and spreads of the rows for batch
-// normalisation.
+// normalisation. Blocks of a cloud, a slice of its channels and a few views, and blocks of as many voxels as
+// a cloud has tokens.
+#include "guided_aggregate/copy.cuh"
 #include "guided_aggregate/passes.h"
-#include "guided_aggregate/rows.cuh"
+#include "guided_aggregate/pool.cuh"
 
 namespace any2point {
 namespace guided {
 namespace {
 
-template <typename T, int N, bool kStage>
-__global__ void __launch_bounds__(kThreads, kStage ? 3 : 2)
-    pool_kernel(Guided args, Rows to, bool statistics) {
-  extern __shared__ float4
-      room[];  // staged rows; [warps][layers of a group][channels]: mean and spread; sizes
-  float* shared = reinterpret_cast<float*>(room);
-  const Walk<N> walk(args);
-  const int lane = walk.lane, group = static_cast<int>(args.layers < kGroup ? args.layers : kGroup);
-  const int pad = static_cast<int>(coefficients(args.inner)), inner = static_cast<int>(args.inner);
-  const int64_t rows = walk.rows, channels = args.channels, c = walk.active ? walk.c : 0;
-  const T* x = static_cast<const T*>(args.features) + c;
-  const int32_t *orders = nullptr, *starts = nullptr;
-  const float* staged = nullptr;
-  if (kStage) {
-    Stage<N> stage(args, shared);
-    orders = stage.order;
-    starts = stage.start;
-    staged = stage.rows(args, static_cast<const T*>(args.features)) + lane * N;
-    shared = stage.memory;
-    __syncthreads();
-  }
-  const int count = static_cast<int>(args.tokens);
-  const int64_t base = walk.cloud * args.tokens;
-  float2* sums = reinterpret_cast<float2*>(shared);
-  int32_t* sizes = reinterpret_cast<int32_t*>(sums + kWarps * group * kWarp * N);
-  int size = 0;
-  Lane<N> pivot = zero<N>(), sum = zero<N>(), square = zero<N>();
+constexpr int kViews = 3;   // of a block at most
+constexpr int kInner = 12;  // width of the attention whose projection has room in registers
 
-  const auto row_of = [&](int64_t token, bool inside) {
-    return inside ? load<N>(staged + token * kWarp * N) : load<N>(x + token * channels);
-  };
-  const auto tile = [&](int64_t layer, int64_t first, int64_t end) {
-    const bool voxels = layer == args.views, inside = kStage && !voxels;
-    const int32_t* start = inside ? starts + layer * (count + 1) : args.start + layer * (rows + 1);
-    const int32_t* order = inside ? orders + layer * count : args.order + layer * rows;
-    const int64_t at = first + lane < end ? first + lane : end;
-    const int32_t mine = lane <= kTile ? start[at - (inside ? base : 0)] : 0;
-    const int32_t begin = __shfl_sync(kAll, mine, 0), stop = __shfl_sync(kAll, mine, kTile);
-    if (begin == stop) return;
-    const int32_t early = begin + lane < stop ? order[begin + lane] : 0;
-    const auto token = [&](int32_t place) {
-      return place - begin < kWarp ? __shfl_sync(kAll, early, place - begin) : order[place];
-    };
-    Lane<N> acc[kTile];
-    int32_t from[kTile + 1];
+// The projection of a view at the lane's channels.
+template <int N, bool kHeld>
+struct Projection {
+  const float* from;  // [M + 1, C]
+  int64_t channels;
+  int inner;
+  Lane<N> held[kHeld ? kInner + 1 : 1];
+
+  __device__ Projection(const Guided& args, int64_t view, int64_t c)
+      : channels(args.channels), inner(static_cast<int>(args.inner)) {
+    from = args.proj + view * (inner + 1) * channels + c;
+    if (!kHeld) return;
 #pragma unroll
-    for (int j = 0; j <= kTile; j++) from[j] = __shfl_sync(kAll, mine, j);
-    if (kStage || voxels || !args.maximum) {
-      Lane<N> most[kTile];
+    for (int k = 0; k <= kInner; k++) held[k] = load<N>(from + k * channels);
+  }
+  // Adds the product with coefficients [K].
+  __device__ void operator()(Lane<N>* acc, const float* coefficients) const {
+    if constexpr (kHeld) {
+      float a[kInner + 4];
 #pragma unroll
-      for (int j = 0; j < kTile; j++) {
-        acc[j] = zero<N>();
-        const int32_t tokens = from[j + 1] - from[j];
-#pragma unroll 4
-        for (int32_t i = 0; i < tokens; i++) {
-          const Lane<N> value = row_of(token(from[j] + i), inside);
-          add(&acc[j], 1.0f, value);
-          if (voxels) {
-#pragma unroll
-            for (int n = 0; n < N; n++) {
-              if (i == 0 || exceeds(value.at[n], most[j].at[n])) most[j].at[n] = value.at[n];
-            }
-          }
-        }
-        const float count = tokens > 0 ? float(tokens) : 1.0f;
-#pragma unroll
-        for (int n = 0; n < N; n++) {
-          acc[j].at[n] /= count;
-          if (voxels && tokens > 0) acc[j].at[n] += most[j].at[n];
-        }
+      for (int k = 0; k <= kInner; k += 4) {
+        const float4 four = *reinterpret_cast<const float4*>(coefficients + k);
+        a[k] = four.x, a[k + 1] = four.y, a[k + 2] = four.z, a[k + 3] = four.w;
       }
-      if (!voxels) {
-        const float* coefficient[kTile];
 #pragma unroll
-        for (int j = 0; j < kTile; j++) {
-          const int64_t row = first + j < end ? first + j : first;
-          coefficient[j] = to.inner + (layer * rows + row) * pad;
-        }
-        project(acc, coefficient, args.proj + layer * (inner + 1) * channels + c, inner, channels);
-      }
+      for (int k = 0; k <= kInner; k++) add(acc, a[k], held[k]);
     } else {
-#pragma unroll
-      for (int j = 0; j < kTile; j++) {
-        Lane<N> most = zero<N>();
-        acc[j] = zero<N>();
-        for (int32_t i = from[j]; i < from[j + 1]; i += kTile) {
-          Lane<N> value[kTile];
-          const float* coefficient[kTile];
-#pragma unroll
-          for (int t = 0; t < kTile; t++) {
-            const int64_t row = token(i + t < from[j + 1] ? i + t : i);
-            value[t] = row_of(row, inside);
-            coefficient[t] = to.heads + (layer * rows + (inside ? base : 0) + row) * pad;
-          }
-          project(value, coefficient, args.proj + layer * (inner + 1) * channels + c, inner, channels);
-#pragma unroll
-          for (int t = 0; t < kTile; t++) {
-            if (i + t >= from[j + 1]) continue;
-            add(&acc[j], 1.0f, value[t]);
-#pragma unroll
-            for (int n = 0; n < N; n++) {
-              if (i + t == from[j] || exceeds(value[t].at[n], most.at[n])) most.at[n] = value[t].at[n];
-            }
-          }
-        }
-        const float count = from[j + 1] > from[j] ? float(from[j + 1] - from[j]) : 1.0f;
-#pragma unroll
-        for (int n = 0; n < N; n++) acc[j].at[n] = acc[j].at[n] / count + most.at[n];
+      for (int k = 0; k <= inner; k += 4) {
+        const float4 a = *reinterpret_cast<const float4*>(coefficients + k);
+        const float* row = from + k * channels;
+        add(acc, a.x, load<N>(row));
+        add(acc, a.y, load<N>(from + min(k + 1, inner) * channels));  // padding is zero
+        add(acc, a.z, load<N>(from + min(k + 2, inner) * channels));
+        add(acc, a.w, load<N>(from + min(k + 3, inner) * channels));
       }
     }
-#pragma unroll
-    for (int j = 0; j < kTile; j++) {
-      if (from[j + 1] == from[j]) continue;
-      if (walk.active) store(to.z + (layer * rows + first + j) * channels + c, acc[j]);
-      if (statistics) {
-        if (size++ == 0) pivot = acc[j];
-#pragma unroll
-        for (int n = 0; n < N; n++) {
-          const float away = acc[j].at[n] - pivot.at[n];
-          sum.at[n] += away;
-          square.at[n] = fmaf(away, away, square.at[n]);
-        }
-      }
-    }
+  }
+};
+
+// How much shared memory a block takes, and where what is in it begins.
+struct Shared {
+  int64_t x, coefficients, order, start, spreads, sizes, bytes;
+
+  Shared(const Guided& args, int views, int64_t width, int64_t element, bool staged) {
+    const int64_t tokens = staged ? args.tokens : 0;
+    int64_t used = 0;
+    const auto take = [&](int64_t size) {
+      const int64_t at = used;
+      used += (size + 15) / 16 * 16;
+      return at;
+    };
+    x = take(tokens * width * element);
+    coefficients = take(views * tokens * guided::coefficients(args.inner) * 4);
+    order = take(views * tokens * 4);
+    start = take(views * (tokens + 1) * 4);
+    spreads = take((kWarps + views - 1) * width * 8);
+    sizes = take(kWarps * views * 4);
+    bytes = used;
+  }
+};
+
+// kStage: what the views of a block read is brought to shared memory, and their projection to registers.
+// Grid: clouds, slices of channels, groups of `group` views and then, if there are any, voxels.
+template <typename T, int N, bool kStage, bool kMaximum>
+__global__ void __launch_bounds__(kThreads, 2)
+    pool_kernel(Guided args, Rows to, Shared shared, int group, bool statistics) {
+  extern __shared__ float4 room[];
+  constexpr int kWidth = kWarp * N;
+  char* const memory = reinterpret_cast<char*>(room);
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+  const int64_t cloud = blockIdx.x, rows = args.clouds * args.tokens, channels = args.channels;
+  const int64_t base = cloud * args.tokens, own = int64_t(blockIdx.y) * kWidth + lane * N;
+  const bool active = own < channels;
+  const int64_t c = active ? own : 0;
+  const T* x = static_cast<const T*>(args.features) + c;
+  float2* const spreads = reinterpret_cast<float2*>(memory + shared.spreads);
+  int32_t* const sizes = reinterpret_cast<int32_t*>(memory + shared.sizes);
+  const int64_t first_view = int64_t(blockIdx.z) * group;
+  const int views = static_cast<int>(min(int64_t(group), args.views - first_view));
+  if (views <= 0) return pool_voxels<T, N>(args, to, spreads, sizes, statistics);
+  if (threadIdx.x < kWarps * views) sizes[threadIdx.x] = 0;
+  // A warp goes through consecutive views, and the last of its views may be the first of the next warp's: so
+  // no two have the same place.
+  const auto put = [&](const Spread<N>& spread, int view) {
+    if (spread.size == 0 || !statistics) return;
+    spread.store_to(spreads + (warp + view) * kWidth + lane * N);
+    if (lane == 0) sizes[view * kWarps + warp] = spread.size;
   };
-  const auto flush = [&](int64_t layer) {
-    if (!statistics) return;
-    const int place = (walk.warp * group + static_cast<int>(layer % kGroup)) * kWarp + lane;
-    const float count = size > 0 ? float(size) : 1.0f;
+
+  const int count = static_cast<int>(args.tokens), pad = static_cast<int>(coefficients(args.inner));
+  const float* const from = kMaximum ? to.heads : to.inner;
+  if (kStage) {
+    // Rows of the slice, and behind them what their coefficients are.
+    T* const rows_to = reinterpret_cast<T*>(memory + shared.x);
+    const int64_t column = int64_t(blockIdx.y) * kWidth;
+    for (int i = threadIdx.x; i < count * kWarp; i += kThreads) {
+      const int at = i % kWarp * N;
+      const bool inside = column + at < channels;
+      const T* source = static_cast<const T*>(args.features) + (base + i / kWarp) * channels;
+      copy_async<sizeof(T) * N>(rows_to + i / kWarp * kWidth + at, source + (inside ? column + at : 0),
+                                inside);
+    }
+    float* const coefficients_to = reinterpret_cast<float*>(memory + shared.coefficients);
+    int32_t* const order_to = reinterpret_cast<int32_t*>(memory + shared.order);
+    int32_t* const start_to = reinterpret_cast<int32_t*>(memory + shared.start);
+    for (int v = 0; v < views; v++) {
+      const int64_t view = first_view + v;
+      const int held = kMaximum ? count : args.count[view * args.clouds + cloud];
+      for (int i = threadIdx.x * 4; i < held * pad; i += kThreads * 4) {
+        copy_async<16>(coefficients_to + v * count * pad + i, from + (view * rows + base) * pad + i, true);
+      }
+      for (int i = threadIdx.x; i < count; i += kThreads) {
+        order_to[v * count + i] = args.order[view * rows + base + i] - static_cast<int32_t>(base);
+      }
+      for (int i = threadIdx.x; i <= count; i += kThreads) {
+        start_to[v * (count + 1) + i] = args.start[view * (rows + 1) + base + i] - static_cast<int32_t>(base);
+      }
+    }
+    copy_commit();
+    copy_wait<0>();
+  }
+  __syncthreads();
+  int total = 0;
+  for (int v = 0; v < views; v++) total += args.count[(first_view + v) * args.clouds + cloud];
+  const int first = total * warp / kWarps, last = total * (warp + 1) / kWarps;
+  int before = 0;
+  for (int v = 0; v < views; v++) {
+    const int64_t view = first_view + v;
+    const int held = args.count[view * args.clouds + cloud];
+    const int from_row = max(first - before, 0), to_row = min(last - before, held);
+    before += held;
+    if (from_row >= to_row) continue;
+    const Projection<N, kStage> projection(args, view, c);
+    // Staged arrays count from the cloud's first token.
+    const int64_t shift = kStage ? 0 : base;
+    const T* const row_at = kStage ? reinterpret_cast<const T*>(memory + shared.x) + lane * N : x;
+    const int64_t pitch = kStage ? kWidth : channels;
+    const float* const factors =
+        kStage ? reinterpret_cast<const float*>(memory + shared.coefficients) + v * count * pad
+               : from + view * rows * pad;
+    const int32_t* const order = kStage ? reinterpret_cast<const int32_t*>(memory + shared.order) + v * count
+                                        : args.order + view * rows;
+    const int32_t* const start =
+        kStage ? reinterpret_cast<const int32_t*>(memory + shared.start) + v * (count + 1)
+               : args.start + view * (rows + 1);
+    float* const z = to.z + (view * rows + base - shift) * channels + c;
+    Spread<N> spread;
+    walk<N, kMaximum>(
+        start, order, shift + from_row, shift + to_row, lane,
+        [&](int32_t token) {
+          Lane<N> value = load<N>(row_at + token * pitch);
+          if (kMaximum) projection(&value, factors + token * pad);
+          return value;
+        },
+        [&](int64_t segment, Lane<N> row, const Lane<N>& most, int tokens) {
+          const float share = reciprocal(float(tokens));
 #pragma unroll
-    for (int n = 0; n < N; n++) {
-      const float mean = sum.at[n] / count;
-      sums[place * N + n] = make_float2(pivot.at[n] + mean, square.at[n] - sum.at[n] * mean);
-    }
-    if (lane == 0) sizes[walk.warp * group + layer % kGroup] = size;
-    size = 0;
-    pivot = sum = square = zero<N>();
-  };
-  const auto merge = [&](int64_t layer, int64_t last) {
-    if (!statistics) return;
-    const int width = kWarp * N;
-    for (int i = threadIdx.x; i < (last - layer) * width; i += kThreads) {
-      const int l = i / width, column = i % width;
-      int rows_before = 0;
-      float mean = 0.0f, spread = 0.0f;
-      for (int w = 0; w < kWarps; w++) {
-        const int more = sizes[w * group + l];
-        if (more == 0) continue;
-        const float2 part = sums[(w * group + l) * width + column];
-        const float away = part.x - mean, share = float(more) / float(rows_before + more);
-        spread += part.y + away * away * share * float(rows_before);
-        mean = fmaf(away, share, mean);
-        rows_before += more;
-      }
-      const int64_t channel = int64_t(blockIdx.y) * width + column;
-      if (channel < channels) {
-        to.parts[(walk.cloud * args.layers + layer + l) * channels + channel] = make_float2(mean, spread);
-      }
-      if (blockIdx.y == 0 && column == 0) to.sizes[walk.cloud * args.layers + layer + l] = rows_before;
-    }
-  };
-  walk.run(tile, flush, merge);
+          for (int n = 0; n < N; n++) row.at[n] = fmaf(row.at[n], share, kMaximum ? most.at[n] : 0.0f);
+          if (!kMaximum) projection(&row, factors + segment * pad);
+          if (active) store(z + segment * channels, row);
+          spread.put(row);
+        });
+    put(spread, v);
+  }
+  if (!statistics) return;
+  __syncthreads();
+  for (int i = threadIdx.x; i < views * kWidth; i += kThreads) {
+    const int v = i / kWidth, column = i % kWidth;
+    const int64_t channel = int64_t(blockIdx.y) * kWidth + column;
+    if (channel >= channels) continue;
+    to.parts[(cloud * args.layers + first_view + v) * channels + channel] =
+        merge(spreads + v * kWidth + column, sizes + v * kWarps, kWarps, kWidth);
+  }
+}
+
+template <typename T, int N, bool kStage, bool kMaximum>
+int launch(const Guided& args, const Rows& rows, bool statistics, cudaStream_t stream) {
+  int device = 0, processors = 1;
+  cudaGetDevice(&device);
+  cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+  const int64_t slices = (args.channels + kWarp * N - 1) / (kWarp * N);
+  const auto groups = [&](int group) { return (args.views + group - 1) / group; };
+  int group = kViews;  // fewer where there would be fewer than two blocks for each processor
+  while (group > 1 && args.clouds * slices * groups(group) < 2 * processors) group--;
+  const Shared shared(args, group, kWarp * N, sizeof(T), kStage);
+  const auto kernel = pool_kernel<T, N, kStage, kMaximum>;
+  if (const int error = allow_shared(kernel, static_cast<int>(shared.bytes))) return error;
+  const dim3 grid(static_cast<unsigned>(args.clouds), static_cast<unsigned>(slices),
+                  static_cast<unsigned>(groups(group) + (args.layers > args.views)));
+  kernel<<<grid, kThreads, shared.bytes, stream>>>(args, rows, shared, group, statistics);
+  return static_cast<int>(cudaGetLastError());
 }
 
 }  // namespace
 
 int pool_rows(const Guided& args, const Rows& rows, bool statistics, cudaStream_t stream) {
+  if (pools_by_matrix(args)) return pool_by_matrix(args, rows, statistics, stream);
   return with_packs(args, [&](auto type, auto width) {
     using T = decltype(type);
     constexpr int N = decltype(width)::value;
-    if constexpr (N == 4) {  // half as many channels at once, so that a slice of a cloud fits
-      const int64_t shared = Stage<2>::bytes(args, 1) + (statistics ? walk_shared<2>(args) : 0);
-      if (!args.maximum && shared <= shared_limit(kStaged)) {
-        const int bytes = static_cast<int>(shared);
-        if (const int error = allow_shared(pool_kernel<T, 2, true>, bytes)) return error;
-        pool_kernel<T, 2, true><<<Walk<2>::grid(args), kThreads, bytes, stream>>>(args, rows, statistics);
-        return static_cast<int>(cudaGetLastError());
+    if constexpr (N == 4) {
+      const Shared shared(args, kViews, kWarp * N, sizeof(T), true);
+      if (args.inner == kInner && shared.bytes <= shared_limit(kStaged)) {
+        return args.maximum ? launch<T, N, true, true>(args, rows, statistics, stream)
+                            : launch<T, N, true, false>(args, rows, statistics, stream);
       }
     }
-    const int shared = statistics ? walk_shared<N>(args) : 0;
-    if (const int error = allow_shared(pool_kernel<T, N, false>, shared)) return error;
-    pool_kernel<T, N, false><<<Walk<N>::grid(args), kThreads, shared, stream>>>(args, rows, statistics);
-    return static_cast<int>(cudaGetLastError());
+    return args.maximum ? launch<T, N, false, true>(args, rows, statistics, stream)
+                        : launch<T, N, false, false>(args, rows, statistics, stream);
   });
 }
 

@@ -276,43 +276,6 @@ __device__ inline float dot(const Lane<4>& a, const Lane<4>& b) {
 
 template <typename T, int kViews, int kMost>
 __global__ void __launch_bounds__(kMost, 2)
-    blend_fast_kernel(GuidedForward args, const float* __restrict__ z) {
-  __shared__ float parts[2 * kWarps][kWarp];
-  Held<kViews> held(args, args.mean, args.deviation, z, parts);
-  held.seek(blockIdx.x);
-  held.fetch(blockIdx.x);
-  held.seek(int64_t(blockIdx.x) + gridDim.x);
-  for (int64_t token = blockIdx.x; token < held.rows; token += gridDim.x) {
-    Lane<4> x = load<4>(static_cast<const T*>(args.features) + token * args.channels + held.c);
-    Lane<4> g[kViews + 1];
-    held.activate(g);
-    held.fetch(token + gridDim.x);
-    held.seek(token + 2 * int64_t(gridDim.x));
-    float value[16] = {};
-#pragma unroll
-    for (int v = 0; v < kViews; v++) {
-      value[v] = dot(g[v], g[kViews]);
-      value[kViews + v] = dot(g[v], g[v]);
-    }
-    value[2 * kViews] = dot(g[kViews], g[kViews]);
-    const float sum = held.total(value);
-    if (held.warp == 0 && held.lane % 2 == 0 && held.lane <= 4 * kViews) {
-      args.agreement[held.lane / 2 * held.rows + token] = sum;
-    }
-    const float norm = __shfl_sync(kAll, sum, 2 * min(kViews + held.lane, 2 * kViews));
-    const float space = __shfl_sync(kAll, sum, 4 * kViews), product = __shfl_sync(kAll, sum, 2 * held.lane);
-    const float cosine = product / (fmaxf(sqrtf(norm), kNorm) * fmaxf(sqrtf(space), kNorm));
-    float weight = held.lane < kViews ? (cosine + 1.0f) / 2.0f : 0.0f;
-    const float share = args.coefficient / fmaxf(sum_of_warp(weight), kTiny);
-    weight *= share;
-#pragma unroll
-    for (int v = 0; v < kViews; v++) add(&x, __shfl_sync(kAll, weight, v), g[v]);
-    if (held.active) store(static_cast<T*>(args.out) + token * args.channels + held.c, x);
-  }
-}
-
-template <typename T, int kViews, int kMost>
-__global__ void __launch_bounds__(kMost, 2)
     factors_fast_kernel(GuidedBackward args, const float* __restrict__ z, Factors work) {
   __shared__ float parts[2 * kWarps][kWarp];
   Held<kViews> held(args, args.mean, args.deviation, z, parts);
@@ -384,20 +347,11 @@ bool is_fast(const Guided& args) {
 
 }  // namespace
 
-int blend_tokens(const GuidedForward& args, const float* z, cudaStream_t stream) {
+int blend_each_token(const GuidedForward& args, const float* z, cudaStream_t stream) {
   return with_packs(args, [&](auto type, auto width) {
     const int blocks = static_cast<int>(args.clouds * args.tokens), shared = token_shared(args.views);
-    using T = decltype(type);
-    if constexpr (decltype(width)::value == 4) {
-      if (is_fast(args)) {
-        const Launch launch(args, 2);
-        const auto kernel =
-            args.channels > 4 * 192 ? blend_fast_kernel<T, 6, 256> : blend_fast_kernel<T, 6, 192>;
-        kernel<<<launch.blocks, launch.threads, 0, stream>>>(args, z);
-        return static_cast<int>(cudaGetLastError());
-      }
-    }
-    blend_kernel<T, decltype(width)::value><<<blocks, kThreads, shared, stream>>>(args, z);
+    const auto kernel = blend_kernel<decltype(type), decltype(width)::value>;
+    kernel<<<blocks, kThreads, shared, stream>>>(args, z);
     return static_cast<int>(cudaGetLastError());
   });
 }
