@@ -111,8 +111,8 @@ STABLE_TORCH_LIBRARY(any2point, m) {
 
   // Training, pass by pass (csrc/local_aggregate/train.h). done: before [M, H], scale, shift [H], weight [C,
   // H] and bias [C] of each unit before. Sums come as one row per chunk, on the CPU padded as the kernels do.
-  // On CUDA features, before, dense, dz and the weights that are operands of products have 16 bits; the
-  // weight of _out_sums, biases, statistics, sums, grad and out are float32 everywhere.
+  // On CUDA features, before, dense, du, dz, dy1 and the weights of _project and _max have 16 bits,
+  // everything else is float32.
   m.def(
       "_local_aggregate_project(Tensor points, Tensor features, Tensor center, Tensor neighbor, Tensor? "
       "divisor, Tensor wavelength, float beta, bool guard, Tensor[] done, Tensor weight, Tensor bias) -> "
@@ -138,12 +138,28 @@ STABLE_TORCH_LIBRARY(any2point, m) {
       "divisor, Tensor wavelength, float beta, bool guard, Tensor[] done, Tensor before, Tensor? grad, "
       "Tensor? "
       "argmax, Tensor? dense, Tensor dz, Tensor[] norm, Tensor weight, Tensor[] below) -> Tensor[]");
-  // On CUDA the first unit's _rows_grad returns the gradient of W1 and dy1 [M, H] alone. This adds it up over
-  // the rows of each point [B, N, H], as neighbour and as centre, and du, dense [M, C] or an entry per group
-  // and channel, over both: [B, N, C / 2]. All float32.
+  // On CUDA the first unit's _rows_grad returns the gradient of W1 and dy1 [M, H] alone. With du, dense [M,
+  // C] or an entry per group and channel, and W1 [H, C] it gives factor times the gradient of the features.
   m.def(
       "_local_aggregate_points_grad(Tensor dy1, Tensor? grad, Tensor? argmax, Tensor? dense, Tensor center, "
-      "Tensor neighbor, SymInt points) -> (Tensor by_neighbor, Tensor by_center, Tensor direct)");
+      "Tensor neighbor, Tensor weight, Tensor? factor, SymInt points) -> Tensor");
+  // Between the passes on CUDA (csrc/local_aggregate/train_algebra.h), from the parts of their sums. single:
+  // [4, H] scale, shift, mean and deviation of y1; [2, C] mean and deviation of the second layer.
+  m.def(
+      "_local_aggregate_in_statistics(Tensor mean, Tensor spread, Tensor count, Tensor weight, Tensor bias, "
+      "float eps) -> (Tensor mean, Tensor deviation, Tensor single)");
+  m.def(
+      "_local_aggregate_out_statistics(Tensor before, Tensor gram, Tensor sum, Tensor out_weight, Tensor "
+      "out_bias, Tensor weight, Tensor bias, float eps) -> (Tensor mean, Tensor deviation, Tensor "
+      "hidden_mean, Tensor hidden_sum, Tensor hidden_outer, Tensor single, Tensor folded, Tensor shift)");
+  // Where out > 0, the gradient times a size that fits float16 (unless not `scaled`); sizes: it and 1 / it.
+  m.def(
+      "_local_aggregate_entries(Tensor grad, Tensor out, Tensor out_weight, Tensor out_scale, Tensor "
+      "deviation, bool scaled) -> (Tensor entries, Tensor sizes)");
+  m.def(
+      "_local_aggregate_pull(Tensor total, Tensor normed, Tensor outer, Tensor out_weight, Tensor out_scale, "
+      "Tensor deviation, Tensor hidden_mean, Tensor hidden_sum, Tensor hidden_outer, int rows, bool "
+      "transposed) -> (Tensor out_grad, Tensor q, Tensor constant, Tensor carried)");
 
   // The SIMD level in use ("scalar", "avx2", "avx512"); a non-empty argument sets it, for tests.
   m.def("_simd(str level) -> str");

@@ -17,10 +17,10 @@ from any2point.ops._checks import (
     exporting,
     shape_text,
 )
-from any2point.ops._local_aggregate_train import SAVED
+from any2point.ops._local_aggregate_passes import SAVED
 from any2point.ops._local_aggregate_train import forward as train_forward
 from any2point.ops.group import checked, group
-from any2point.reference.batch_norm import BatchNorm, over_processes
+from any2point.reference.batch_norm import BatchNorm, are_shared, over_processes
 from any2point.reference.local_aggregate import (
     ResidualUnit,
     group_offsets,
@@ -36,6 +36,7 @@ _TRITON = importlib.util.find_spec("triton") is not None
 _HOPPER_SIZES = {(192, 96, 2), (384, 192, 1), (768, 32, 1)}
 if not torch._C._dispatch_has_kernel_for_dispatch_key("any2point::_local_aggregate_hopper", "CUDA"):
     _HOPPER_SIZES = set()  # built without sm_90
+_LOW = (torch.float16, torch.bfloat16)
 
 
 def local_aggregate(
@@ -87,8 +88,9 @@ def local_aggregate(
     Complexity: O(B S K (C H + C)) time, O(B S K C) memory. On the CPU, in float32 or less, kernels take over:
     evaluation without a gradient to keep needs O(B S C) memory, training O(B S K H) (with several units
     O(B S K C) for a while in backward), unless a gradient of the points is wanted; it differentiates once.
-    On CUDA (sm_80 and newer, with Triton) kernels evaluate, training is the composition. Statistics may be
-    shared by processes in all cases.
+    On CUDA (sm_80 and newer, with Triton) kernels evaluate. On sm_90 they train, too, in float16 and
+    bfloat16 and in as much memory, units of (2C, H) = (192, 96) twice, (384, 192) or (768, 32); otherwise
+    training is the composition. Statistics may be shared by processes in all cases.
 
     Precision: on CUDA the kernels multiply in the dtype of `features` and add up in float32. float16 and
     bfloat16 round rows, hidden layers and weights to their own precision (float16 overflows beyond 65504);
@@ -176,7 +178,13 @@ def _is_fused(
     if exporting():
         return False
     if features.is_cuda:
-        if training or not units or not _TRITON:
+        if training:
+            hidden = [unit.in_weight.shape[0] for unit in units]
+            # Rows of all groups are numbered in 32 bits, those of a group in 15 (of which some are infinite).
+            small = neighbor.numel() < 1 << 31 and neighbor.shape[2] < 31744
+            if not small or not _on_hopper(features, hidden):
+                return False
+        elif not units or not _TRITON:
             return False
         if torch.cuda.get_device_properties(features.device).major < 8:
             return False
@@ -190,6 +198,20 @@ def _is_fused(
         moving = torch.is_grad_enabled() and points.requires_grad
         return bool(units) and neighbor.numel() > 1 and not moving
     return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+
+
+def _on_hopper(features: Tensor, hidden: list[int]) -> bool:
+    """Whether there are kernels for sm_90a for these features and the units' hidden channels."""
+    device = torch.cuda.get_device_properties(features.device)
+    sizes = [
+        hidden == [size] * units for width, size, units in _HOPPER_SIZES if 2 * features.shape[-1] == width
+    ]
+    return (
+        any(sizes)
+        and features.dtype in _LOW
+        and features.numel() < 1 << 33
+        and (device.major, device.minor) == (9, 0)
+    )
 
 
 # points, features, center, neighbor, divisor, wavelength
@@ -208,12 +230,15 @@ def _train(
             bias = weight.new_zeros(len(weight)) if bias is None else bias
             parameters += [tensor.float().contiguous() for tensor in (weight, bias, norm.weight, norm.bias)]
     out, _, *saved = checked(train_forward, *rows, beta, guard, eps, parameters)
-    (count,) = over_processes(out.new_full((), rows[3].numel(), dtype=torch.float64))
+    count: float | Tensor = rows[3].numel()
+    if are_shared():
+        (count,) = over_processes(out.new_full((), count, dtype=torch.float64))
     running: list[Tensor] = []
     means: list[Tensor] = []
     deviations: list[Tensor] = []
     for unit, statistics in zip(units, zip(*[iter(saved)] * SAVED)):
-        for norm, (mean, deviation) in zip((unit.in_norm, unit.out_norm), (statistics[1:3], statistics[3:5])):
+        singles = (statistics[3][2:], statistics[9])
+        for norm, (mean, deviation) in zip((unit.in_norm, unit.out_norm), singles):
             running += [norm.running_mean, norm.running_var]
             means.append(mean)
             deviations.append(deviation)
@@ -312,14 +337,7 @@ def _cuda(
     beta: float,
     guard: bool,
 ) -> Tensor:
-    hidden = {len(bias) for bias in units[1::4]}
-    sizes = (2 * features.shape[-1], hidden.pop() if len(hidden) == 1 else 0, len(units) // 4)
-    if (
-        sizes in _HOPPER_SIZES
-        and features.dtype in (torch.float16, torch.bfloat16)
-        and torch.cuda.get_device_capability(features.device) == (9, 0)
-        and features.numel() < 1 << 33
-    ):
+    if _on_hopper(features, [len(bias) for bias in units[1::4]]):
         features = features.contiguous()
         if features.data_ptr() % 16:
             features = features.clone()

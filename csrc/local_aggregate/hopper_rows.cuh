@@ -426,11 +426,22 @@ __device__ __forceinline__ float4 scale_of(const HopperAggregate& args, int64_t 
   } else {
     const int64_t middle = row_of(args, args.center[group], first);
     const int64_t* neighbor = args.neighbor + group * args.neighbors;
-    for (int k = lane; k < args.neighbors; k += 32) {
-      const int64_t row = neighbor[k] < 0 ? middle : row_of(args, neighbor[k], first);
-      for (int axis = 0; axis < 3; axis++) {
-        const float from = coordinate(args, row, axis) - coordinate(args, middle, axis);
-        divisor[axis] = fmaxf(divisor[axis], fabsf(from));
+    constexpr int kAhead = 4;
+    const float center[3] = {coordinate(args, middle, 0), coordinate(args, middle, 1),
+                             coordinate(args, middle, 2)};
+    for (int first_k = 0; first_k < args.neighbors; first_k += 32 * kAhead) {
+      int64_t row[kAhead];
+#pragma unroll
+      for (int i = 0; i < kAhead; i++) {  // beyond the end the last one again
+        const int64_t index = neighbor[min(first_k + 32 * i + lane, args.neighbors - 1)];
+        row[i] = index < 0 ? middle : row_of(args, index, first);
+      }
+#pragma unroll
+      for (int i = 0; i < kAhead; i++) {
+#pragma unroll
+        for (int axis = 0; axis < 3; axis++) {
+          divisor[axis] = fmaxf(divisor[axis], fabsf(coordinate(args, row[i], axis) - center[axis]));
+        }
       }
     }
     for (float& each : divisor) {

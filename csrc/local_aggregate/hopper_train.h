@@ -15,7 +15,7 @@ struct HopperDone {
   const float* bias;   // [C]
 };
 
-// Sums come in parts, one for each warp that walks over rows.
+// Sums come in parts, one for each block of warps that walk over rows.
 int64_t hopper_train_parts(int64_t groups, int64_t neighbors, int processors);
 int64_t hopper_train_scratch(int64_t width, int64_t groups, int64_t neighbors, int processors);
 
@@ -64,7 +64,6 @@ struct HopperPoints {
   const float* grad;       // [B, S, C], or null
   const int32_t* argmax;   // [B, S, C], with grad
   const void* dense;       // [M, C], if grad is null
-  const int64_t* center;   // [B, S]
   const uint32_t* near;    // [B, N + 1] and [B S K]: the inverse list of neighbours, where a missing one
   const uint32_t* pairs;   //   is the centre
   const uint32_t* middle;  // [B, N + 1] and [B S]: the inverse list of centres
@@ -77,10 +76,12 @@ struct HopperPoints {
   int64_t width;
   bool bfloat16;
   const int64_t* neighbor;  // [B, S, K], the index of the first list
-  float* groups;            // [B S, H + C / 2]: scratch
-  float* by_neighbor;       // [B, N, H]
-  float* by_center;         // [B, N, H]
-  float* direct;            // [B, N, C / 2]
+  const float* weight;      // W1 [H, C]
+  const float* factor;      // of the result, or null: 1
+  float* groups;            // [B S, H + C / 2], without C / 2 where dense is null: scratch
+  float* by_neighbor;       // [B, N, H]: scratch
+  float* direct;            // [B, N, C / 2]: scratch
+  void* features;           // [B, N, C / 2], 16 bits
 };
 // The index of the inverse list of neighbours.
 int hopper_resolve(const int64_t* center, const int64_t* neighbor, int64_t groups, int64_t neighbors,

@@ -1,6 +1,14 @@
 // Local aggregation in training on sm_90a, forward: the passes of train.h over the rows x, which are built in
 // registers as in evaluation (hopper.sm90a.cu), 16 of them a warp. Hidden channels come in the order that
 // lets a thread read and write 16 bytes of y1 at a time.
+//
+// H200, 32 clouds, K = 81, float16, us:
+//   points, centres, channels, hidden    y1, first unit   second   Gram matrix of each   maximum
+//     1024      512       192      96               198      311                    94       485
+//      512      256       384     192               250                            101       419
+//      256      128       768      32               122                             10       331
+// Floors of y1 and the maximum are 61 us of sines and cosines each, and products of 62, 124 and 21 us a
+// layer; y1 of the first two stages takes 60 us to write and as much for each time that it is read.
 #include "local_aggregate/hopper_rows.cuh"
 #include "local_aggregate/hopper_train.h"
 
@@ -155,32 +163,58 @@ struct Statistics {
     }
   }
 
-  __device__ __forceinline__ void store(float* means, float* spreads, float* counts) const {
-    const int lane = threadIdx.x % 32;
+  // Those of the whole block, in the order of its warps; `room`: floats [warps, 2, H] and [warps], which
+  // nobody else uses by then.
+  __device__ __forceinline__ void store(float* room, float* means, float* spreads, float* counts) const {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     const int channel = lane % 4 * 8 + lane / 16 * 4 + lane / 8 % 2 * 2 + lane / 4 % 2;
-    const int64_t at = this_warp() * H + channel;
+    float* const sizes = room + kWarps * 2 * H;
+    __syncthreads();
 #pragma unroll
     for (int b = 0; b < H / 32; b++) {
-      means[at + 32 * b] = mean[b];
-      spreads[at + 32 * b] = spread[b];
+      room[warp * 2 * H + 32 * b + channel] = mean[b];
+      room[(warp * 2 + 1) * H + 32 * b + channel] = spread[b];
     }
-    if (lane == 0) counts[this_warp()] = static_cast<float>(count);
+    if (lane == 0) sizes[warp] = static_cast<float>(count);
+    __syncthreads();
+    for (int i = threadIdx.x; i < H; i += blockDim.x) {
+      float all = 0, total = 0, squares = 0;
+      for (int w = 0; w < kWarps; w++) {
+        if (sizes[w] == 0) break;
+        const float part = sizes[w] / (all + sizes[w]), delta = room[w * 2 * H + i] - total;
+        total = __fmaf_rn(delta, part, total);
+        squares += room[(w * 2 + 1) * H + i] + delta * delta * (all * part);
+        all += sizes[w];
+      }
+      means[int64_t{blockIdx.x} * H + i] = total;
+      spreads[int64_t{blockIdx.x} * H + i] = squares;
+      if (i == 0) counts[blockIdx.x] = all;
+    }
   }
 };
 
-// x = ReLU(x + h W2' + bias), 64 channels at a time; the last unit's go to `take` before the ReLU.
+// x + h W2' + bias, 64 channels at a time, to `take`. While it has some the products of the next ones run.
 template <int C, int H, typename T, typename Take>
 __device__ __forceinline__ void apply_unit(const uint32_t (&h)[H / 16][4], const char* weight,
                                            const float* bias, Channels (&x)[C / 64], Take take) {
+  constexpr int kPairs = C / 64;
+  float d[2][32];
 #pragma unroll
-  for (int p = 0; p < C / 64; p++) {
-    float d[32];
+  for (int p = 0; p <= kPairs; p++) {
+    if (p < kPairs) {
 #pragma unroll
-    for (int b = 0; b < 2; b++) set_residual<T>(x[p][b], bias + 64 * p + 32 * b, d + 16 * b);
-    out_product<C, H, 64, T>(d, h, weight, 64 * p);
-    wgmma_wait<0>();
-    pin(d);
-    take(p, d);
+      for (int b = 0; b < 2; b++) set_residual<T>(x[p][b], bias + 64 * p + 32 * b, d[p % 2] + 16 * b);
+      out_product<C, H, 64, T>(d[p % 2], h, weight, 64 * p);
+    }
+    if (p > 0) {
+      if (p < kPairs) {
+        wgmma_wait<1>();
+      } else {
+        wgmma_wait<0>();
+      }
+      pin(d[(p + 1) % 2]);
+      take(p - 1, d[(p + 1) % 2]);
+    }
   }
 }
 
@@ -266,7 +300,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
     pin(d);
     statistics.template take<T>(d, walk, first, tile, args.before);
   }
-  statistics.store(args.mean, args.spread, args.count);
+  statistics.store(reinterpret_cast<float*>(room), args.mean, args.spread, args.count);
 }
 
 // The largest value of a group so far, and the rows (of the group) that have it: of two channels. Values are
@@ -539,12 +573,12 @@ Part part_of(const HopperAggregate& rows, const Plan& plan, float4* scales, cuda
 }  // namespace
 
 int64_t hopper_train_parts(int64_t groups, int64_t neighbors, int processors) {
-  return Plan(groups, neighbors, processors).warps();
+  return Plan(groups, neighbors, processors).blocks;
 }
 
 int64_t hopper_train_scratch(int64_t width, int64_t groups, int64_t neighbors, int processors) {
   return groups * static_cast<int64_t>(sizeof(float4)) +
-         hopper_train_parts(groups, neighbors, processors) * width * 8;
+         Plan(groups, neighbors, processors).warps() * width * 8;
 }
 
 int hopper_project(const HopperProject& args, int64_t width, int64_t, int processors, void* scratch,

@@ -8,7 +8,6 @@ namespace any2point {
 namespace {
 
 using Two = std::tuple<Tensor, Tensor>;
-using Three = std::tuple<Tensor, Tensor, Tensor>;
 using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 constexpr ScalarType kSingle = ScalarType::Float;
 
@@ -117,9 +116,9 @@ Two maximum(const Tensor& points, const Tensor& features, const Tensor& center, 
   return {out, argmax};
 }
 
-Three points_grad(const Tensor& dy1, const OptionalTensor& grad, const OptionalTensor& argmax,
-                  const OptionalTensor& dense, const Tensor& center_, const Tensor& neighbor_,
-                  int64_t points) {
+Tensor points_grad(const Tensor& dy1, const OptionalTensor& grad, const OptionalTensor& argmax,
+                   const OptionalTensor& dense, const Tensor& center_, const Tensor& neighbor_,
+                   const Tensor& weight, const OptionalTensor& factor, int64_t points) {
   A2P_CHECK(dy1.dim() == 2 && center_.dim() == 2 && neighbor_.dim() == 3,
             "dy1, center, neighbor: expected [M, H], [B, S] and [B, S, K]");
   const int64_t clouds = center_.size(0), centers = center_.size(1), neighbors = neighbor_.size(2);
@@ -127,8 +126,9 @@ Three points_grad(const Tensor& dy1, const OptionalTensor& grad, const OptionalT
   const Tensor center = index_tensor("center", center_, {clouds, centers}, dy1);
   const Tensor neighbor = index_tensor("neighbor", neighbor_, {clouds, centers, neighbors}, dy1);
   A2P_CHECK(static_cast<bool>(dense) != (grad && argmax), "dense: expected it, or grad and argmax");
-  const int64_t width = dense ? dense->size(-1) : grad->size(-1);
-  A2P_CHECK(hidden % 8 == 0 && width % 64 == 0, "dy1, dense: expected columns in multiples of 8 and 64");
+  A2P_CHECK(weight.dim() == 2, "weight: expected [H, C]");
+  const int64_t width = weight.size(1);
+  check_sizes(width, hidden, 1);
   A2P_CHECK(dy1.scalar_type() == ScalarType::Half || dy1.scalar_type() == ScalarType::BFloat16,
             "dy1: expected float16 or bfloat16");
   HopperPoints args{};
@@ -149,7 +149,6 @@ Three points_grad(const Tensor& dy1, const OptionalTensor& grad, const OptionalT
                      neighbors, resolved.mutable_data_ptr<int64_t>(), device.stream));
   const InverseList near = inverse_list("neighbor", resolved, points);
   const InverseList owned = inverse_list("center", center, points);
-  args.center = center.const_data_ptr<int64_t>();
   args.neighbor = resolved.const_data_ptr<int64_t>();
   args.near = static_cast<const uint32_t*>(near.start.const_data_ptr());
   args.pairs = static_cast<const uint32_t*>(near.order.const_data_ptr());
@@ -163,14 +162,16 @@ Three points_grad(const Tensor& dy1, const OptionalTensor& grad, const OptionalT
   args.width = width;
   Tensor groups = like(dy1, {clouds * centers, hidden + (dense ? width / 2 : 0)}, kSingle);
   Tensor by_neighbor = like(dy1, {clouds, points, hidden}, kSingle);
-  Tensor by_center = like(dy1, {clouds, points, hidden}, kSingle);
   Tensor direct = like(dy1, {clouds, points, width / 2}, kSingle);
+  Tensor features = like(dy1, {clouds, points, width / 2}, dy1.scalar_type());
   args.groups = data(groups);
   args.by_neighbor = data(by_neighbor);
-  args.by_center = data(by_center);
   args.direct = data(direct);
+  args.features = features.mutable_data_ptr();
+  args.weight = floats("weight", weight, dy1, {hidden, width});
+  if (factor) args.factor = floats("factor", *factor, dy1, {});
   check_cuda("local_aggregate", hopper_points(args, device.stream));
-  return {by_neighbor, by_center, direct};
+  return features;
 }
 
 }  // namespace

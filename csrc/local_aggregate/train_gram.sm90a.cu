@@ -1,6 +1,7 @@
 // The Gram matrix of a hidden layer h = ReLU(scale y1 + shift) [M, H] on sm_90a, and its sum. A block of
-// three teams brings tiles of rows to shared memory, as both operands of products over rows, while the
-// products of the tile before run; the next tile is on its way in registers.
+// three teams turns tiles of rows into both operands of products over rows, in shared memory, while the
+// products of the tile before run. Rows of y1 come by asynchronous copies, some tiles ahead; what a thread
+// copies only it reads.
 #include "local_aggregate/hopper_rows.cuh"
 #include "local_aggregate/hopper_train.h"
 
@@ -9,6 +10,7 @@ namespace {
 
 constexpr int kTeams = 3;
 constexpr int kThreads = 128 * kTeams;
+constexpr int kAhead = 4;  // tiles
 
 template <int H>
 struct GramShape {
@@ -38,15 +40,20 @@ __global__ void __launch_bounds__(kThreads, 1) gram_kernel(const HopperGram args
     scale[i] = args.scale[8 * column + i];
     shift[i] = args.shift[8 * column + i];
   }
-  uint4 raw[Shape::kChunks];
   const int64_t tiles = divided(args.rows, Shape::kRowsTile);
-  const auto bring = [&](int64_t tile) {
+  const uint32_t copies =
+      static_cast<uint32_t>(__cvta_generic_to_shared(room)) + 2 * Shape::kBuffer + threadIdx.x * 16;
+  const auto place = [&](int j) { return static_cast<int>(threadIdx.x + kThreads * j) / kColumns; };
+  const auto bring = [&](int64_t tile, int slot) {
 #pragma unroll
     for (int j = 0; j < Shape::kChunks; j++) {
-      const int64_t row = tile * Shape::kRowsTile + (threadIdx.x + kThreads * j) / kColumns;
-      raw[j] = {0, 0, 0, 0};
-      if (row < args.rows) raw[j] = __ldg(static_cast<const uint4*>(args.before) + row * kColumns + column);
+      const int64_t row = tile * Shape::kRowsTile + place(j);
+      const bool used = row < args.rows;
+      const uint4* from = static_cast<const uint4*>(args.before) + (used ? row : 0) * kColumns + column;
+      const uint32_t to = copies + slot * Shape::kBuffer + j * kThreads * 16;
+      asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(used ? 16 : 0));
     }
+    asm volatile("cp.async.commit_group;");
   };
 
   float d[Shape::kUpper][Shape::kWide / 2];
@@ -55,15 +62,19 @@ __global__ void __launch_bounds__(kThreads, 1) gram_kernel(const HopperGram args
 #pragma unroll
     for (float& each : upper) each = 0;
   }
-  bring(blockIdx.x);
-  int turn = 0;
+  for (int i = 0; i < kAhead; i++) bring(blockIdx.x + i * int64_t{gridDim.x}, i);
+  int turn = 0, slot = 0;
   for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x, turn ^= 1) {
     char* const buffer = room + turn * Shape::kBuffer;
+    asm volatile("cp.async.wait_group %0;" ::"n"(kAhead - 1) : "memory");
 #pragma unroll
     for (int j = 0; j < Shape::kChunks; j++) {
-      const int place = (threadIdx.x + kThreads * j) / kColumns;
-      const bool used = tile * Shape::kRowsTile + place < args.rows;
-      const uint32_t pairs[4] = {raw[j].x, raw[j].y, raw[j].z, raw[j].w};
+      const bool used = tile * Shape::kRowsTile + place(j) < args.rows;
+      uint32_t pairs[4];
+      asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                   : "=r"(pairs[0]), "=r"(pairs[1]), "=r"(pairs[2]), "=r"(pairs[3])
+                   : "r"(copies + slot * Shape::kBuffer + j * kThreads * 16)
+                   : "memory");
       uint32_t h[4];
 #pragma unroll
       for (int q = 0; q < 4; q++) {
@@ -73,11 +84,12 @@ __global__ void __launch_bounds__(kThreads, 1) gram_kernel(const HopperGram args
         sum[2 * q] += v.x;
         sum[2 * q + 1] += v.y;
       }
-      const int wide = place / Shape::kLines * H + 8 * column, line = place % Shape::kLines;
+      const int wide = place(j) / Shape::kLines * H + 8 * column, line = place(j) % Shape::kLines;
       const uint32_t at = wide / 32 * Shape::kBlock + swizzle(line * kBlockBytes + wide % 32 * 2);
       *reinterpret_cast<uint4*>(buffer + at) = {h[0], h[1], h[2], h[3]};
     }
-    if (tile + gridDim.x < tiles) bring(tile + gridDim.x);
+    bring(tile + kAhead * int64_t{gridDim.x}, slot);
+    slot = slot + 1 == kAhead ? 0 : slot + 1;
     wgmma_wait<0>();  // products that read the other buffer
     publish();
 #pragma unroll
@@ -121,6 +133,7 @@ __global__ void __launch_bounds__(kThreads, 1) gram_kernel(const HopperGram args
       }
     }
   }
+  asm volatile("cp.async.wait_group 0;" ::: "memory");
   __syncthreads();
   float* const sums = reinterpret_cast<float*>(room);
 #pragma unroll
@@ -135,7 +148,7 @@ __global__ void __launch_bounds__(kThreads, 1) gram_kernel(const HopperGram args
 
 template <int H, typename T>
 int launch(const HopperGram& args, int64_t blocks, cudaStream_t stream) {
-  const int bytes = std::max(2 * GramShape<H>::kBuffer, kThreads * 8 * 4);
+  const int bytes = (2 + kAhead) * GramShape<H>::kBuffer;
   const cudaError_t error =
       cudaFuncSetAttribute(gram_kernel<H, T>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;

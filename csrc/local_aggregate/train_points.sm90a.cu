@@ -1,7 +1,7 @@
-// Gradients of rows, [M, channels] of 16 bits, added up over the rows of each point, in a fixed order and
-// without atomics: as neighbour by an inverse list of the neighbours, as centre first over a group's rows and
-// then by an inverse list of the centres. Entries that come through a maximum are added up in shared memory,
-// where a thread has a channel.
+// The gradient of the features: dy1 and du of all rows, added up over those of each point, in a fixed order
+// and without atomics, and through W1. As neighbour by an inverse list of the neighbours, as centre first
+// over a group's rows and then by an inverse list of the centres. Entries that come through a maximum are
+// added up in shared memory, where a thread has a channel. Products are in TF32.
 #include "local_aggregate/hopper_rows.cuh"
 #include "local_aggregate/hopper_train.h"
 
@@ -9,8 +9,13 @@ namespace any2point {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kSparse = 32;          // channels of a block
+constexpr int kSparse = 8;           // channels of a block of entries,
+constexpr int kSlices = 4;           // slices of the groups
 constexpr int kSparsePoints = 1024;  // and points, at most
+constexpr int kPoints = 64;          // of a block of products
+constexpr int kChannels = 96;        // of one
+constexpr int kDepth = 32;           // rows of W1 at a time
+constexpr int kWeightRow = kChannels + 8;
 
 __global__ void resolve_kernel(const int64_t* center, const int64_t* neighbor, int64_t rows,
                                int64_t neighbors, int64_t* to) {
@@ -75,62 +80,166 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(const HopperPoints args,
   }
 }
 
-// Adds the sums of groups up over those of a centre.
-__global__ void __launch_bounds__(kThreads) centers_kernel(const HopperPoints args, int columns) {
-  const int64_t item = int64_t{blockIdx.x} * kThreads + threadIdx.x, at = item / columns;
-  if (at >= args.clouds * args.points) return;
-  const int column = static_cast<int>(item % columns), hidden = static_cast<int>(args.hidden);
-  const uint32_t* start = args.middle + at + at / args.points;
-  const uint32_t end = start[1];
-  float sum = 0;
-  for (uint32_t i = start[0]; i < end; i++) sum += args.groups[int64_t{args.owned[i]} * columns + column];
-  if (column < hidden) {
-    args.by_center[at * hidden + column] = sum;
-  } else {
-    args.direct[at * (columns - hidden) + column - hidden] += sum;
-  }
-}
-
-// direct = the entries of the points [first, first + kSparsePoints) of a cloud. A thread has a channel of the
-// features, which gets entries of two channels of x.
-__global__ void __launch_bounds__(kSparse) entries_kernel(const HopperPoints args, int64_t each) {
-  extern __shared__ float room[];  // [points, kSparse]
-  const int64_t half = args.width / 2, channel = int64_t{blockIdx.x} * kSparse + threadIdx.x;
+// direct = the entries of neighbours, of the points [first, first + each) of a cloud. A thread has a channel
+// and a slice of the groups.
+__global__ void __launch_bounds__(kSparse* kSlices) entries_kernel(const HopperPoints args, int64_t each) {
+  extern __shared__ float room[];  // [points, slices, channels]
+  constexpr int kRow = kSparse * kSlices;
+  const int64_t half = args.width / 2;
+  const int64_t channel = int64_t{blockIdx.x} * kSparse + threadIdx.x % kSparse;
   const int64_t cloud = blockIdx.y, first = blockIdx.z * each, points = min(each, args.points - first);
-  for (int64_t p = 0; p < points; p++) room[p * kSparse + threadIdx.x] = 0;
+  for (int64_t p = 0; p < points; p++) room[p * kRow + threadIdx.x] = 0;
   const float* grad = args.grad + cloud * args.centers * args.width + channel;
   const int32_t* argmax = args.argmax + cloud * args.centers * args.width + channel;
-  const int64_t* center = args.center + cloud * args.centers;
   const int64_t* neighbor = args.neighbor + cloud * args.centers * args.neighbors;
-  constexpr int kAhead = 8;
-  if (channel >= half) return;
-  for (int64_t group = 0; group < args.centers; group += kAhead) {
-    float value[kAhead][2];
-    int64_t point[kAhead][2];
+  const int64_t slice = threadIdx.x / kSparse, size = (args.centers + kSlices - 1) / kSlices;
+  const int64_t end = min((slice + 1) * size, args.centers);
+  constexpr int kAhead = 16;
+  for (int64_t group = slice * size; group < end; group += kAhead) {
+    float value[kAhead];
+    int64_t point[kAhead];
 #pragma unroll
     for (int i = 0; i < kAhead; i++) {
-      const int64_t g = min(group + i, args.centers - 1);
-      const bool used = group + i < args.centers;
-      value[i][0] = used ? grad[g * args.width] : 0;
-      value[i][1] = used ? grad[g * args.width + half] : 0;
-      point[i][0] = neighbor[g * args.neighbors + argmax[g * args.width]] - first;
-      point[i][1] = center[g] - first;
+      const int64_t g = min(group + i, end - 1);
+      value[i] = group + i < end ? grad[g * args.width] : 0.0f;
+      point[i] = neighbor[g * args.neighbors + argmax[g * args.width]] - first;
     }
 #pragma unroll
     for (int i = 0; i < kAhead; i++) {
+      if (point[i] >= 0 && point[i] < points) room[point[i] * kRow + threadIdx.x] += value[i];
+    }
+  }
+  __syncthreads();
+  for (int64_t p = slice; p < points; p += kSlices) {
+    const float* from = room + p * kRow + threadIdx.x % kSparse;
+    float sum = 0;
+    for (int i = 0; i < kSlices; i++) sum += from[i * kSparse];
+    args.direct[(cloud * args.points + first + p) * half + channel] = sum;
+  }
+}
+
+__device__ __forceinline__ uint32_t tf32(float value) {
+  uint32_t d;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(d) : "f"(value));
+  return d;
+}
+
+// The groups whose centre is a point: mostly none or one.
+struct Owned {
+  uint32_t begin, end, first;
+
+  Owned() = default;
+  __device__ Owned(const HopperPoints& args, int64_t point) {
+    const uint32_t* start = args.middle + point + point / args.points;
+    begin = start[0];
+    end = start[1];
+    first = begin < end ? args.owned[begin] : 0;
+  }
+  // The sum of from[group] over them.
+  __device__ __forceinline__ float sum(const HopperPoints& args, const float* from, int64_t stride) const {
+    float sum = begin < end ? from[first * stride] : 0.0f;
+    for (uint32_t i = begin + 1; i < end; i++) sum += from[int64_t{args.owned[i]} * stride];
+    return sum;
+  }
+};
+
+// Rows [k, k + kDepth) of [W1 of neighbours; W1 of centres], the block's channels.
+__device__ __forceinline__ void bring_weight(const HopperPoints& args, int k, float* to) {
+  const int hidden = static_cast<int>(args.hidden), part = k / hidden;
+  const float* from = args.weight + (k - part * hidden) * args.width + part * (args.width / 2) +
+                      int64_t{blockIdx.y} * kChannels;
+  const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(to));
+  constexpr int kChunks = kChannels / 4;
+  for (int i = threadIdx.x; i < kDepth * kChunks; i += kThreads) {
+    const int row = i / kChunks, chunk = i % kChunks;
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 16;" ::"r"(at + (row * kWeightRow + 4 * chunk) * 4),
+                 "l"(from + row * args.width + 4 * chunk));
+  }
+  asm volatile("cp.async.commit_group;");
+}
+
+// features = factor (direct + [as neighbour, as centre] W1), of kPoints points and kChannels channels.
+template <typename T>
+__global__ void __launch_bounds__(kThreads) features_kernel(const HopperPoints args) {
+  extern __shared__ __align__(
+      16) float staged[];  // [2, kDepth, kWeightRow], then sums [kPoints, 2 H], padded
+  const int hidden = static_cast<int>(args.hidden), row = 2 * hidden + 4;
+  uint32_t* const sums = reinterpret_cast<uint32_t*>(staged + 2 * kDepth * kWeightRow);
+  const int64_t half = args.width / 2, total = args.clouds * args.points;
+  const int64_t first = int64_t{blockIdx.x} * kPoints;
+  const int64_t columns = hidden + (args.dense ? half : 0);
+  bring_weight(args, 0, staged);
+  __shared__ Owned owned_by[kPoints];
+  if (threadIdx.x < kPoints) {
+    owned_by[threadIdx.x] = Owned(args, min(first + static_cast<int64_t>(threadIdx.x), total - 1));
+  }
+  __syncthreads();
+#pragma unroll 4
+  for (int i = threadIdx.x; i < kPoints * hidden; i += kThreads) {
+    const int64_t point = min(first + i / hidden, total - 1);
+    const int column = i % hidden;
+    uint32_t* to = sums + i / hidden * row + column;
+    to[0] = tf32(args.by_neighbor[point * hidden + column]);
+    to[hidden] = tf32(owned_by[i / hidden].sum(args, args.groups + column, columns));
+  }
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
+  constexpr int kTiles = kChannels / 2 / 8;
+  const uint32_t* a = sums + (warp / 2 * 16 + g) * row + t;
+  const int64_t column = int64_t{blockIdx.y} * kChannels + warp % 2 * (kChannels / 2);
+  float d[kTiles][4] = {};
+  for (int k = 0, turn = 0; k < 2 * hidden; k += kDepth, turn ^= 1) {
+    asm volatile("cp.async.wait_group 0;" ::: "memory");
+    __syncthreads();
+    if (k + kDepth < 2 * hidden) bring_weight(args, k + kDepth, staged + (turn ^ 1) * kDepth * kWeightRow);
+    const float* weight = staged + (turn * kDepth + t) * kWeightRow + warp % 2 * (kChannels / 2) + g;
 #pragma unroll
-      for (int j = 0; j < 2; j++) {
-        if (point[i][j] >= 0 && point[i][j] < points) {
-          room[point[i][j] * kSparse + threadIdx.x] += value[i][j];
-        }
+    for (int s = 0; s < kDepth; s += 8, a += 8) {
+      const uint32_t a0 = a[0], a1 = a[8 * row], a2 = a[4], a3 = a[8 * row + 4];
+#pragma unroll
+      for (int n = 0; n < kTiles; n++) {
+        const uint32_t b0 = tf32(weight[s * kWeightRow + 8 * n]);
+        const uint32_t b1 = tf32(weight[(s + 4) * kWeightRow + 8 * n]);
+        asm("mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, "
+            "%9}, {%0, %1, %2, %3};"
+            : "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])
+            : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
       }
     }
   }
-  float* to = args.direct + (cloud * args.points + first) * half + channel;
-  for (int64_t p = 0; p < points; p++) to[p * half] = room[p * kSparse + threadIdx.x];
+  const float factor = args.factor ? *args.factor : 1.0f;
+  const float* const from = args.dense ? args.groups + hidden : args.grad + half;
+  const int64_t stride = args.dense ? columns : args.width;
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    const int64_t point = first + warp / 2 * 16 + g + 8 * i;
+    if (point >= total) continue;
+    const Owned owned = owned_by[point - first];
+#pragma unroll
+    for (int n = 0; n < kTiles; n++) {
+      const int64_t channel = column + 8 * n + 2 * t;
+      const float2 direct = *reinterpret_cast<const float2*>(args.direct + point * half + channel);
+      float v[2] = {d[n][2 * i] + direct.x, d[n][2 * i + 1] + direct.y};
+#pragma unroll
+      for (int e = 0; e < 2; e++) v[e] += owned.sum(args, from + channel + e, stride);
+      static_cast<uint32_t*>(args.features)[(point * half + channel) / 2] =
+          Two<T>::of(v[0] * factor, v[1] * factor);
+    }
+  }
 }
 
 unsigned blocks_of(int64_t threads) { return static_cast<unsigned>(divided(threads, kThreads)); }
+
+template <typename T>
+int features(const HopperPoints& args, cudaStream_t stream) {
+  const int bytes = static_cast<int>(2 * kDepth * kWeightRow + kPoints * (2 * args.hidden + 4)) * 4;
+  const cudaError_t error =
+      cudaFuncSetAttribute(features_kernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error != cudaSuccess) return error;
+  const dim3 parts(static_cast<unsigned>(divided(args.clouds * args.points, kPoints)),
+                   static_cast<unsigned>(args.width / 2 / kChannels));
+  features_kernel<T><<<parts, kThreads, bytes, stream>>>(args);
+  return cudaGetLastError();
+}
 
 }  // namespace
 
@@ -153,18 +262,19 @@ int hopper_points(const HopperPoints& args, void* stream_) {
   } else {
     rows_kernel<__half><<<grid, kThreads, 0, stream>>>(args, blocks);
   }
-  centers_kernel<<<blocks_of(args.clouds * args.points * columns), kThreads, 0, stream>>>(
-      args, static_cast<int>(columns));
-  if (args.dense) return cudaGetLastError();
-  const int64_t each = std::min<int64_t>(kSparsePoints, args.points);
-  const int bytes = static_cast<int>(each * kSparse * 4);
-  const cudaError_t error =
-      cudaFuncSetAttribute(entries_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (error != cudaSuccess) return error;
-  const dim3 parts(static_cast<unsigned>(divided(args.width / 2, kSparse)),
-                   static_cast<unsigned>(args.clouds), static_cast<unsigned>(divided(args.points, each)));
-  entries_kernel<<<parts, kSparse, bytes, stream>>>(args, each);
-  return cudaGetLastError();
+  if (!args.dense && args.centers == 0) {
+    cudaMemsetAsync(args.direct, 0, args.clouds * args.points * args.width * 2, stream);
+  } else if (!args.dense) {
+    const int64_t each = std::min<int64_t>(kSparsePoints, args.points);
+    const int bytes = static_cast<int>(each * kSparse * kSlices * 4);
+    const cudaError_t error =
+        cudaFuncSetAttribute(entries_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+    if (error != cudaSuccess) return error;
+    const dim3 parts(static_cast<unsigned>(args.width / 2 / kSparse), static_cast<unsigned>(args.clouds),
+                     static_cast<unsigned>(divided(args.points, each)));
+    entries_kernel<<<parts, kSparse * kSlices, bytes, stream>>>(args, each);
+  }
+  return args.bfloat16 ? features<__nv_bfloat16>(args, stream) : features<__half>(args, stream);
 }
 
 }  // namespace any2point

@@ -1,0 +1,233 @@
+"""The passes of local aggregation in training, and what lies between them.
+
+csrc/local_aggregate/train.h has the identities and the passes, train_algebra.h the kernels for what lies
+between. Rows, y1, gradients of rows and the operands of products are in the dtype of the features: float32 on
+the CPU, float16 or bfloat16 on CUDA.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from any2point.reference.batch_norm import are_shared, over_processes
+
+# in_weight [H, C], in_bias [H], in_norm weight and bias [H], out_weight [C, H], out_bias, out_norm's two [C]
+PER_UNIT = 8
+# What is saved of a unit: the fields of `Unit` behind its parameters.
+SAVED = 12
+_ops = torch.ops.any2point
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Parameters of a unit and what the forward pass saved.
+
+    Deviations are 1 / sqrt(variance + eps). Means are of all processes that share statistics, sums of this
+    one's rows.
+    """
+
+    in_weight: Tensor
+    in_bias: Tensor
+    in_scale: Tensor
+    in_shift: Tensor
+    out_weight: Tensor
+    out_bias: Tensor
+    out_scale: Tensor
+    out_shift: Tensor
+    before: Tensor  # y1 [M, H]
+    in_mean: Tensor  # of y1, float64
+    in_deviation: Tensor  # float64
+    in_single: Tensor  # [4, H] float32: factor and sum that normalise y1, its mean and deviation
+    out_mean: Tensor  # of y2, float64
+    out_deviation: Tensor  # float64
+    hidden_mean: Tensor  # of h, float64
+    hidden_sum: Tensor  # of h, float64
+    hidden_outer: Tensor  # of (h - mean) h', float64
+    out_single: Tensor  # [2, C] float32: mean and deviation of y2
+    folded: Tensor  # W2 with its normalisation, in the dtype of y1
+    folded_bias: Tensor  # float32
+
+    @property
+    def hidden(self) -> list[Tensor]:
+        """y1 and what makes h of it."""
+        return [self.before, *self.in_single[:2]]
+
+    @property
+    def done(self) -> list[Tensor]:
+        """The unit as later passes take it: `hidden`, and the second layer with its normalisation."""
+        return [*self.hidden, self.folded, self.folded_bias]
+
+
+class Passes:
+    """The passes. Below the maximum the gradient after a unit is an `entry` per group and channel.
+
+    Before that it is `dense` rows.
+    """
+
+    def __init__(
+        self, rows: tuple[Any, ...], grad: Tensor | None = None, argmax: Tensor | None = None
+    ) -> None:
+        self.rows, self.neighbors = rows, rows[3].shape[-1]
+        self.dtype = rows[1].dtype
+        self.entry = (grad, argmax)
+        self.dense: Tensor | None = None
+        self.dz: Tensor | None = None
+        self.sums: list[Tensor] = []
+        self.number = rows[3].numel()
+        self.count: float | Tensor = self.number  # of all processes
+        if are_shared():
+            (self.count,) = over_processes(rows[0].new_full((), self.number, dtype=torch.float64))
+
+    def add_up(self, part: Tensor) -> Tensor:
+        return part.sum(0, dtype=torch.float64)
+
+    def project(
+        self, done: list[Tensor], weight: Tensor, bias: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        weight = weight.to(self.dtype)
+        before, means, spreads, counts = _ops._local_aggregate_project(*self.rows, done, weight, bias)
+        hidden = before.shape[1]
+        return before, means[:, :hidden], spreads[:, :hidden], counts
+
+    def in_statistics(
+        self, means: Tensor, spreads: Tensor, counts: Tensor, scale: Tensor, shift: Tensor, eps: float
+    ) -> list[Tensor]:
+        """`Unit`'s in_mean to in_single, from the parts that `project` returns."""
+        means, spreads, counts = means.double(), spreads.double(), counts.double()[:, None]
+        (summed,) = over_processes((means * counts).sum(0))
+        mean = summed / self.count
+        (spread,) = over_processes((spreads + counts * (means - mean).square()).sum(0))
+        deviation = torch.rsqrt(spread / self.count + eps)
+        factor = scale * deviation
+        single = torch.stack([factor, shift - mean * factor, mean, deviation]).float()
+        return [mean, deviation, single]
+
+    def gram(self, before: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = before.shape[1]
+        gram, total = _ops._local_aggregate_gram(before, scale, shift, self.neighbors)
+        return gram[:, :hidden, :hidden], total
+
+    def out_statistics(
+        self, before: Tensor, grams: Tensor, sums: Tensor, layer: list[Tensor], eps: float
+    ) -> list[Tensor]:
+        """`Unit`'s out_mean to folded_bias, from the parts that `gram` returns.
+
+        The mean that the folded bias takes away is that of the rounded weight's products.
+        """
+        gram, total = grams.sum(0, dtype=torch.float64), sums.sum(0, dtype=torch.float64)
+        whole_gram, whole_total = over_processes(gram, total)
+        mean = whole_total / self.count
+        cov = whole_gram / self.count - mean[:, None] * mean
+        weight = layer[0].double()
+        out_mean = weight @ mean + layer[1]
+        deviation = torch.rsqrt(((weight @ cov) * weight).sum(1).clamp(min=0) + eps)
+        folded = (layer[0] * (layer[2] * deviation)[:, None]).to(before.dtype).contiguous()
+        bias = (layer[3] - folded.double() @ mean).float()
+        single = torch.stack([out_mean, deviation]).float()
+        outer = gram - mean[:, None] * total
+        return [out_mean, deviation, mean, total, outer, single, folded, bias]
+
+    def maximum(self, done: list[Tensor]) -> tuple[Tensor, Tensor]:
+        return _ops._local_aggregate_max(*self.rows, done)
+
+    def out_sums(self, unit: Unit) -> None:
+        if not self.sums:
+            self.sums = _ops._local_aggregate_out_sums(
+                *unit.hidden, *self.entry, self.neighbors, unit.out_weight, unit.out_bias, *unit.out_single
+            )
+
+    def pull(self, unit: Unit) -> tuple[list[Tensor], list[Tensor]]:
+        """Gradients of W2 and of the normalisation's weight and bias; and what `hidden_grad` takes."""
+        width, hidden = unit.out_weight.shape
+        total, normed, product = (self.add_up(part) for part in self.sums)
+        product = product[:width, :hidden]
+        whole_total, whole_normed = over_processes(total, normed)
+        weight = unit.out_weight.double()
+        factor = unit.out_scale * unit.out_deviation
+        pull = weight * (factor * unit.out_deviation * whole_normed / self.count)[:, None]
+        out_grad = factor[:, None] * (product - (whole_total / self.count)[:, None] * unit.hidden_sum)
+        out_grad = out_grad - pull @ unit.hidden_outer
+        q = weight.T @ pull
+        constant = unit.hidden_mean @ q - (factor * whole_total / self.count) @ weight
+        carried = factor[:, None] * weight
+        carried = carried if self.dense is None else carried.T
+        linear = [x.float().contiguous() for x in (-q.T, constant, carried)]
+        return [out_grad, normed, total], linear
+
+    def hidden_grad(self, unit: Unit, linear: list[Tensor]) -> tuple[Tensor, Tensor]:
+        self.dz, plain, scaled = _ops._local_aggregate_hidden_grad(
+            *unit.hidden, *self.entry, self.dense, self.neighbors, *linear, *unit.in_single[2:]
+        )
+        return self.add_up(plain), self.add_up(scaled)
+
+    def rows_grad(self, units: list[Unit], plain: Tensor, scaled: Tensor) -> Tensor:
+        unit = units[-1]
+        done = [tensor for other in units[:-1] for tensor in other.done]
+        below: list[Tensor] = []
+        if done:
+            done[3::5] = [weight.float() for weight in done[3::5]]
+            below = [units[-2].out_weight, units[-2].out_bias, *units[-2].out_single]
+        factor, _, mean, deviation = unit.in_single
+        dz, self.dz = self.dz, None  # as large as y1: not kept any longer than needed
+        means = [(whole / self.count).float() for whole in over_processes(plain, scaled)]
+        found, *self.rest = _ops._local_aggregate_rows_grad(
+            *self.rows,
+            done,
+            unit.before,
+            *self.entry,
+            self.dense,
+            dz,
+            [mean, deviation, factor, *means],
+            unit.in_weight.T.contiguous(),
+            below,
+        )
+        if done:
+            self.dense, *self.sums = self.rest
+            self.entry = (None, None)
+        hidden, width = unit.in_weight.shape
+        return self.add_up(found)[:hidden, :width]
+
+    def features_grad(self, unit: Unit, factor: Tensor | None) -> Tensor:
+        by_neighbor, by_center, direct = self.rest
+        first, half = unit.in_weight, direct.shape[-1]
+        return direct + by_neighbor @ first[:, :half] + by_center @ first[:, half:]
+
+
+class CudaPasses(Passes):
+    """What lies between the passes in kernels, unless processes share statistics."""
+
+    def add_up(self, part: Tensor) -> Tensor:
+        return part[0] if len(part) == 1 else super().add_up(part)
+
+    def in_statistics(
+        self, means: Tensor, spreads: Tensor, counts: Tensor, scale: Tensor, shift: Tensor, eps: float
+    ) -> list[Tensor]:
+        if are_shared():
+            return super().in_statistics(means, spreads, counts, scale, shift, eps)
+        return [*_ops._local_aggregate_in_statistics(means, spreads, counts, scale, shift, eps)]
+
+    def out_statistics(
+        self, before: Tensor, grams: Tensor, sums: Tensor, layer: list[Tensor], eps: float
+    ) -> list[Tensor]:
+        if are_shared():
+            return super().out_statistics(before, grams, sums, layer, eps)
+        return [*_ops._local_aggregate_out_statistics(before, grams, sums, *layer, eps)]
+
+    def pull(self, unit: Unit) -> tuple[list[Tensor], list[Tensor]]:
+        if are_shared():
+            return super().pull(unit)
+        hidden = (unit.out_deviation, unit.hidden_mean, unit.hidden_sum, unit.hidden_outer)
+        out_grad, *linear = _ops._local_aggregate_pull(
+            *self.sums, unit.out_weight, unit.out_scale, *hidden, self.number, self.dense is not None
+        )
+        total, normed = self.sums[:2]
+        return [out_grad, normed[0], total[0]], linear
+
+    def features_grad(self, unit: Unit, factor: Tensor | None) -> Tensor:
+        (dy1,) = self.rest
+        layout = (*self.rows[2:4], unit.in_weight, factor, self.rows[0].shape[1])
+        return _ops._local_aggregate_points_grad(dy1, *self.entry, self.dense, *layout)
