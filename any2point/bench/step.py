@@ -195,10 +195,13 @@ def labelled(model: Any2Point) -> Iterator[None]:
     if model.positions is not None:
         wrap(model.positions, "forward", "virtual projection")
     for block, guided in zip(model.encoder.source.blocks, model.encoder.adapters):
-        wrap(block, "attend", "attention")
-        wrap(block, "transform", "MLP")
+        for method in ("attend", "attend_ahead", "attend_stacked"):
+            wrap(block, method, "attention")
+        for method in ("transform", "transform_stacked"):
+            wrap(block, method, "MLP")
         wrap(guided, "forward", "guided aggregation")
-        wrap(getattr(guided, "adapter", None), "forward", "adapter")
+        for method in ("forward", "join", "join_stacked"):
+            wrap(getattr(guided, "adapter", None), method, "adapter")
     wrap(model.head, "forward", "head")
     try:
         yield

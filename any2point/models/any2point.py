@@ -21,6 +21,7 @@ from any2point.models.checks import check_names
 from any2point.models.config import Any2PointConfig
 from any2point.nn import Neighborhoods
 from any2point.nn.positions import build_positions
+from any2point.nn.stacked import is_stacked, run_stacked
 from any2point.ops import group, voxel_cluster
 from any2point.sources import Source
 
@@ -111,18 +112,30 @@ class Any2Point(PointModel):
             Sequence `[B, 1 + R + T, C]` (class token, registers, tokens) and its position encodings, cells
             `[B, V, T]`, voxels `[B, T]`, and the points `[B, T]` that the tokens are centred on.
         """
+        parts, cell, cluster, index = self._start(points, features, lengths, neighborhoods)
+        return torch.cat(parts[:2], dim=1), torch.cat(parts[2:], dim=1), cell, cluster, index
+
+    def _start(
+        self,
+        points: Tensor,
+        features: Tensor | None,
+        lengths: Tensor | None,
+        neighborhoods: Neighborhoods | None,
+    ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor, Tensor, Tensor]:
+        """As `embed`; the first is class token with registers, tokens, and the positions of both."""
         tokens = self.tokenizer(*self.prepare(points, features, lengths), neighborhoods)
         projected = self.projection(tokens.centers)
         encoding = projected.encoding if self.positions is None else self.positions(tokens.centers)
         cluster = voxel_cluster(tokens.centers, self.config.voxel_size).cluster
-        batch, dtype = points.shape[0], self.cls_token.dtype
-        x = [self.cls_token.expand(batch, -1, -1), tokens.features.to(dtype)]
-        position = [self.cls_position.expand(batch, -1, -1), encoding.to(dtype)]
+        dtype = self.cls_token.dtype
+        first: list[Tensor] = [self.cls_token, self.cls_position]
         if self.registers is not None:  # with their positions in them
-            registers = self.registers.to(dtype).expand(batch, -1, -1)
-            x.insert(1, registers)
-            position.insert(1, torch.zeros_like(registers))
-        return torch.cat(x, dim=1), torch.cat(position, dim=1), projected.cell, cluster, tokens.index
+            registers = self.registers.to(dtype)[None]
+            both = registers, torch.zeros_like(registers)
+            first = [torch.cat(pair, dim=1) for pair in zip(first, both)]
+        prefix, position = (each.expand(points.shape[0], -1, -1) for each in first)
+        parts = prefix, tokens.features.to(dtype), position, encoding.to(dtype)
+        return parts, projected.cell, cluster, tokens.index
 
     def encode(
         self,
@@ -149,12 +162,24 @@ class Any2Point(PointModel):
         if attention and (config.attention_axis == "batch" or config.causal):
             got = f"attention_axis={config.attention_axis!r} and causal={config.causal}"
             raise ValueError(f"`attention`: expected a class token that attends to its tokens, got {got}")
-        x, position, cell, cluster, index = self.embed(points, features, lengths, neighborhoods)
-        maps: list[Tensor] | None = [] if attention else None
+        start = self._start(points, features, lengths, neighborhoods)
+        return self._finish(points, *start, [] if attention else None)
+
+    def _finish(
+        self,
+        points: Tensor,
+        parts: tuple[Tensor, ...],
+        cell: Tensor,
+        cluster: Tensor,
+        index: Tensor,
+        maps: list[Tensor] | None = None,
+    ) -> Encoding:
+        """`encode` of what `_start` gave; `maps` as for the encoder."""
+        x, position = torch.cat(parts[:2], dim=1), torch.cat(parts[2:], dim=1)
         x = self.norm(self.encoder(x, position, cell, cluster, maps))
         cls, tokens = x[:, 0], x[:, self.encoder.prefix :]
         largest = tokens.amax(1)
-        pair = [largest, cls] if config.feature_order == "max_cls" else [cls, largest]
+        pair = [largest, cls] if self.config.feature_order == "max_cls" else [cls, largest]
         weights = None if maps is None else torch.stack(maps, dim=1)
         return Encoding(tokens, group(points, index), cls, torch.cat(pair, dim=-1), weights)
 
@@ -166,7 +191,15 @@ class Any2Point(PointModel):
         neighborhoods: Neighborhoods | None = None,
     ) -> Tensor:
         """`points [B, N, 3]` (and features `[B, N, F]`, lengths `[B]`) -> logits `[B, num_classes]`."""
-        return self.head(self.encode(points, features, lengths, neighborhoods=neighborhoods).feature)
+        start = self._start(points, features, lengths, neighborhoods)
+        if not is_stacked(self.encoder, start[0][1]):
+            return self.head(self._finish(points, *start).feature)
+        from any2point.triton.pool import Pool
+
+        prefix, tokens = run_stacked(self.encoder, *start[0], *start[1:3])
+        cls_first = self.config.feature_order == "cls_max"
+        norm = self.norm
+        return self.head(Pool.apply(prefix, tokens, norm.weight, norm.bias, norm.eps, cls_first))
 
     def part_of(self, name: str) -> str:
         """The part that a parameter belongs to, as the paper counts them."""

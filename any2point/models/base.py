@@ -11,6 +11,7 @@ from any2point.models.config import Any2PointConfig
 from any2point.models.summary import Summary, count_parameters
 from any2point.nn.tokenizer import Neighborhoods, PointNetTokenizer, Tokenizer
 from any2point.ops._checks import check_clouds
+from any2point.sources.glue import in_kernels
 
 # Coordinates are clamped to this, and to as many voxels, after centring: squared distances stay finite and
 # voxels can be numbered in 32 bits.
@@ -108,6 +109,12 @@ class PointModel(nn.Module):
             )
         self._check_features(features, points)
         dtype = torch.float64 if points.dtype == torch.float64 else torch.float32
+        limit = _LIMIT * min(1.0, self.config.voxel_size)
+        constant = lengths is None and not (torch.is_grad_enabled() and points.requires_grad)
+        if constant and dtype == torch.float32 and in_kernels(points):
+            from any2point.triton.clouds import prepare
+
+            return prepare(points, features, limit, center=bool(self.config.center)), features
         valid = points.isfinite().all(-1, keepdim=True)
         if features is not None:
             valid = valid & features.isfinite().all(-1, keepdim=True)
@@ -119,7 +126,6 @@ class PointModel(nn.Module):
             # In float64 the mean does not depend on the order of the points, to float32 rounding.
             wide = points.to(torch.float64)
             total = torch.where(valid, wide, 0.0).sum(1, keepdim=True)
-            limit = _LIMIT * min(1.0, self.config.voxel_size)
             points = (wide - total / valid.sum(1, keepdim=True).clamp(min=1)).clamp(-limit, limit)
         return torch.where(valid, points, torch.nan).to(dtype), features
 

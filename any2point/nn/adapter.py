@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from any2point.nn.batch_norm import BatchNorm
 from any2point.ops import CellAttention as CellAttentionTensors
 from any2point.ops import GuidedPlan, guided_aggregate
-from any2point.sources.glue import quick_gelu
+from any2point.sources.glue import Bottleneck, join, join_adapted, joins, quick_gelu
 
 
 class Adapter(nn.Module):
@@ -25,6 +25,27 @@ class Adapter(nn.Module):
         """`[B, T, C]` -> `[B, T, C]`."""
         x = F.dropout(quick_gelu(self.down(x)), self.dropout, self.training)
         return self.scale * self.up(x)
+
+    def join(self, x: Tensor, y: Tensor, layer_scale: Tensor | None) -> Tensor:
+        """`x + y + self(y)`, all `[B, T, C]`, of a branch y that `layer_scale [C]` multiplies first."""
+        if self.joins(x, y.dtype, layer_scale):
+            return self.join_stacked(x, None, y, layer_scale)[0]
+        y = y if layer_scale is None else layer_scale * y
+        return join(x, y, None, self(y))
+
+    def join_stacked(
+        self, x: Tensor, tail: Tensor | None, y: Tensor, layer_scale: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """`join` on CUDA, of x and of what is stacked below it, if anything is; y has the rows of both."""
+        dropout = self.dropout if self.training else 0.0
+        return join_adapted(x, tail, y, layer_scale, self._weights(), self.scale, dropout)
+
+    def joins(self, x: Tensor, dtype: torch.dtype, layer_scale: Tensor | None) -> bool:
+        """Whether `join_stacked` takes such an x, and a y of this dtype."""
+        return joins(x, dtype, layer_scale, self._weights())
+
+    def _weights(self) -> Bottleneck:
+        return Bottleneck(self.down.weight, self.down.bias, self.up.weight, self.up.bias)
 
 
 class CellAttention(nn.Module):

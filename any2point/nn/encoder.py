@@ -77,28 +77,26 @@ class AdaptedEncoder(nn.Module):
         frozen: Any = self.source.blocks[index]
         adapter: Any = self.adapters[index].adapter
         rate = self.path_rates[index] if self.training else 0.0
-        early = self.insertion == "attention_output"
-        x = frozen.attend(
-            x,
-            adapter if early else None,
-            axis=self.axis,
-            causal=self.causal,
-            dropout=self.dropout if self.training else 0.0,
-            path_rate=rate,
-        )
-        if early:
-            x = self._guide(index, x, cell, cluster, plan)
-        x = frozen.transform(
-            x, None if early else adapter, parallel=self.insertion == "mlp_parallel", path_rate=rate
-        )
-        return x if early else self._guide(index, x, cell, cluster, plan)
+        options: dict[str, Any] = {
+            "axis": self.axis,
+            "causal": self.causal,
+            "dropout": self.dropout if self.training else 0.0,
+            "path_rate": rate,
+        }
+        if self.insertion == "attention_output":
+            x = frozen.attend(x, adapter, **options)
+            return frozen.transform(self._guide(index, x, cell, cluster, plan), path_rate=rate)
+        x, inputs = frozen.attend_ahead(x, **options)
+        parallel = self.insertion == "mlp_parallel"
+        x = frozen.transform(x, adapter, inputs=inputs, parallel=parallel, path_rate=rate)
+        return self._guide(index, x, cell, cluster, plan)
 
     def _is_random(self, index: int) -> bool:
         adapter: Any = self.adapters[index].adapter
         rates = self.dropout, self.path_rates[index], 0.0 if adapter is None else adapter.dropout
         return self.training and any(rates)
 
-    def _plan(self, x: Tensor, cell: Tensor, cluster: Tensor) -> GuidedPlan | None:
+    def plan(self, x: Tensor, cell: Tensor, cluster: Tensor) -> GuidedPlan | None:
         """What the guided aggregations of all blocks share."""
         every: list[Any] = [adapter for adapter in self.adapters if adapter.view_norm is not None]
         if not every or self.attention is None:
@@ -140,7 +138,7 @@ class AdaptedEncoder(nn.Module):
         if self.position_adds != "every":
             x = x + position
         x = self.source.embed(x)
-        plan = self._plan(x, cell, cluster)
+        plan = self.plan(x, cell, cluster)
         for index in range(len(self.adapters)):
             if maps is not None:
                 seen = x if self.position_adds == "once" else x + position

@@ -18,6 +18,8 @@ from any2point.ops import (
     knn,
     local_aggregate,
 )
+from any2point.reference.batch_norm import are_shared
+from any2point.sources.glue import in_kernels
 
 
 class Tokens(NamedTuple):
@@ -56,16 +58,20 @@ def stage_sizes(num_points: int, num_tokens: int, stages: int = 3) -> tuple[int,
     return tuple(round(num_points * ratio ** ((i + 1) / stages)) for i in range(stages))
 
 
-def first_centers(points: Tensor, valid: Tensor, start: str) -> Tensor | int:
+def first_centers(points: Tensor, start: str) -> Tensor | int:
     """The centre that sampling starts from: the point "farthest" from the mean `[B]`, or the "first" one.
 
     Args:
-        points: `[B, N, 3]`.
-        valid: `[B, N]` bool, which of them count.
+        points: `[B, N, 3]`, of which the finite ones count.
         start: as above.
     """
     if start == "first":
         return 0
+    if points.dtype == torch.float32 and in_kernels(points):
+        from any2point.triton.clouds import farthest_from_mean
+
+        return farthest_from_mean(points)
+    valid = points.isfinite().all(-1)
     kept = torch.where(valid[..., None], points, 0.0)
     mean = kept.sum(1, keepdim=True) / valid.sum(1).clamp(min=1)[:, None, None]
     distance = (kept - mean).square().sum(-1)
@@ -87,6 +93,10 @@ def repeat_centers(index: Tensor) -> Tensor:
 
     A cloud without any point keeps its -1, which `group` takes for a point of zeros.
     """
+    if in_kernels(index):
+        from any2point.triton.clouds import repeat
+
+        return repeat(index)
     found = (index >= 0).sum(1, keepdim=True)
     return index.gather(1, torch.arange(index.shape[1], device=index.device) % found.clamp(min=1))
 
@@ -98,6 +108,17 @@ def with_features(points: Tensor, features: Tensor | None, dtype: torch.dtype) -
     if features is not None:
         x = torch.cat([x, features.to(dtype)], dim=-1)
     return torch.where(valid[..., None], x, 0.0), valid
+
+
+def _embeds(points: Tensor, features: Tensor | None, tokenizer: Tokenizer) -> bool:
+    """Whether kernels take over the first layer: on CUDA, where they have the gradients asked for."""
+    if not in_kernels(points) or are_shared():
+        return False
+    weight, inputs = tokenizer.embed.weight, [points, *([] if features is None else [features])]
+    if points.dtype != torch.float32 or weight.dtype != torch.float32 or weight.shape[1] > 15:
+        return False
+    differentiable = tokenizer.training and not any(x.requires_grad for x in inputs)
+    return differentiable or not torch.is_grad_enabled()
 
 
 class Bottleneck(nn.Module):
@@ -170,7 +191,7 @@ class Tokenizer(nn.Module):
 
     def neighborhoods(self, points: Tensor) -> Neighborhoods:
         """Centres and neighbours of every stage; `points` as `forward` takes them."""
-        first = first_centers(points, points.isfinite().all(-1), self.start)
+        first = first_centers(points, self.start)
         levels = farthest_point_hierarchy(points, list(self.sizes), start=first, tie=self.tie)
         if self.tie == "lowest":  # with the official order, samples repeat by themselves
             index = repeat_centers(levels[0])
@@ -193,12 +214,7 @@ class Tokenizer(nn.Module):
         the first stage has centres repeats its centres. `neighborhoods` are those of the points, if they are
         there already.
         """
-        x, valid = with_features(points, features, self.embed.weight.dtype)
-        x = (
-            self.embed_norm(self.embed(x).flatten(0, 1), valid.flatten())
-            .relu()
-            .unflatten(0, (points.shape[0], -1))
-        )
+        x = self._embed(points, features)
         near = self.neighborhoods(points) if neighborhoods is None else neighborhoods
         for stage, (center, neighbor) in enumerate(zip(near.center, near.neighbor)):
             if self.checkpointing:
@@ -207,6 +223,18 @@ class Tokenizer(nn.Module):
                 x = self._aggregate(stage, points, x, center, neighbor)
             points = group(points, center)
         return Tokens(x, points, near.index)
+
+    def _embed(self, points: Tensor, features: Tensor | None) -> Tensor:
+        """The first layer: `[B, N, 3]` and `[B, N, F]` -> `[B, N, w]`."""
+        shape = points.shape[:2]
+        if _embeds(points, features, self):
+            from any2point.triton.embed import Embed
+
+            rows = points.flatten(0, 1), None if features is None else features.flatten(0, 1)
+            norm = self.embed_norm.tensors()
+            return Embed.apply(*rows, self.embed.weight, *norm, 0.1, 1e-5, self.training).unflatten(0, shape)
+        x, valid = with_features(points, features, self.embed.weight.dtype)
+        return self.embed_norm(self.embed(x).flatten(0, 1), valid.flatten()).relu().unflatten(0, shape)
 
     def _aggregate(self, stage: int, points: Tensor, x: Tensor, center: Tensor, neighbor: Tensor) -> Tensor:
         return local_aggregate(
@@ -264,7 +292,7 @@ class PointNetTokenizer(nn.Module):
 
     def neighborhoods(self, points: Tensor) -> Neighborhoods:
         """Centres and neighbours; see `Tokenizer`."""
-        first = first_centers(points, points.isfinite().all(-1), self.start)
+        first = first_centers(points, self.start)
         index = repeat_centers(farthest_point_sample(points, self.tokens, start=first, tie=self.tie))
         neighbor = knn(group(points, index), points, self.neighbors, sorted=False).index
         return Neighborhoods((index,), (torch.where(neighbor < 0, index[..., None], neighbor),), index)

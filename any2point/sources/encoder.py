@@ -5,13 +5,23 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from any2point.sources.glue import fork_norm, join, quick_gelu
+from any2point.sources.glue import (
+    attend,
+    attend_stacked,
+    fork_norm,
+    fork_norm_stacked,
+    hidden_layer,
+    join,
+    join_norm,
+    join_norm_stacked,
+    quick_gelu,
+)
 from any2point.sources.linear import Linear
 
 Activation = Literal["gelu", "quick_gelu", "gelu_tanh", "relu", "swiglu"]
@@ -56,10 +66,19 @@ def drop_path(branch: Tensor, rate: float) -> Tensor:
     return branch * ((torch.rand(shape, device=branch.device) >= rate).to(branch.dtype) / (1 - rate))
 
 
+def _in_autocast(x: Tensor) -> bool:
+    """Whether autocast chooses types by itself."""
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)
+
+
+def _taken(x: Tensor, layer: nn.Linear) -> Tensor:
+    """`x` in the type of the layer's weights."""
+    return x if _in_autocast(x) else x.to(layer.weight.dtype)
+
+
 def _returned(y: Tensor, x: Tensor) -> Tensor:
-    """`y` in the type of `x`, which half precision weights change; autocast chooses types by itself."""
-    autocast = not x.is_meta and torch.is_autocast_enabled(x.device.type)
-    return y if autocast else y.to(x.dtype)
+    """`y` in the type of `x`, which half precision weights change."""
+    return y if _in_autocast(x) else y.to(x.dtype)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -84,20 +103,26 @@ class Attention(nn.Module):
         self, x: Tensor, *, axis: str = "tokens", causal: bool = False, dropout: float = 0.0
     ) -> Tensor:
         """`x [B, T, C]`; with axis "batch" every token slot attends over the clouds of the batch."""
-        y = x.transpose(0, 1) if axis == "batch" else x
-        qkv = self.qkv(y.to(self.qkv.weight.dtype)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        query, key, value, mask = qkv[0], qkv[1], qkv[2], None
-        if self.bias_k is not None and self.bias_v is not None:
-            key, value = self._append(key, self.bias_k), self._append(value, self.bias_v)
-            if causal:  # the appended column is open to every row
-                length = query.shape[2]
-                mask = torch.ones(length, length + 1, dtype=torch.bool, device=x.device).tril()
-                mask, causal = mask | (torch.arange(length + 1, device=x.device) == length), False
-        y = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=causal
-        )
+        over_batch = axis == "batch"
+        qkv = self.qkv(_taken(x, self.qkv))
+        if self.bias_k is None or self.bias_v is None:
+            y = attend(qkv, self.heads, over_batch=over_batch, causal=causal, dropout=dropout)
+            return _returned(self.proj(y), x)
+        qkv = qkv.transpose(0, 1) if over_batch else qkv
+        query, key, value = (z.transpose(1, 2) for z in qkv.unflatten(-1, (3, self.heads, -1)).unbind(2))
+        key, value, mask = self._append(key, self.bias_k), self._append(value, self.bias_v), None
+        if causal:  # the appended column is open to every row
+            length = query.shape[2]
+            mask = torch.ones(length, length + 1, dtype=torch.bool, device=x.device).tril()
+            mask = mask | (torch.arange(length + 1, device=x.device) == length)
+        y = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
         y = _returned(self.proj(y.transpose(1, 2).flatten(2)), x)
-        return y.transpose(0, 1) if axis == "batch" else y
+        return y.transpose(0, 1) if over_batch else y
+
+    def stacked(self, x: Tensor, batch: int, prefix: int, *, over_batch: bool) -> Tensor:
+        """`forward` on CUDA, of rows `[R, C]`: the first tokens of all clouds, then the others."""
+        qkv = self.qkv(_taken(x, self.qkv))
+        return self.proj(attend_stacked(qkv, self.heads, batch, prefix, over_batch=over_batch))
 
     def _append(self, x: Tensor, row: Tensor) -> Tensor:
         row = row.to(x.dtype).view(1, self.heads, 1, -1).expand(x.shape[0], -1, -1, -1)
@@ -115,17 +140,20 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`x [..., C]` -> `[..., C]`."""
-        y = self.fc1(x.to(self.fc1.weight.dtype))
+        inputs = _taken(x, self.fc1)
+        y = hidden_layer(inputs, self.fc1, self.activation)
+        y = self._activate(self.fc1(inputs)) if y is None else y
+        return _returned(self.fc2(y), x)
+
+    def _activate(self, y: Tensor) -> Tensor:
         if self.activation == "swiglu":
             gate, y = y.chunk(2, dim=-1)
-            y = F.silu(gate) * y
-        elif self.activation == "quick_gelu":
-            y = quick_gelu(y)
-        elif self.activation == "relu":
-            y = F.relu(y)
-        else:
-            y = F.gelu(y, approximate="tanh" if self.activation == "gelu_tanh" else "none")
-        return _returned(self.fc2(y), x)
+            return F.silu(gate) * y
+        if self.activation == "quick_gelu":
+            return quick_gelu(y)
+        if self.activation == "relu":
+            return F.relu(y)
+        return F.gelu(y, approximate="tanh" if self.activation == "gelu_tanh" else "none")
 
 
 class Block(nn.Module):
@@ -152,8 +180,8 @@ class Block(nn.Module):
         path_rate: float = 0.0,
     ) -> Tensor:
         """`x [B, T, C]` -> `[B, T, C]`; `adapter` takes the MLP's branch, and its output is added to it."""
-        x = self.attend(x, axis=axis, causal=causal, dropout=dropout, path_rate=path_rate)
-        return self.transform(x, adapter, path_rate=path_rate)
+        x, inputs = self.attend_ahead(x, axis=axis, causal=causal, dropout=dropout, path_rate=path_rate)
+        return self.transform(x, adapter, inputs=inputs, path_rate=path_rate)
 
     def attend(
         self,
@@ -171,18 +199,44 @@ class Block(nn.Module):
         out = self._join(x, y, self.ls1, adapter, None, path_rate)
         return (self.norm1(out) if self.post_norm else out).to(x.dtype)
 
+    def attend_ahead(
+        self, x: Tensor, *, axis: str, causal: bool, dropout: float, path_rate: float
+    ) -> tuple[Tensor, Tensor | None]:
+        """`attend` without an adapter, and the `inputs` of `transform` if they are there at once."""
+        if self.post_norm or path_rate:
+            return self.attend(x, axis=axis, causal=causal, dropout=dropout, path_rate=path_rate), None
+        x, inputs = self._fork(x, self.norm1, self.attn.qkv)
+        y = self.attn(inputs, axis=axis, causal=causal, dropout=dropout)
+        return join_norm(x, y, self.ls1, self.norm2, self.mlp.fc1.weight.dtype)
+
     def transform(
         self,
         x: Tensor,
         adapter: Callable[[Tensor], Tensor] | None = None,
         *,
+        inputs: Tensor | None = None,
         parallel: bool = False,
         path_rate: float = 0.0,
     ) -> Tensor:
         """The second half; `adapter` takes the MLP's branch, or with `parallel` what the MLP takes."""
-        x, inputs = self._fork(x, self.norm2, self.mlp.fc1)
+        if inputs is None:
+            x, inputs = self._fork(x, self.norm2, self.mlp.fc1)
         out = self._join(x, self.mlp(inputs), self.ls2, adapter, inputs if parallel else None, path_rate)
         return (self.norm2(out) if self.post_norm else out).to(x.dtype)
+
+    def attend_stacked(
+        self, x: Tensor, tail: Tensor, batch: int, *, over_batch: bool
+    ) -> tuple[Tensor, Tensor | None, Tensor]:
+        """`attend_ahead` on CUDA: the first tokens x of all clouds, and the others below it, as rows."""
+        x, below, y = fork_norm_stacked(x, tail, self.norm1, self.attn.qkv.weight.dtype)
+        y = self.attn.stacked(y, batch, len(x) // batch, over_batch=over_batch)
+        return join_norm_stacked(x, below, y, self.ls1, self.norm2, self.mlp.fc1.weight.dtype)
+
+    def transform_stacked(
+        self, x: Tensor, tail: Tensor, inputs: Tensor, adapter: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """`transform` on CUDA of what `attend_stacked` gave; the adapter joins the branch by itself."""
+        return adapter.join_stacked(x, tail, self.mlp(inputs), self.ls2)
 
     def _fork(self, x: Tensor, norm: LayerNorm, layer: nn.Linear) -> tuple[Tensor, Tensor]:
         """What goes on beside a branch, and what the branch takes; its first layer is `layer`."""
@@ -197,7 +251,13 @@ class Block(nn.Module):
         taken: Tensor | None,
         path_rate: float,
     ) -> Tensor:
-        """Branch `y` and what the adapter makes of it, or of `taken`, added to `x`."""
+        """Branch `y` and what the adapter makes of it, or of `taken`, added to `x`.
+
+        An adapter with a method `join(x, y, scale)` does all of it.
+        """
+        joined = getattr(adapter, "join", None)
+        if joined is not None and taken is None and not path_rate:
+            return joined(x, y, scale)
         if path_rate or (scale is not None and adapter is not None and taken is None):
             y = y if scale is None else scale * y
             y, scale = drop_path(y, path_rate) if path_rate else y, None

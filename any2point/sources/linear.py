@@ -1,24 +1,81 @@
-"""The frozen linear layers: on a CPU, products by oneDNN.
+"""The frozen linear layers: on a CPU, products by oneDNN; on CUDA, weights rounded once for autocast.
 
 torch multiplies float32 matrices on a CPU by MKL, whose kernel for AMD processors has 100 GFLOP/s on a Zen
-5 core; that of oneDNN, which comes with torch too, has 200.
+5 core; that of oneDNN, which comes with torch too, has 200. Autocast rounds weights that need no gradient
+anew in every product.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
+class _Rounded(NamedTuple):
+    """Weight and bias in another dtype, and what they were made of: the tensors and their versions."""
+
+    tensors: list[Tensor]
+    sources: list[Tensor]
+    versions: list[int]
+
+
 class Linear(nn.Linear):
-    """`nn.Linear`; the gradient of a frozen one is that of its input alone."""
+    """`nn.Linear`; the gradient of a frozen one is that of its input alone.
+
+    Under autocast on CUDA a frozen one keeps its weights in the lower precision. They follow changes of the
+    parameters that PyTorch counts, as by `load_state_dict`, not those through `.data`.
+    """
+
+    _rounded: _Rounded | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         if _is_product(x, self):
             return _Product.apply(x, self.weight, self.bias)
+        if x.is_cuda and torch.is_autocast_enabled("cuda") and self.is_frozen(x):
+            return F.linear(x, *self.rounded(torch.get_autocast_dtype("cuda")))
         return super().forward(x)
+
+    def is_frozen(self, x: Tensor) -> bool:
+        """Whether rounded weights can be kept for a product with x: eager, and no gradient for them."""
+        if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not Tensor:
+            return False
+        if any(p.requires_grad or p.is_inference() for p in self.parameters()):
+            return False
+        return torch._C._functorch.peek_interpreter_stack() is None
+
+    def rounded(self, dtype: torch.dtype) -> list[Tensor]:
+        """Weight, and bias if there is one, of a frozen layer on CUDA in another type."""
+        sources = [p for p in (self.weight, self.bias) if p is not None]
+        if all(source.dtype == dtype for source in sources):
+            return sources
+        versions = [source._version for source in sources]
+        kept = self._rounded
+        same = kept is not None and kept.tensors[0].dtype == dtype
+        same = same and all(a is b for a, b in zip(kept.sources, sources))  # type: ignore[union-attr]
+        if same and kept.versions == versions:  # type: ignore[union-attr]
+            return kept.tensors  # type: ignore[union-attr]
+        with torch.inference_mode(False), torch.no_grad():
+            if torch.cuda.is_current_stream_capturing():  # not there before a replay
+                return [source.to(dtype) for source in sources]
+            if same:  # in place, where graphs look for them
+                torch._foreach_copy_(kept.tensors, sources)  # type: ignore[union-attr]
+                tensors = kept.tensors  # type: ignore[union-attr]
+            else:
+                tensors = [source.to(dtype) for source in sources]
+            torch.cuda.current_stream(self.weight.device).synchronize()  # for calls on other streams
+        self._rounded = _Rounded(tensors, sources, versions)
+        return tensors
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Linear:
+        self._rounded = None
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_rounded"}
 
 
 def _is_product(x: Tensor, layer: nn.Linear) -> bool:

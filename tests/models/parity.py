@@ -165,7 +165,6 @@ def evaluate(model: Any2Point, points: Tensor) -> dict[str, Value]:
     hooks = [
         module.register_forward_hook(keep(name, choose))
         for module, name, choose in (
-            (model.tokenizer.embed_norm, "embedded", out),
             (model.tokenizer, "tokens", out),
             (model.projection, "projected", out),
             (first.attn, "attention", out),
@@ -179,6 +178,7 @@ def evaluate(model: Any2Point, points: Tensor) -> dict[str, Value]:
     stages: list[tuple[Any, Tensor]] = []
     blocks: list[Tensor] = []
     aggregate, block = tokenizer_module.local_aggregate, encoder.block
+    embed, join = model.tokenizer._embed, guided.adapter.join
 
     def aggregated(*args: Any, **options: Any) -> Tensor:
         stages.append((args, aggregate(*args, **options)))
@@ -189,8 +189,18 @@ def evaluate(model: Any2Point, points: Tensor) -> dict[str, Value]:
         blocks.append(block(index, x, position, *args))
         return blocks[-1]
 
+    def embedded(*args: Any) -> Tensor:
+        seen["embedded"] = embed(*args)
+        return seen["embedded"]
+
+    def joined(x: Tensor, y: Tensor, scale: Tensor | None) -> Tensor:
+        guided.adapter(y if scale is None else scale * y)  # a kernel may not call it
+        return join(x, y, scale)
+
     with (
         torch.no_grad(),
+        mock.patch.object(model.tokenizer, "_embed", embedded),
+        mock.patch.object(guided.adapter, "join", joined),
         mock.patch.object(tokenizer_module, "local_aggregate", aggregated),
         mock.patch.object(encoder, "block", through_block),
     ):
@@ -207,9 +217,7 @@ def evaluate(model: Any2Point, points: Tensor) -> dict[str, Value]:
     values = {
         "labels": Value("index", golden.LABELS),
         "center": Value("coordinates", tokens.centers),
-        "raw_embed": Value(
-            "tokenizer", _channels_first(seen["embedded"].relu().unflatten(0, (len(points), -1))), -2
-        ),
+        "raw_embed": Value("tokenizer", _channels_first(seen["embedded"]), -2),
         "tokens": Value("tokenizer", tokens.features),
         "pos_embed": Value("encoding", seen["projected"].encoding),
         "cluster": Value("index", cluster.flatten()),

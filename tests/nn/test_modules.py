@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -149,6 +154,20 @@ def test_position_encodings_are_added_as_often_as_said(family: str, adds: str, t
             want = want + position if adds != "once" and step in (1, 3, 5) else want
             want = torch.nn.functional.layer_norm(want, (12,))
         torch.testing.assert_close(out, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="needs Triton")
+@pytest.mark.parametrize("part", ["stacked", "embed", "clouds", "pool"])
+def test_interpreted(part: str) -> None:
+    script = Path(__file__).with_name(f"{part}_interpreted.py")
+    run = subprocess.run(
+        [sys.executable, str(script)],
+        env=os.environ
+        | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(script.parents[2]), "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
 
 
 def test_head() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import os
 import subprocess
@@ -11,14 +12,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from any2point.nn.adapter import Adapter
 from any2point.sources import Source, glue
+from any2point.sources.encoder import MLP
+from any2point.sources.linear import Linear
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="needs Triton")
-def test_interpreted() -> None:
+@pytest.mark.parametrize("part", ["glue", "attention", "adapter", "mlp"])
+def test_interpreted(part: str) -> None:
     here = Path(__file__).parent
     run = subprocess.run(
-        [sys.executable, str(here / "glue_interpreted.py")],
+        [sys.executable, str(here / f"{part}_interpreted.py")],
         env=os.environ
         | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(here.parents[1]), "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
@@ -30,9 +35,12 @@ def test_interpreted() -> None:
 def results(family: str, dtype: torch.dtype, storage: torch.dtype) -> list[torch.Tensor]:
     """Output and gradient of a source's blocks, with an adapter in each."""
     positions = (5, 5) if family == "dinov2" else (16,)
-    source = Source.random(family, width=96, depth=3, heads=4, positions=positions)
+    source = Source.random(family, width=96, depth=3, heads=3, positions=positions)
     encoder = source.encoder(storage).cuda()
     generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    adapter = Adapter(96, 20, scale=0.5, dropout=0.0).cuda()
+    mixed = storage != torch.float32 and dtype == torch.float32  # the weights of adapters are not rounded
     for name, value in encoder.named_parameters():
         if "ls" in name:
             value.copy_(torch.rand(value.shape, generator=generator) + 0.5)
@@ -41,8 +49,9 @@ def results(family: str, dtype: torch.dtype, storage: torch.dtype) -> list[torch
     with torch.autocast("cuda", dtype=dtype, enabled=dtype != torch.float32):
         y = x
         for block in encoder.blocks:
-            y = block(y, lambda z: 0.5 * torch.tanh(z))
-    return [y.detach(), *torch.autograd.grad(y, x, grad)]
+            y = block(y, (lambda z: 0.5 * torch.tanh(z)) if mixed else adapter)
+    leaves = [x] if mixed else [x, *adapter.parameters()]
+    return [y.detach(), *torch.autograd.grad(y, leaves, grad)]
 
 
 @pytest.mark.gpu
@@ -59,7 +68,7 @@ def results(family: str, dtype: torch.dtype, storage: torch.dtype) -> list[torch
 def test_blocks_equal_plain_ones(
     family: str, dtype: torch.dtype, storage: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert glue._has_kernels(0)
+    assert glue.has_kernels(0)
     fused = results(family, dtype, storage)
     monkeypatch.setattr(glue, "_fused", lambda *_: False)
     plain = results(family, dtype, storage)
@@ -72,6 +81,80 @@ def test_blocks_equal_plain_ones(
             assert (got - want).norm() <= 2 * (other - want).norm()
         else:
             torch.testing.assert_close(got, other, rtol=5e-2, atol=5e-2)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("batch", "tokens", "heads", "width", "over_batch"),
+    [(4, 129, 3, 64, False), (3, 144, 2, 32, False), (5, 77, 2, 16, False), (133, 3, 2, 64, True)],
+)
+def test_attention_is_as_exact_as_torch(
+    batch: int, tokens: int, heads: int, width: int, over_batch: bool, dtype: torch.dtype
+) -> None:
+    generator = torch.Generator("cuda").manual_seed(0)
+    shape = (batch, tokens, 3 * heads * width)
+    qkv = torch.randn(shape, device="cuda", generator=generator).to(dtype)
+    grad = torch.randn(batch, tokens, heads * width, device="cuda", generator=generator).to(dtype)
+
+    def both(x: torch.Tensor) -> list[torch.Tensor]:
+        x = x.detach().requires_grad_()
+        y = glue.attend(x, heads, over_batch=over_batch)
+        return [y.detach(), *torch.autograd.grad(y, x, grad.to(x.dtype))]
+
+    assert glue.attends(dtype, batch if over_batch else tokens, width)
+    found, again = both(qkv), both(qkv)
+    assert all(torch.equal(a, b) for a, b in zip(found, again))
+    exact = both(qkv.double())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(glue, "attends", lambda *_: False)
+        plain = both(qkv)
+    for got, other, want in zip(found, plain, exact):
+        assert (got - want).norm() <= 2 * (other - want).norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
+def test_mlp_is_as_exact_as_torch(activation: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    mlp = MLP(96, 328, activation).cuda().requires_grad_(False)
+    x = (2 * torch.randn(3, 777, 96, device="cuda")).to(dtype)
+    with torch.autocast("cuda", dtype):
+        got, again = mlp(x), mlp(x)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(glue, "_has_tma", lambda _: False)
+            plain = mlp(x)
+    want = copy.deepcopy(mlp).double()(x.double())
+    assert torch.equal(got, again)
+    assert not torch.equal(got, plain) or torch.cuda.get_device_capability() < (9, 0)
+    assert (got - want).norm() <= 2 * (plain - want).norm()
+
+
+@pytest.mark.gpu
+def test_rounded_weights_follow_the_parameters() -> None:
+    layer = Linear(32, 48).cuda().requires_grad_(False)
+    x = torch.randn(4, 32, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        with torch.inference_mode():
+            first = layer(x)
+        torch.testing.assert_close(
+            first, torch.nn.functional.linear(x, layer.weight, layer.bias), rtol=0, atol=0
+        )
+        with torch.cuda.graph(graph):
+            captured = layer(x)
+        layer.load_state_dict({"weight": torch.randn(48, 32), "bias": torch.randn(48)})
+        new = layer(x.requires_grad_())
+        new.sum().backward()
+        assert not torch.equal(new, first)
+        graph.replay()
+        assert torch.equal(new, captured)
+        layer.requires_grad_()
+        assert torch.equal(layer(x), new)
+    layer.requires_grad_(False).half().float()
+    assert copy.deepcopy(layer)._rounded is None
+    assert "_rounded" not in layer.__getstate__()
 
 
 @pytest.mark.gpu
