@@ -6,6 +6,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "local_aggregate/hopper_rows.cuh"
 #include "local_aggregate/train_backward.h"
@@ -296,17 +297,23 @@ __device__ __forceinline__ double block_sum(double value, double* room) {
   return sum;
 }
 
+// The sum of parts, so many at a time for the latency of memory.
 __device__ __forceinline__ float part_sum(const float* parts, int64_t stride, int count) {
   float sum = 0;
   int p = 0;
-  for (; p + 8 <= count; p += 8) {
-    float v[8];
+  const auto some = [&](auto ahead) {
+    constexpr int kAhead = decltype(ahead)::value;
+    for (; p + kAhead <= count; p += kAhead) {
+      float v[kAhead];
 #pragma unroll
-    for (int i = 0; i < 8; i++) v[i] = parts[(p + i) * stride];
+      for (int i = 0; i < kAhead; i++) v[i] = parts[(p + i) * stride];
 #pragma unroll
-    for (int i = 0; i < 8; i++) sum += v[i];
-  }
-  for (; p < count; p++) sum += parts[p * stride];
+      for (int i = 0; i < kAhead; i++) sum += v[i];
+    }
+  };
+  some(std::integral_constant<int, 32>{});
+  some(std::integral_constant<int, 4>{});
+  some(std::integral_constant<int, 1>{});
   return sum;
 }
 

@@ -1,3 +1,9 @@
+// The gradient of the hidden layer, train_hidden_grad of train.h; times in train_backward.h.
+//
+// A team of four warps has 64 rows at a time and up to 96 columns: dz' = du weight' + h q', both products in
+// one sum. Rows of du and of h are operands in registers, 16 rows a warp; the weights stay in shared memory.
+// Below the maximum the rows of du are made of entries, 8 channels of a row by two instructions for each
+// pair: a number where the row is its channel's argmax, otherwise 0. Teams wait for nobody but themselves.
 #include "local_aggregate/train_backward.cuh"
 
 namespace any2point {
@@ -39,19 +45,24 @@ struct HiddenGrad {
   int neighbors;
 };
 
+// Where registers suffice for another.
+template <int H>
+constexpr int kHiddenTeams = H == 32 ? kTeams + 1 : kTeams;
+
 // Entries of two groups; with so many neighbours no tile has rows of more.
 template <int C>
 constexpr int kEntryBytes = 2 * 2 * C * 2;
 constexpr int kFewestNeighbors = kTeamRows - 1;
 
 template <int C, int H, bool kDense>
-constexpr int kHiddenGradBytes = (C + H) * kColumns<H> * 2 + (2 * H + 5 * kColumns<H>)*4 +
-                                 kTeams * (H / 16 * 2048 + (kDense ? C / 16 * 2048 : 2 * kEntryBytes<C>));
+constexpr int kHiddenGradBytes =
+    (C + H) * kColumns<H> * 2 + (2 * H + 5 * kColumns<H>)*4 +
+    kHiddenTeams<H> * (H / 16 * 2048 + (kDense ? C / 16 * 2048 : 2 * kEntryBytes<C>));
 
 // A team has 64 rows at a time and kColumns of their gradient. Rows of the gradient du are operands as they
 // are, or made of entries in registers: a number where the row is its channel's argmax, otherwise 0.
 template <int C, int H, bool kDense, typename T>
-__global__ void __launch_bounds__(kTeams * 128, 1)
+__global__ void __launch_bounds__(kHiddenTeams<H> * 128, 1)
     hidden_grad_kernel(const __grid_constant__ HiddenGrad args) {
   constexpr int kN = kColumns<H>, kSlices = H / kN;
   extern __shared__ __align__(1024) char room[];
@@ -77,7 +88,7 @@ __global__ void __launch_bounds__(kTeams * 128, 1)
   const int t = threadIdx.x % 4, lane = threadIdx.x % 32;
   const int place = threadIdx.x % 128 / 32 * 16 + lane / 4;  // of the first of a thread's two rows
   const uint32_t slot = shared_address(slots) + threadIdx.x / 128 * (H / 16 * 2048) + threadIdx.x % 128 * 16;
-  char* const behind = slots + kTeams * (H / 16 * 2048);
+  char* const behind = slots + kHiddenTeams<H> * (H / 16 * 2048);
   const uint32_t dense_slot =
       shared_address(behind) + threadIdx.x / 128 * (C / 16 * 2048) + threadIdx.x % 128 * 16;
   char* const entry_slots = behind + threadIdx.x / 128 * 2 * kEntryBytes<C>;  // [2][gradient, argmax][2][C]
@@ -123,8 +134,8 @@ __global__ void __launch_bounds__(kTeams * 128, 1)
   };
 
   float total[kN / 4] = {}, product[kN / 4] = {};
-  int64_t tile = static_cast<int64_t>(worker) * kTeams + threadIdx.x / 128;
-  const int64_t step = static_cast<int64_t>(workers) * kTeams;
+  int64_t tile = static_cast<int64_t>(worker) * kHiddenTeams<H> + threadIdx.x / 128;
+  const int64_t step = static_cast<int64_t>(workers) * kHiddenTeams<H>;
   if (kDense) {
     fetch_dense(tile);
   } else {
@@ -263,7 +274,7 @@ __global__ void __launch_bounds__(kTeams * 128, 1)
   __syncthreads();
   for (int i = threadIdx.x; i < 2 * kN; i += blockDim.x) {
     float v = 0;
-    for (int w = 0; w < 4 * kTeams; w++) v += room_sums[w * 2 * kN + i];
+    for (int w = 0; w < 4 * kHiddenTeams<H>; w++) v += room_sums[w * 2 * kN + i];
     args.sums[(worker * 2 + i / kN) * H + slice * kN + i % kN] = v;
   }
 }
@@ -320,7 +331,7 @@ int hidden_grad(const BackwardSize& size, const BackwardHiddenGrad& from, void* 
                         size.groups * size.neighbors,
                         size.groups,
                         size.neighbors};
-  error = launch_shared(hidden_grad_kernel<C, H, kDense, T>, args, workers * kSlices, kTeams * 128,
+  error = launch_shared(hidden_grad_kernel<C, H, kDense, T>, args, workers * kSlices, kHiddenTeams<H> * 128,
                         kHiddenGradBytes<C, H, kDense>, stream);
   if (error) return error;
   hidden_sums_kernel<<<(H + 31) / 32, 32, 0, stream>>>(sums, workers, H, from.mean, from.deviation, from.sum,

@@ -1,3 +1,11 @@
+// From the gradient of the hidden layer to that of the first weight, and to the rows of the unit below:
+// train_rows_grad of train.h without its sums over points. Times are in train_backward.h.
+//
+// weight_grad = x' dy1 is a product over rows: both operands lie in shared memory as they are built, channels
+// in a row, and are read across; sums stay in registers over all tiles of a block. Of a unit above another x
+// is made by a product itself, and the unit below gets its gradient from another, with entries added where it
+// becomes 16 bits. At the bottom tiles are built while the products of those before run; channels are cut
+// into slices of 192, each by a block of its own, and dy1 is made for each.
 #include "local_aggregate/train_backward.cuh"
 
 namespace any2point {
@@ -341,6 +349,14 @@ __global__ void __launch_bounds__(kTeams * 128, 1) upper_kernel(const __grid_con
     copy_commit();
   };
 
+  const auto to_cache = [&](int64_t tile) {  // its rows of dz and y1
+    if (tile < tiles && static_cast<int>(threadIdx.x) * 8 < left_of(tile)) {
+      const int64_t line = tile * kTile + threadIdx.x * 8;
+      asm volatile("prefetch.global.L2 [%0];" ::"l"(args.dz + line));
+      asm volatile("prefetch.global.L2 [%0];" ::"l"(args.before + line));
+    }
+  };
+
   float sums[H / 2] = {};
   fetch(blockIdx.x);
   for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
@@ -420,6 +436,7 @@ __global__ void __launch_bounds__(kTeams * 128, 1) upper_kernel(const __grid_con
     }
     team_barrier();  // nobody reads its rows of h
     fetch(tile + gridDim.x);
+    to_cache(tile + gridDim.x);
 
     const bool other = group[0] != group[1];
 #pragma unroll

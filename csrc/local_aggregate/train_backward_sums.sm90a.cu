@@ -1,3 +1,9 @@
+// Sums of a unit's gradient over its rows, train_out_sums of train.h; times are in train_backward.h.
+//
+// Entries, one row of each group and channel, are too few for products: an entry adds its multiple of a row
+// of h, which is in shared memory, to sums in registers. Dense rows are multiplied, as in
+// train_backward_rows. That of du times the normalised product follows from the sum of du' h, whose columns
+// it is a combination of.
 #include "local_aggregate/train_backward.cuh"
 
 namespace any2point {
@@ -26,6 +32,9 @@ __global__ void out_sums_kernel(const BackwardOutSums sums, const float* parts, 
 
 constexpr int kSumThreads = 512;
 
+// Columns of h that a block takes; 64 leave no lane idle.
+template <int H>
+constexpr int kSumColumns = H == 192 ? 64 : kColumns<H>;
 // Rows that threads bring at the same time, each 16 bytes, and rows of a tile.
 template <int kN>
 constexpr int kBroughtRows = kSumThreads / (kN / 8);
@@ -47,7 +56,7 @@ struct EntrySums {
 // shared memory, to a sum in registers.
 template <int C, int H, typename T>
 __global__ void __launch_bounds__(kSumThreads, 1) entry_sums_kernel(const __grid_constant__ EntrySums args) {
-  constexpr int kN = kColumns<H>, kSlices = H / kN, kChunks = kN / 8;
+  constexpr int kN = kSumColumns<H>, kSlices = H / kN, kChunks = kN / 8;
   constexpr int kEach = kBroughtRows<kN>, kRowsAtOnce = kSumRows<kN>, kLoads = kRowsAtOnce / kEach;
   constexpr int kLanesEach = kN / 8, kAtOnce = 32 / kLanesEach, kMine = C / 16 / kAtOnce;
   constexpr int kEntries = (C + kSumThreads - 1) / kSumThreads;
@@ -69,7 +78,7 @@ __global__ void __launch_bounds__(kSumThreads, 1) entry_sums_kernel(const __grid
   int first = 0;  // row of the group where the tile begins
 
   const int chunk = threadIdx.x % kChunks, place = threadIdx.x / kChunks;  // of what it brings
-  Eight own_scale = eight(scale + chunk * 8), own_shift = eight(shift + chunk * 8);
+  const Eight own_scale = eight(scale + chunk * 8), own_shift = eight(shift + chunk * 8);
   uint4 ahead[kLoads];
   float grad[kEntries];
   int argmax[kEntries];
@@ -99,10 +108,6 @@ __global__ void __launch_bounds__(kSumThreads, 1) entry_sums_kernel(const __grid
     const int from = first;
     char* const tile = rows + buffer * 2 * kRowsAtOnce * kN;
     float2* const here = entries + buffer * C;
-    if (kMine * 8 > 48) {  // registers are short
-      own_scale = eight(scale + chunk * 8);
-      own_shift = eight(shift + chunk * 8);
-    }
 #pragma unroll
     for (int n = 0; n < kLoads; n++) {
       const int row = place + n * kEach;
@@ -167,7 +172,7 @@ __global__ void __launch_bounds__(kSumThreads, 1) entry_sums_kernel(const __grid
 
 template <int C, int H, typename T>
 int entry_sums(const BackwardSize& size, const BackwardEntrySums& from, void* scratch, cudaStream_t stream) {
-  constexpr int kN = kColumns<H>, kSlices = H / kN;
+  constexpr int kN = kSumColumns<H>, kSlices = H / kN;
   const int workers = size.processors / kSlices;
   Pieces pieces(scratch);
   const EntrySums args{from.hidden.before,
