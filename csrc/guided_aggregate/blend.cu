@@ -18,8 +18,8 @@ struct Plan {
   int slices, tokens;
   int rows, kept;          // of a cloud at most, and how many of them shared memory has room for
   int pitch, index_pitch;  // elements from one row, or token's rows, to the next
-  int64_t index, norms, norm, offsets, kept_at, weights, bytes;  // places in shared memory
-  int64_t blend_bytes;                                           // of the second kernel
+  int64_t index, norms, norm, offsets, kept_at, bytes;  // places in shared memory
+  int64_t blend_bytes;                                  // of the second kernel
 };
 
 template <typename T, int kSteps>
@@ -40,8 +40,7 @@ Plan plan_of(const Guided& args, int64_t most) {
   };
   plan.offsets = take((layers + 2) * 4);
   plan.index = take(int64_t(plan.tokens) * plan.index_pitch * 2);
-  plan.weights = used;
-  plan.blend_bytes = used + (2 * args.views + 1) * int64_t(plan.tokens) * 4;
+  plan.blend_bytes = (2 * args.views + 1) * int64_t(plan.tokens) * 4;
   plan.norms = take(int64_t(plan.rows) * 4);
   plan.norm = take(int64_t(3) * layers * kWidth * 4);
   plan.kept_at = used;
@@ -129,6 +128,7 @@ template <typename T, int kSteps, int kViews>
 __global__ void __launch_bounds__(kBlock, 2)
     activate_kernel(GuidedForward args, const float* __restrict__ z,  // [L, R, C]
                     Plan plan, T* activated,                          // [B, slices, rows, pitch]
+                    uint16_t* __restrict__ found,                     // [R, L]: rows of each token
                     float* __restrict__ parts) {  // [slices, 2V + 1, R]: products and squared norms
   extern __shared__ float4 room[];
   constexpr int kWidth = 4 * kLanes * kSteps;
@@ -156,20 +156,34 @@ __global__ void __launch_bounds__(kBlock, 2)
   }
   const Index index(args, plan, memory, cloud);
   __syncthreads();
+  for (int i = threadIdx.x; rank == 0 && i < tokens * plan.index_pitch; i += kBlock) {
+    found[base * int64_t(plan.index_pitch) + i] = index.rows[i];
+  }
   const int total = index.total;
   T* const kept = reinterpret_cast<T*>(memory + plan.kept_at) + 4 * lane;
   activated += (cloud * plan.slices + rank) * plan.rows * plan.pitch + 4 * lane;
-  for (int row = group, layer = 0; row < total; row += kGroups) {
-    while (row >= index.offsets[layer + 1]) layer++;
-    const int at = row - index.offsets[layer];
+  // The next row is on its way while one is activated.
+  Lane<4> next[kSteps];
+  int next_layer = 0;
+  const auto fetch = [&](int row) {
+    if (row >= total) return;
+    while (row >= index.offsets[next_layer + 1]) next_layer++;
+    const int at = row - index.offsets[next_layer];
     int32_t segment = base + at;
-    if (layer == views) {
-      segment = index.voxel < 0 ? max(args.segment[layer * rows + base + at], 0) : index.voxel + at;
+    if (next_layer == views) {
+      segment = index.voxel < 0 ? max(args.segment[next_layer * rows + base + at], 0) : index.voxel + at;
     }
-    const float* const from = z + (layer * rows + segment) * channels + column;
+    const float* const from = z + (next_layer * rows + segment) * channels + column;
+#pragma unroll
+    for (int j = 0; j < kSteps; j++) next[j] = inside(j) ? load<4>(from + 4 * kLanes * j) : zero<4>();
+  };
+  fetch(group);
+  for (int row = group; row < total; row += kGroups) {
+    const int layer = next_layer;
     Lane<4> lanes[kSteps];
 #pragma unroll
-    for (int j = 0; j < kSteps; j++) lanes[j] = inside(j) ? load<4>(from + 4 * kLanes * j) : zero<4>();
+    for (int j = 0; j < kSteps; j++) lanes[j] = next[j];
+    fetch(row + kGroups);
     const int norm_at = layer * kWidth + 4 * lane;
     float norm = 0.0f;
 #pragma unroll
@@ -251,12 +265,12 @@ __global__ void __launch_bounds__(kBlock, 2)
 template <typename T, int kSteps, int kViews>
 __global__ void __launch_bounds__(kBlock, 2)
     blend_kernel(GuidedForward args, Plan plan,
-                 const T* __restrict__ activated,    // [B, slices, rows, pitch]
-                 const float* __restrict__ parts) {  // [slices, 2V + 1, R]
+                 const T* __restrict__ activated,     // [B, slices, rows, pitch]
+                 const uint16_t* __restrict__ found,  // [R, L]
+                 const float* __restrict__ parts) {   // [slices, 2V + 1, R]
   extern __shared__ float4 room[];
   constexpr int kWidth = 4 * kLanes * kSteps;
-  char* const memory = reinterpret_cast<char*>(room);
-  float* const weights = reinterpret_cast<float*>(memory + plan.weights);  // [2V + 1, S]
+  float* const weights = reinterpret_cast<float*>(room);  // [2V + 1, S]
   const int rank = blockIdx.x, views = kViews > 0 ? kViews : static_cast<int>(args.views);
   const int tokens = plan.tokens, lane = threadIdx.x % kLanes, group = threadIdx.x / kLanes;
   const int64_t cloud = blockIdx.y, rows = args.clouds * args.tokens, channels = args.channels;
@@ -291,14 +305,15 @@ __global__ void __launch_bounds__(kBlock, 2)
       for (int v = 0; v < views; v++) weights[v * tokens + t] *= all;
     }
   }
-  const Index index(args, plan, memory, cloud);
   __syncthreads();
 
   activated += (cloud * plan.slices + rank) * plan.rows * plan.pitch + 4 * lane;
   const bool largest = args.ensemble == Ensemble::max;
   for (int t = group; t < tokens; t += kGroups) {
     const int64_t at = int64_t(base + t) * channels + column;
-    const uint16_t* const row = index.rows + t * plan.index_pitch;
+    const uint16_t* const row_at = found + int64_t(base + t) * plan.index_pitch;
+    uint4 eight = {};
+    if (kViews > 0) eight = *reinterpret_cast<const uint4*>(row_at);
     Lane<4> x[kSteps], blend[kSteps];
 #pragma unroll
     for (int j = 0; j < kSteps; j++) {
@@ -307,7 +322,9 @@ __global__ void __launch_bounds__(kBlock, 2)
     }
 #pragma unroll
     for (int v = 0; v < views; v++) {
-      const T* const from = activated + int64_t(row[v]) * plan.pitch;
+      const uint32_t two = v < 2 ? eight.x : v < 4 ? eight.y : v < 6 ? eight.z : eight.w;
+      const int row = kViews == 0 ? row_at[v] : v % 2 == 0 ? two & 0xffff : two >> 16;
+      const T* const from = activated + row * plan.pitch;
       const float weight = adaptive ? weights[v * tokens + t] : args.coefficient / float(views);
 #pragma unroll
       for (int j = 0; j < kSteps; j++) {
@@ -357,12 +374,14 @@ bool with_plan(const Guided& args, const F& function) {
 struct Workspace {
   void* activated;
   float* parts;
+  uint16_t* found;
   int64_t bytes;
 
   Workspace(const Guided& args, const Plan& plan, int64_t element, void* memory) {
     Room room(memory);
     activated = room.take<char>(args.clouds * plan.slices * plan.rows * plan.pitch * element);
     parts = room.take<float>(plan.slices * (2 * args.views + 1) * args.clouds * args.tokens);
+    found = room.take<uint16_t>(args.clouds * args.tokens * plan.index_pitch);
     bytes = room.used;
   }
 };
@@ -389,11 +408,11 @@ int blend_tokens(const GuidedForward& args, const float* z, void* memory, cudaSt
     const auto first = six ? activate_kernel<T, kSteps, 6> : activate_kernel<T, kSteps, 0>;
     error = allow_shared(first, static_cast<int>(plan.bytes));
     if (error) return;
-    first<<<grid, kBlock, plan.bytes, stream>>>(args, z, plan, activated, work.parts);
+    first<<<grid, kBlock, plan.bytes, stream>>>(args, z, plan, activated, work.found, work.parts);
     const auto second = six ? blend_kernel<T, kSteps, 6> : blend_kernel<T, kSteps, 0>;
     error = allow_shared(second, static_cast<int>(plan.blend_bytes));
     if (error) return;
-    second<<<grid, kBlock, plan.blend_bytes, stream>>>(args, plan, activated, work.parts);
+    second<<<grid, kBlock, plan.blend_bytes, stream>>>(args, plan, activated, work.found, work.parts);
     error = cudaGetLastError();
   });
   return done ? error : blend_each_token(args, z, stream);

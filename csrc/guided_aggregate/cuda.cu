@@ -3,11 +3,12 @@
 // of queries, keys and values, for 16-bit features in one kernel (product.cu).
 //
 // H200, B = 32, S = 128, C = 768, V = 6, M = 12, 39 cells, 12 blocks in a CUDA graph, forward: bfloat16
-// features 1.20 ms in training, 1.13 in evaluation (B = 1: 0.61); float32 features with tf32 products 1.60
-// and 1.52. The floor, tokens read and written once, is 0.04 ms (float32: 0.07). Of a block's 100 us in
-// bfloat16 training the pool takes 32, activation 22, blend 15, product 15, attention 8, statistics 3,
-// running statistics 3. The pool (13 M instructions, 0.53 a cycle and scheduler) and the activation (10 M,
-// 0.45) are limited by instructions that wait for one another, not by memory.
+// features 1.15 ms in training, 1.06 in evaluation (B = 1: 0.57); float32 features with tf32 products 1.53
+// and 1.44. The floor, tokens read and written once, is 0.04 ms (float32: 0.07). Of a block's 96 us in
+// bfloat16 training the pool takes 32, activation 21, product 15, blend 11, attention 8, statistics 3,
+// running statistics 3. The pool (13 M instructions, 0.51 a cycle and scheduler) and the activation (10 M,
+// 0.49) are limited by instructions that wait for one another, not by memory. Kernels that start while the
+// one before ends made it slower (1.36 to 1.40 ms then).
 #include "guided_aggregate/passes.h"
 #include "guided_aggregate/rows.cuh"
 

@@ -81,24 +81,28 @@ __global__ void __launch_bounds__(kThreads, 3)
     memory.held[threadIdx.x] = args.count[(view + threadIdx.x) * args.clouds + cloud];
   }
   Ahead ahead;
+  const int own_row = threadIdx.x / 4, own_factor = threadIdx.x % 4 * 4, pitch = static_cast<int>(channels);
+  const bool inside[2] = {column + warp * kWide < channels, column + warp * kWide + 8 < channels};
   const auto fetch = [&] {
-    const int row = chunk + threadIdx.x / 4, k = threadIdx.x % 4 * 4;
-    ahead.segment = threadIdx.x < count ? args.segment[view * rows + base + threadIdx.x] - base : -1;
+    const int64_t first = view * rows + base;
+    const int32_t* const segment_at = args.segment + first + threadIdx.x;
+    const int32_t* const start_at = args.start + first + view + chunk + own_row;
+    const float* const inner_at = to.inner + (first + chunk + own_row) * pad + own_factor;
+    const float* const proj_at =
+        args.proj + (int64_t(view) * (inner + 1) + 2 * q) * channels + column + warp * kWide + g;
+    ahead.segment = threadIdx.x < count ? *segment_at - base : -1;
     ahead.tokens = 0;
     ahead.inner = zero<4>();
-    if (row < held) {
-      const int32_t* const start = args.start + view * (rows + 1) + base + row;
-      ahead.tokens = start[1] - start[0];
-      if (k < pad) ahead.inner = load<4>(to.inner + (view * rows + base + row) * pad + k);
+    if (chunk + own_row < held) {
+      ahead.tokens = start_at[1] - start_at[0];
+      if (own_factor < pad) ahead.inner = load<4>(inner_at);
     }
 #pragma unroll
-    for (int n = 0; n < 2; n++) {
-      const int64_t c = column + warp * kWide + 8 * n + g;
+    for (int i = 0; i < 4; i++) {
+      const int k = i % 2 + i / 2 * 8;
 #pragma unroll
-      for (int i = 0; i < 4; i++) {
-        const int k = 2 * q + i % 2 + i / 2 * 8;
-        const bool inside = k <= inner && c < channels;
-        ahead.proj[n][i] = inside ? args.proj[(int64_t(view) * (inner + 1) + k) * channels + c] : 0.0f;
+      for (int n = 0; n < 2; n++) {
+        ahead.proj[n][i] = inside[n] && 2 * q + k <= inner ? proj_at[k * pitch + 8 * n] : 0.0f;
       }
     }
   };
@@ -118,7 +122,6 @@ __global__ void __launch_bounds__(kThreads, 3)
     pivot[n][1] = two.at[1];
   }
 
-  const bool inside[2] = {column + warp * kWide < channels, column + warp * kWide + 8 < channels};
   constexpr uint16_t kOne = std::is_same<T, Half>::value ? 0x3c00 : 0x3f80;
   int32_t member = -1;  // row whose membership this thread's token has
   float sums[2][2] = {}, squares[2][2] = {};
@@ -191,19 +194,20 @@ __global__ void __launch_bounds__(kThreads, 3)
         multiply<BFloat16>(sum[m][n], high, proj[n][0], proj[n][1]);
       }
     }
-    float* const z = to.z + (own * rows + base + own_chunk + g) * channels + column + warp * kWide + 2 * q;
+    float* const z_at = to.z + (own * rows + base + own_chunk + g) * channels + column + warp * kWide + 2 * q;
+    const int left = own_held - own_chunk - g;
 #pragma unroll
     for (int m = 0; m < kChunk / 16; m++) {
       if (m >= tiles) break;
 #pragma unroll
       for (int i = 0; i < 2; i++) {
         const int row = 16 * m + 8 * i;
-        if (own_chunk + row + g >= own_held) continue;
+        if (row >= left) continue;
         const float share = memory.share[row + g];
 #pragma unroll
         for (int n = 0; n < 2; n++) {
           const float2 two = make_float2(sum[m][n][2 * i] * share, sum[m][n][2 * i + 1] * share);
-          if (inside[n]) *reinterpret_cast<float2*>(z + row * channels + 8 * n) = two;
+          if (inside[n]) *reinterpret_cast<float2*>(z_at + row * pitch + 8 * n) = two;
           const float away[2] = {two.x - pivot[n][0], two.y - pivot[n][1]};
 #pragma unroll
           for (int j = 0; j < 2; j++) {
