@@ -139,10 +139,11 @@ STABLE_TORCH_LIBRARY(any2point, m) {
       "Tensor? "
       "argmax, Tensor? dense, Tensor dz, Tensor[] norm, Tensor weight, Tensor[] below) -> Tensor[]");
   // On CUDA the first unit's _rows_grad returns the gradient of W1 and dy1 [M, H] alone. With du, dense [M,
-  // C] or an entry per group and channel, and W1 [H, C] it gives factor times the gradient of the features.
+  // C] or an entry per group and channel, and W1 [H, C] it gives factor times the gradient of the features,
+  // in the type of dy1 or in float32.
   m.def(
       "_local_aggregate_points_grad(Tensor dy1, Tensor? grad, Tensor? argmax, Tensor? dense, Tensor center, "
-      "Tensor neighbor, Tensor weight, Tensor? factor, SymInt points) -> Tensor");
+      "Tensor neighbor, Tensor weight, Tensor? factor, SymInt points, bool single) -> Tensor");
   // Between the passes on CUDA (csrc/local_aggregate/train_algebra.h), from the parts of their sums. single:
   // [4, H] scale, shift, mean and deviation of y1; [2, C] mean and deviation of the second layer.
   m.def(

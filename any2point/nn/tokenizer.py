@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -20,6 +21,19 @@ from any2point.ops import (
 )
 from any2point.reference.batch_norm import are_shared
 from any2point.sources.glue import in_kernels
+
+_float16_operands = False
+
+
+@contextlib.contextmanager
+def float16_operands() -> Iterator[None]:
+    """Inside it local aggregation may round operands in float32 to float16, see `local_aggregate`."""
+    global _float16_operands
+    before, _float16_operands = _float16_operands, True
+    try:
+        yield
+    finally:
+        _float16_operands = before
 
 
 class Tokens(NamedTuple):
@@ -246,6 +260,7 @@ class Tokenizer(nn.Module):
             normalize=self.normalize,
             guard=self.guard,
             training=self.training,
+            operand_dtype=torch.float16 if _float16_operands else None,
         )
 
 

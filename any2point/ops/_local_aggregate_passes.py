@@ -191,7 +191,7 @@ class Passes:
         hidden, width = unit.in_weight.shape
         return self.add_up(found)[:hidden, :width]
 
-    def features_grad(self, unit: Unit, factor: Tensor | None) -> Tensor:
+    def features_grad(self, unit: Unit, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
         by_neighbor, by_center, direct = self.rest
         first, half = unit.in_weight, direct.shape[-1]
         return direct + by_neighbor @ first[:, :half] + by_center @ first[:, half:]
@@ -227,7 +227,8 @@ class CudaPasses(Passes):
         total, normed = self.sums[:2]
         return [out_grad, normed[0], total[0]], linear
 
-    def features_grad(self, unit: Unit, factor: Tensor | None) -> Tensor:
+    def features_grad(self, unit: Unit, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
         (dy1,) = self.rest
         layout = (*self.rows[2:4], unit.in_weight, factor, self.rows[0].shape[1])
-        return _ops._local_aggregate_points_grad(dy1, *self.entry, self.dense, *layout)
+        single = dtype == torch.float32
+        return _ops._local_aggregate_points_grad(dy1, *self.entry, self.dense, *layout, single)

@@ -25,6 +25,11 @@ def _passes(rows: tuple[Any, ...], *entry: Tensor) -> Passes:
     return (CudaPasses if rows[0].is_cuda else Passes)(rows, *entry)
 
 
+def _operand(features: Tensor) -> Tensor:
+    """The features as products take them: on CUDA float32 has been allowed to be float16."""
+    return features.half() if features.is_cuda and features.dtype == torch.float32 else features
+
+
 def _aligned(x: Any) -> Any:
     """A tensor that kernels may read by 16 bytes."""
     return x.clone() if isinstance(x, Tensor) and x.is_cuda and x.data_ptr() % 16 else x
@@ -56,7 +61,7 @@ def forward(
     parameters: list[Tensor],
 ) -> list[Tensor]:
     """out [B, S, C], argmax [B, S, C] int32, and `SAVED` tensors per unit."""
-    rows = (points, features, center, neighbor, divisor, wavelength, beta, guard)
+    rows = (points, _operand(features), center, neighbor, divisor, wavelength, beta, guard)
     passes = _passes(rows)
     done: list[Tensor] = []
     saved: list[Tensor] = []
@@ -83,6 +88,7 @@ def _(
     eps: float,
     parameters: list[Tensor],
 ) -> list[Tensor]:
+    features = _operand(features)
     out = features.new_empty(*center.shape, 2 * features.shape[-1], dtype=torch.float32)
     rows = neighbor.shape[0] * neighbor.shape[1] * neighbor.shape[2]
     saved = []
@@ -118,13 +124,14 @@ def backward(
     results: list[Tensor],
 ) -> list[Tensor]:
     """Gradients of the features and of every parameter; `results` are those of `forward`."""
-    rows = (points, features, center, neighbor, divisor, wavelength, beta, guard)
+    operand = _operand(features)
+    rows = (points, operand, center, neighbor, divisor, wavelength, beta, guard)
     out, argmax, *saved = results
     units = [
         Unit(*parameters[PER_UNIT * u : PER_UNIT * (u + 1)], *saved[SAVED * u : SAVED * (u + 1)])
         for u in range(len(parameters) // PER_UNIT)
     ]
-    entries, factor = _entries(grad, out, units[-1], features.dtype == torch.float16)
+    entries, factor = _entries(grad, out, units[-1], operand.dtype == torch.float16)
     passes = _passes(rows, entries, argmax)
     found: list[Tensor] = []
     for u in reversed(range(len(units))):
@@ -134,7 +141,7 @@ def backward(
         plain, scaled = passes.hidden_grad(unit, linear)
         in_weight = passes.rows_grad(units[: u + 1], plain, scaled)
         found = [in_weight, scaled, plain, out_grad, normed, total, *found]
-    features_grad = passes.features_grad(units[0], factor)
+    features_grad = passes.features_grad(units[0], factor, features.dtype)
     found = [x.float() for x in found]
     if factor is not None:
         found = list(torch._foreach_mul(found, factor))

@@ -53,6 +53,7 @@ def local_aggregate(
     eps: float = 1e-5,
     alpha: float = 1000.0,
     beta: float = 100.0,
+    operand_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Gather K neighbours per centre, add a sinusoid of their offset, apply residual units, take the maximum.
 
@@ -75,12 +76,15 @@ def local_aggregate(
         eps: of the batch normalisations.
         alpha: ratio of the sinusoid's longest to its shortest wavelength.
         beta: factor on the normalised offset.
+        operand_dtype: torch.float16 allows kernels on sm_90 to round rows, hidden layers and weights to it
+            where `features` are float32: to as many bits as TF32 has, but within 65504. Gradients keep the
+            range of float32. It has no effect where there are no such kernels. None: operands are as below.
 
     Returns:
         `[B, S, 2C]` in the dtype of `features`.
 
     Raises:
-        ValueError: shapes, or the option `normalize`, are not as above.
+        ValueError: shapes, or the options `normalize` and `operand_dtype`, are not as above.
         TypeError: an argument has another dtype than listed.
 
     Differentiable in: features, points and every weight.
@@ -128,12 +132,16 @@ def local_aggregate(
         raise ValueError(f"neighbor: expected shape {expected}, got {shape_text(neighbor)}")
     if normalize not in ("scan", "mn40"):
         raise ValueError(f"normalize: expected 'scan' or 'mn40', got {normalize!r}")
+    if operand_dtype not in (None, torch.float16):
+        raise ValueError(f"operand_dtype: expected None or torch.float16, got {operand_dtype}")
     width = 2 * features.shape[-1]
     for unit in units:
         if unit.in_weight.shape[-1] != width or unit.out_weight.shape[0] != width:
             got = f"{shape_text(unit.in_weight)} and {shape_text(unit.out_weight)}"
             raise ValueError(f"units: expected weights [H, {width}] and [{width}, H], got {got}")
-    if _is_fused(points, features, neighbor, units, training):
+    half = operand_dtype is not None and features.is_cuda and features.dtype == torch.float32
+    half = half and _on_hopper(features, [len(unit.in_weight) for unit in units], torch.float16)
+    if _is_fused(points, features, neighbor, units, training, half):
         divisor = None
         if normalize == "mn40":
             offset = group_offsets(points, center, neighbor, group)
@@ -141,8 +149,10 @@ def local_aggregate(
         wavelength = wavelengths(2 * features.shape[-1], alpha, like=points)
         operand = features if features.is_cuda else features.float()
         rows = (points.contiguous(), operand.contiguous(), center, neighbor, divisor, wavelength)
-        if training:
+        if training:  # the op rounds float32 itself, for the sake of its gradient
             return _train(rows, units, beta, guard, momentum, eps).to(features.dtype)
+        if half:
+            rows = (rows[0], rows[1].half(), *rows[2:])
         return _evaluate(rows, units, beta, guard, eps).to(features.dtype)
     # cuBLAS rounds otherwise for strided weights and biases; statistics are updated in place and stay.
     units = [
@@ -172,9 +182,14 @@ def local_aggregate(
 
 
 def _is_fused(
-    points: Tensor, features: Tensor, neighbor: Tensor, units: Sequence[ResidualUnit], training: bool
+    points: Tensor,
+    features: Tensor,
+    neighbor: Tensor,
+    units: Sequence[ResidualUnit],
+    training: bool,
+    half: bool,
 ) -> bool:
-    """Whether kernels can take over; exported graphs are for any device."""
+    """Whether kernels can take over; exported graphs are for any device. `half`: with float16 operands."""
     if exporting():
         return False
     if features.is_cuda:
@@ -182,7 +197,7 @@ def _is_fused(
             hidden = [unit.in_weight.shape[0] for unit in units]
             # Rows of all groups are numbered in 32 bits, those of a group in 15 (of which some are infinite).
             small = neighbor.numel() < 1 << 31 and neighbor.shape[2] < 31744
-            if not small or not _on_hopper(features, hidden):
+            if not small or not (half or _on_hopper(features, hidden, features.dtype)):
                 return False
         elif not units or not _TRITON:
             return False
@@ -200,17 +215,14 @@ def _is_fused(
     return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
 
 
-def _on_hopper(features: Tensor, hidden: list[int]) -> bool:
-    """Whether there are kernels for sm_90a for these features and the units' hidden channels."""
+def _on_hopper(features: Tensor, hidden: list[int], dtype: torch.dtype) -> bool:
+    """Whether there are kernels for sm_90a for such features in that dtype and the units' hidden channels."""
     device = torch.cuda.get_device_properties(features.device)
     sizes = [
         hidden == [size] * units for width, size, units in _HOPPER_SIZES if 2 * features.shape[-1] == width
     ]
     return (
-        any(sizes)
-        and features.dtype in _LOW
-        and features.numel() < 1 << 33
-        and (device.major, device.minor) == (9, 0)
+        any(sizes) and dtype in _LOW and features.numel() < 1 << 33 and (device.major, device.minor) == (9, 0)
     )
 
 
@@ -337,7 +349,7 @@ def _cuda(
     beta: float,
     guard: bool,
 ) -> Tensor:
-    if _on_hopper(features, [len(bias) for bias in units[1::4]]):
+    if _on_hopper(features, [len(bias) for bias in units[1::4]], features.dtype):
         features = features.contiguous()
         if features.data_ptr() % 16:
             features = features.clone()

@@ -40,7 +40,8 @@ class TrainConfig:
         seed: of everything random.
         deterministic: refuse operations whose result depends on timing, where PyTorch knows of them.
         precision: "fp32", "bf16", "fp16", "tf32" (fp32 whose products on a GPU round their operands to 10
-            bits), or "auto": bf16 where the hardware multiplies it, fp32 elsewhere.
+            bits; in local aggregation on sm_90 by way of float16, within 65504), or "auto": bf16 where the
+            hardware multiplies it, fp32 elsewhere.
         device: "cpu", "cuda", "cuda:1", ..., or "auto": the first GPU if there is one.
         devices: GPUs (on a CPU: processes) of this machine that share every batch; 0 for all GPUs. Under
             torchrun its number of processes counts.

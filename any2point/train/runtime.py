@@ -19,6 +19,7 @@ import torch.nn.attention
 import torch.utils.deterministic
 from torch import Tensor
 
+from any2point.nn.tokenizer import float16_operands
 from any2point.train.config import TrainConfig
 from any2point.train.ranks import Ranks
 
@@ -186,6 +187,7 @@ def _for_precision(
                 # PyTorch's fused attention on CPUs is up to five times slower backwards in bf16.
                 stack.enter_context(torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH))
         if precision == "tf32":
+            stack.enter_context(float16_operands())  # of as many bits, at twice the rate
             before = torch.backends.cuda.matmul.fp32_precision
             torch.backends.cuda.matmul.fp32_precision = "tf32"
             stack.callback(setattr, torch.backends.cuda.matmul, "fp32_precision", before)

@@ -75,13 +75,14 @@ struct HopperPoints {
   int64_t hidden;
   int64_t width;
   bool bfloat16;
+  bool single;              // features in float32
   const int64_t* neighbor;  // [B, S, K], the index of the first list
   const float* weight;      // W1 [H, C]
   const float* factor;      // of the result, or null: 1
   float* groups;            // [B S, H + C / 2], without C / 2 where dense is null: scratch
   float* by_neighbor;       // [B, N, H]: scratch
   float* direct;            // [B, N, C / 2]: scratch
-  void* features;           // [B, N, C / 2], 16 bits
+  void* features;           // [B, N, C / 2], in the type of dy1 unless single
 };
 // The index of the inverse list of neighbours.
 int hopper_resolve(const int64_t* center, const int64_t* neighbor, int64_t groups, int64_t neighbors,

@@ -118,7 +118,7 @@ Two maximum(const Tensor& points, const Tensor& features, const Tensor& center, 
 
 Tensor points_grad(const Tensor& dy1, const OptionalTensor& grad, const OptionalTensor& argmax,
                    const OptionalTensor& dense, const Tensor& center_, const Tensor& neighbor_,
-                   const Tensor& weight, const OptionalTensor& factor, int64_t points) {
+                   const Tensor& weight, const OptionalTensor& factor, int64_t points, bool single) {
   A2P_CHECK(dy1.dim() == 2 && center_.dim() == 2 && neighbor_.dim() == 3,
             "dy1, center, neighbor: expected [M, H], [B, S] and [B, S, K]");
   const int64_t clouds = center_.size(0), centers = center_.size(1), neighbors = neighbor_.size(2);
@@ -160,10 +160,11 @@ Tensor points_grad(const Tensor& dy1, const OptionalTensor& grad, const Optional
   args.neighbors = neighbors;
   args.hidden = hidden;
   args.width = width;
+  args.single = single;
   Tensor groups = like(dy1, {clouds * centers, hidden + (dense ? width / 2 : 0)}, kSingle);
   Tensor by_neighbor = like(dy1, {clouds, points, hidden}, kSingle);
   Tensor direct = like(dy1, {clouds, points, width / 2}, kSingle);
-  Tensor features = like(dy1, {clouds, points, width / 2}, dy1.scalar_type());
+  Tensor features = like(dy1, {clouds, points, width / 2}, single ? kSingle : dy1.scalar_type());
   args.groups = data(groups);
   args.by_neighbor = data(by_neighbor);
   args.direct = data(direct);

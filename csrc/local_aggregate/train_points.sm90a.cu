@@ -2,6 +2,8 @@
 // and without atomics, and through W1. As neighbour by an inverse list of the neighbours, as centre first
 // over a group's rows and then by an inverse list of the centres. Entries that come through a maximum are
 // added up in shared memory, where a thread has a channel. Products are in TF32.
+#include <type_traits>
+
 #include "local_aggregate/hopper_rows.cuh"
 #include "local_aggregate/hopper_train.h"
 
@@ -221,8 +223,12 @@ __global__ void __launch_bounds__(kThreads) features_kernel(const HopperPoints a
       float v[2] = {d[n][2 * i] + direct.x, d[n][2 * i + 1] + direct.y};
 #pragma unroll
       for (int e = 0; e < 2; e++) v[e] += owned.sum(args, from + channel + e, stride);
-      static_cast<uint32_t*>(args.features)[(point * half + channel) / 2] =
-          Two<T>::of(v[0] * factor, v[1] * factor);
+      const int64_t to = (point * half + channel) / 2;
+      if constexpr (std::is_same_v<T, float>) {
+        static_cast<float2*>(args.features)[to] = {v[0] * factor, v[1] * factor};
+      } else {
+        static_cast<uint32_t*>(args.features)[to] = Two<T>::of(v[0] * factor, v[1] * factor);
+      }
     }
   }
 }
@@ -274,6 +280,7 @@ int hopper_points(const HopperPoints& args, void* stream_) {
                      static_cast<unsigned>(divided(args.points, each)));
     entries_kernel<<<parts, kSparse * kSlices, bytes, stream>>>(args, each);
   }
+  if (args.single) return features<float>(args, stream);
   return args.bfloat16 ? features<__nv_bfloat16>(args, stream) : features<__half>(args, stream);
 }
 

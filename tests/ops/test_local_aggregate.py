@@ -80,6 +80,7 @@ class TestLocalAggregate(OpContract):
         yield {"neighbor": torch.zeros(2, 7, 0, dtype=torch.int64)}, ValueError, "K > 0"
         yield {"neighbor": torch.full((2, 7, 5), 21)}, ValueError, "expected values in -1..20, got 21"
         yield {"normalize": "unit"}, ValueError, "normalize: expected 'scan' or 'mn40'"
+        yield {"operand_dtype": torch.bfloat16}, ValueError, r"operand_dtype: expected None or torch\.float16"
         yield {"units": make(width=5)["units"]}, ValueError, r"units: expected weights \[H, 12\]"
 
 

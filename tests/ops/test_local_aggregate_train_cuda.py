@@ -219,7 +219,9 @@ def test_points_grad(sizes: tuple[int, ...], width: int, dtype: torch.dtype) -> 
     for given in ((grad, argmax, None), (None, None, dense)):
         poison()
         rest = cuda((center, neighbor, weight, factor))
-        got = torch.ops.any2point._local_aggregate_points_grad(*cuda((dy1, *given)), *rest, n)
+        points_grad = torch.ops.any2point._local_aggregate_points_grad
+        got = points_grad(*cuda((dy1, *given)), *rest, n, False)
+        single = points_grad(*cuda((dy1, *given)), *rest, n, True)
         du = entries if given[2] is None else dense.double().view(b * s, k, width)
         by_group = torch.cat([dy1.double().view(b * s, k, hidden), du[..., half:]], 2).sum(1)
         by_neighbor = torch.cat([dy1.double(), du.view(b * s * k, width)[:, :half]], 1)
@@ -228,6 +230,8 @@ def test_points_grad(sizes: tuple[int, ...], width: int, dtype: torch.dtype) -> 
         want += by_group[:, :hidden] @ weight[:, half:].double() + by_group[:, hidden:]
         assert got.shape == (b, n, half)
         assert got.dtype == dtype
+        assert single.dtype == torch.float32
+        assert torch.equal(single.to(dtype), got)
         assert error(got.flatten(0, 1), 0.5 * want) < torch.finfo(dtype).eps
 
 
@@ -286,6 +290,40 @@ def test_within_twice_the_error_of_torch(sizes: tuple[int, ...], width: int, dty
         assert not bad, f"{normalize}: {bad} of {text}"
         mine, other = (sum(found[name][i] ** 2 for name in got_gradients) ** 0.5 for i in (0, 1))
         assert mine <= 2 * other, f"{normalize}: {mine:.1e} ({other:.1e}) of {text}"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", HIDDEN)
+def test_float32_with_float16_operands(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Gradients as near to float64 as TF32 in torch, also those that float16 cannot hold.
+
+    TF32 does not round the result, nor what is added to it.
+    """
+    kwargs = samples((3, 500, 200, 81), width, torch.float32)
+    want = flat(train(reference.local_aggregate, kwargs, torch.float64))
+    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
+    plain = flat(train(reference.local_aggregate, kwargs, torch.float32))
+    allowed = kwargs | {"operand_dtype": torch.float16}
+    poison()
+    got = fused(allowed, torch.float32)
+    found = {name: (error(x, want[name]), error(plain[name], want[name])) for name, x in flat(got).items()}
+    text = ", ".join(f"{name} {mine:.1e} ({other:.1e})" for name, (mine, other) in found.items())
+    print(f"{width}: {text}")
+    mine, other = (sum(found[name][i] ** 2 for name in got.gradients) ** 0.5 for i in (0, 1))
+    assert found["out"][0] <= 2 * found["out"][1], text
+    assert mine <= 1.5 * other, f"{mine:.1e} ({other:.1e}) of {text}"
+    small = fused(allowed, torch.float32, None, 2.0**-30).gradients
+    assert all(error(small[name], x) < 1e-5 for name, x in got.gradients.items())
+
+
+@pytest.mark.gpu
+def test_float16_operands_in_evaluation() -> None:
+    kwargs = samples((2, 300, 77, 64), 192, torch.float32)
+    with torch.no_grad():
+        want = reference.local_aggregate(**Sample("", kwargs).to(torch.float64).kwargs)
+        got = ops.local_aggregate(**kwargs, operand_dtype=torch.float16)
+    assert got.dtype == torch.float32
+    assert error(got, want) < 2 * torch.finfo(torch.float16).eps
 
 
 @pytest.mark.gpu
