@@ -66,6 +66,12 @@ TABLES: dict[str, tuple[str, list[Line]]] = {
                 Line(LOCAL, f"stage {i + 1}, float16 (graph)", LOCAL, f"{shape} float16", "forward graph")
                 for i, shape in enumerate(_STAGES)
             ),
+            *(
+                Line(
+                    f"{LOCAL}, training", f"stage {i + 1}, float16 (graph)", LOCAL, f"{shape} float16", TRAIN
+                )
+                for i, shape in enumerate(_STAGES)
+            ),
             Line(PROJECT, "32 x 128, 77 positions (graph)", PROJECT, "32,128 77,768 V=6", "forward graph"),
             Line(PROJECT, "32 x 128, 37 x 37 (graph)", PROJECT, "32,128 37x37,768 V=6", "forward graph"),
             Line(GUIDED, "32 x 128 x 768 (graph)", GUIDED, "32,128,768 V=6 cells=39", "forward graph"),

@@ -216,8 +216,9 @@ def local_aggregate(device: str, shapes: Shapes | None = None) -> Iterator[Case]
             training=_TRAINING,
             compilable=peers.torch_local_aggregate if count == 2 else None,  # half a minute each
         )
-        if device == "cuda":  # evaluation with products in float16
-            low = [(points.to(device), features.detach().half(), center, neighbor, weights)]
+        if device == "cuda":  # products in float16
+            half = features.detach().half().requires_grad_()
+            low = [(points.to(device), half, center, neighbor, weights)]
             yield Case(
                 "local_aggregate",
                 f"{name} float16",
@@ -228,6 +229,10 @@ def local_aggregate(device: str, shapes: Shapes | None = None) -> Iterator[Case]
                     Provider.plain("any2point", ops.local_aggregate),
                     Provider.plain("torch", peers.torch_local_aggregate),
                 ],
+                backward=True,
+                reference=reference.local_aggregate,
+                tolerance=0.1,
+                training=_TRAINING,
                 compilable=peers.torch_local_aggregate if count == 2 else None,
             )
 

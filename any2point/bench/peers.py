@@ -242,9 +242,13 @@ def torch_virtual_project(*args: Any, **options: Any) -> Any:
     return reference.virtual_project(*args, **options, interpolate=interpolate)
 
 
-def torch_local_aggregate(*args: Any, **options: Any) -> Tensor:
-    """The specification, with indexing."""
-    return reference.local_aggregate(*args, **options, group=torch_group)
+def torch_local_aggregate(points: Tensor, features: Tensor, *args: Any, **options: Any) -> Tensor:
+    """The specification, with indexing; of 16-bit features under autocast."""
+    if features.dtype == torch.float32:
+        return reference.local_aggregate(points, features, *args, **options, group=torch_group)
+    with torch.autocast(features.device.type, features.dtype):
+        out = reference.local_aggregate(points, features.float(), *args, **options, group=torch_group)
+    return out.to(features.dtype)
 
 
 def torch_guided_aggregate(*args: Any, **options: Any) -> Tensor:
