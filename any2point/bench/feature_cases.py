@@ -214,7 +214,6 @@ def local_aggregate(device: str, shapes: Shapes | None = None) -> Iterator[Case]
             reference=reference.local_aggregate,
             tolerance=2e-2,  # of many maxima and ReLUs a few go the other way
             training=_TRAINING,
-            compilable=peers.torch_local_aggregate if count == 2 else None,  # half a minute each
         )
         if device == "cuda":  # products in float16
             half = features.detach().half().requires_grad_()
@@ -231,9 +230,9 @@ def local_aggregate(device: str, shapes: Shapes | None = None) -> Iterator[Case]
                 ],
                 backward=True,
                 reference=reference.local_aggregate,
-                tolerance=0.1,
+                tolerance=0.2,  # 0.04 for torch under autocast: more maxima and ReLUs go the other way
                 training=_TRAINING,
-                compilable=peers.torch_local_aggregate if count == 2 else None,
+                compilable=peers.torch_local_aggregate if count == 2 else None,  # half a minute each
             )
 
 
