@@ -68,6 +68,11 @@ STABLE_TORCH_LIBRARY(any2point, m) {
   m.def(
       "_guided_lists(Tensor cell, Tensor? cluster, SymInt num_cells) -> (Tensor order, Tensor segment, "
       "Tensor start, Tensor count)");
+  // Gradients of a product of LayerNorm(features) and low, given it, the sums of low's rows and what the
+  // forward pass kept: moments [2, R], mean and 1 / deviation of every token.
+  m.def(
+      "_guided_product_backward(Tensor grad, Tensor product, Tensor features, Tensor low, Tensor sums, "
+      "Tensor bias, Tensor moments) -> (Tensor grad_features, Tensor grad_weight, Tensor grad_bias)");
   // LN(features) weight^T + bias of 16-bit features [B, S, C], on CUDA: weight [N, C], for its gradient
   // alone; low: the same in the features' dtype; sums [N] of its rows. moments [2, R]: mean and 1 /
   // deviation.

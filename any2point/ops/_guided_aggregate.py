@@ -169,21 +169,22 @@ def _product_fake(features: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor,
     return out, features.new_empty(2, batch * count, dtype=torch.float32)
 
 
+@torch.library.register_fake("any2point::_guided_product_backward")
+def _product_backward_fake(
+    grad: Tensor, product: Tensor, features: Tensor, low: Tensor, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    weight = torch.empty_like(low, dtype=torch.float32)
+    return torch.empty_like(features), weight, weight.new_empty(low.shape[0])
+
+
 def _product_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:2], output[1])
+    features, _, low, sums, bias, _ = inputs
+    ctx.save_for_backward(output[0], features, low, sums, bias, output[1])
 
 
 def _product_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
-    features, weight, moments = ctx.saved_tensors
-    width = features.shape[-1]
-    grad, x = grad.flatten(0, 1), features.flatten(0, 1).float()
-    mean, deviation = moments[..., None]
-    normalized = (x - mean) * deviation
-    grads = torch.ops.aten.native_layer_norm_backward(
-        grad @ weight, x, [width], mean, deviation, None, None, [True, False, False]
-    )
-    grad_features = grads[0].to(features.dtype).view_as(features)
-    return grad_features, grad.T @ normalized, None, None, grad.sum(0), None
+    found = _ops._guided_product_backward.default(grad, *ctx.saved_tensors)
+    return found[0], found[1], None, None, found[2], None
 
 
 torch.library.register_autograd("any2point::_guided_product", _product_backward, setup_context=_product_setup)

@@ -1,7 +1,18 @@
 // Guided aggregation backward on CUDA; kernel.h has the formulas. Rows are pooled again instead of kept.
-// Then: a block per token for the factors of its views; a walk over segments for dy, with the sums that batch
-// normalisation's gradient needs; dz, as what each token gets of it; its products with the projection; the
-// sum over views; attention.
+// Then, where views are blended by how they agree with space and a slice of a cloud fits in shared memory,
+// the passes of gradient.cuh: how G pulls at the views of every token (pull.cu), dy of the rows of views and
+// voxels with the sums that batch normalisation's gradient needs (gradient.cu), dz and its products
+// (products.cu). Else the walks below: a block per token for the factors of its views, dy, dz as what each
+// token gets of it, its products with the projection, the sum over views. At last attention
+// (attention_backward.cu); after all of it autograd takes LayerNorm and its product (product_backward.cu).
+//
+// H200, B = 32, S = 128, C = 768, V = 6, M = 12, bfloat16, 12 blocks in a CUDA graph: 3.5 ms with 39
+// cells, 5.7 with 400. The floor, tokens and their gradient read and written once, is 0.05 ms. Of a block's
+// 290 us products take 67, rows 45, pooling 32, pull 29, LayerNorm and product 46, attention 20, voxels 20,
+// factors 7, sums 6, torch's additions and zeros 16. Products (26 M instructions, 0.43 a cycle and
+// scheduler), rows (23 M, 0.45) and pull (15 M, 0.57) wait for memory half of the time and are bound by their
+// instructions for the rest: all of them know 64 or 192 channels of a row at once, no more would fit.
+#include "guided_aggregate/gradient.cuh"
 #include "guided_aggregate/passes.h"
 #include "guided_aggregate/rows.cuh"
 
@@ -9,45 +20,74 @@ namespace any2point {
 namespace guided {
 namespace {
 
-constexpr int kColumns = 8;  // rows of the projection at once
+constexpr int kTogether = 8;  // rows of the projection at once
+
+// Whether the passes of gradient.cuh have room.
+bool is_sliced(const Guided& args) {
+  if (args.ensemble != Ensemble::adaptive || args.channels % 2 != 0) return false;
+  const int64_t numbers = (args.clouds * args.tokens + 1) * args.channels;
+  if (args.tokens >> 15 != 0 || numbers >> 30 != 0) return false;  // places in 16 bits, offsets in 32
+  const int64_t rows = rows_shared(args), products = products_shared(args);
+  return (rows > products ? rows : products) <= shared_limit(kOptIn);
+}
+
+int slices_of_products(const Guided& args) {
+  if (is_sliced(args) && !args.maximum) return slices_of(args, kSlice);
+  return static_cast<int>(packs(args) ? Walk<4>::slices(args) : Walk<1>::slices(args));
+}
 
 struct Workspace {
-  float *z, *heads, *inner;  // as in forward
+  float *z, *heads, *inner;  // as in forward; heads with maxima alone
   Factors tokens;            // grad_space: later what voxels add to dx
-  float* dy;                 // [L, R, C]
-  float2* parts;             // [B, L, C]: sums of dy and of dy z^
-  float2* sums;              // [L, C]: their means over all rows
-  float* grads;              // [V, R, C]: dz per token of a segment, or by token with maxima
-  float* grad_parts;         // [slices, V, R, K]
-  float *grad_heads, *softmax;
+  float* pulls;              // as in GradientWork, and so is won
+  float4* factors;
+  float* bents;
+  float2* pairs;
+  float* gammas;
+  uint32_t* won;
+  float* dy;          // [L, R, C]
+  float2* parts;      // [B, L, C]: sums of dy and of dy z^
+  float2* sums;       // [L, C]: their means over all rows
+  float* grads;       // [V, R, C]: dz per token of a segment, or by token with maxima
+  float* grad_parts;  // [slices, V, R, K]
+  char* attention;
   float* proj_parts;  // [B, V, M + 1, C]
   int64_t bytes;
 
-  Workspace(const Guided& args, void* memory, int64_t slices) {
+  Workspace(const Guided& args, void* memory) {
     Room room(memory);
     const int64_t rows = args.clouds * args.tokens, pad = coefficients(args.inner);
-    const bool adaptive = args.ensemble == Ensemble::adaptive;
+    const bool adaptive = args.ensemble == Ensemble::adaptive, sliced = is_sliced(args);
     z = room.take<float>(args.layers * rows * args.channels);
-    heads = room.take<float>(args.views * rows * pad);
-    inner = room.take<float>(args.views * rows * pad);
-    tokens.factors = room.take<float>(3 * args.views * rows);
-    tokens.space = room.take<float>(adaptive ? rows * args.channels : 0);
+    heads = room.take<float>(args.maximum ? args.views * rows * pad : 0);
+    inner = room.take<float>(args.maximum ? args.views * rows * pad : 0);
+    tokens.factors = room.take<float>(sliced ? 0 : 3 * args.views * rows);
+    tokens.space = room.take<float>(adaptive ? (rows + 1) * args.channels : 0);
     tokens.grad_space = room.take<float>(adaptive ? rows * args.channels : 0);
     tokens.shares = room.take<float>(args.ensemble == Ensemble::max ? args.views * rows * args.channels : 0);
+    pulls = room.take<float>(sliced ? slices_of(args, kPulled) * args.views * rows : 0);
+    factors = room.take<float4>(sliced ? args.views * rows : 0);
+    pairs = room.take<float2>(sliced ? args.views * rows : 0);
+    bents = room.take<float>(sliced ? args.views * rows : 0);
+    gammas = room.take<float>(sliced ? rows : 0);
+    won = room.take<uint32_t>(sliced ? 2 * rows * slices_of(args, kSlice) : 0);
     dy = room.take<float>(args.layers * rows * args.channels);
     parts = room.take<float2>(args.clouds * args.layers * args.channels);
     sums = room.take<float2>(args.layers * args.channels);
     grads = args.maximum ? room.take<float>(args.views * rows * args.channels) : dy;
-    grad_parts = room.take<float>(slices * args.views * rows * pad);
-    grad_heads = room.take<float>(args.views * rows * pad);
-    softmax = room.take<float>(args.views * rows * args.heads * 2);
+    grad_parts = room.take<float>(slices_of_products(args) * args.views * rows * pad);
+    attention = room.take<char>(attention_backward_workspace(args));
     proj_parts = room.take<float>(args.clouds * args.views * (args.inner + 1) * args.channels);
     bytes = room.used;
+  }
+  GradientWork sliced() const {
+    return {z,  pulls, tokens.space, factors, bents,      pairs,     gammas, tokens.grad_space,
+            dy, parts, sums,         won,     grad_parts, proj_parts};
   }
 };
 
 // dy of every segment and its sums.
-template <typename T, int N, bool kStage>
+template <typename T, int N>
 __global__ void __launch_bounds__(kThreads, 2) segments_kernel(GuidedBackward args, Workspace work) {
   extern __shared__ float4 room[];
   float* shared = reinterpret_cast<float*>(room);
@@ -56,28 +96,14 @@ __global__ void __launch_bounds__(kThreads, 2) segments_kernel(GuidedBackward ar
   const int64_t rows = walk.rows, channels = args.channels, c = walk.active ? walk.c : 0;
   const T* grad = static_cast<const T*>(args.grad) + c;
   const bool adaptive = args.ensemble == Ensemble::adaptive;
-  const int32_t *orders = nullptr, *starts = nullptr;
-  const float *staged_grad = nullptr, *staged_space = nullptr;
-  if (kStage) {
-    Stage<N> stage(args, shared);
-    orders = stage.order;
-    starts = stage.start;
-    staged_grad = stage.rows(args, static_cast<const T*>(args.grad)) + lane * N;
-    if (adaptive) staged_space = stage.rows(args, static_cast<const float*>(work.tokens.space)) + lane * N;
-    shared = stage.memory;
-    __syncthreads();
-  }
-  const int count = static_cast<int>(args.tokens);
-  const int64_t base = walk.cloud * args.tokens;
   float2* kept = reinterpret_cast<float2*>(shared);
   Lane<N> plain = zero<N>(), scaled = zero<N>();
 
   const auto tile = [&](int64_t layer, int64_t first, int64_t end) {
-    const bool voxels = layer == args.views, inside = kStage && !voxels;
-    const int64_t offset = inside ? base : 0;
-    const int32_t* start = inside ? starts + layer * (count + 1) : args.start + layer * (rows + 1);
-    const int32_t* order = inside ? orders + layer * count : args.order + layer * rows;
-    const float* factors = work.tokens.factors + layer * rows + offset;
+    const bool voxels = layer == args.views;
+    const int32_t* start = args.start + layer * (rows + 1);
+    const int32_t* order = args.order + layer * rows;
+    const float* factors = work.tokens.factors + layer * rows;
     Lane<N> z[kTile];
 #pragma unroll
     for (int j = 0; j < kTile; j++) {
@@ -91,7 +117,7 @@ __global__ void __launch_bounds__(kThreads, 2) segments_kernel(GuidedBackward ar
     for (int j = 0; j < kTile; j++) {
       const int64_t segment = first + j;
       if (segment >= end) break;
-      const Tokens tokens{order, start[segment - offset], start[segment - offset + 1], lane};
+      const Tokens tokens{order, start[segment], start[segment + 1], lane};
       if (tokens.begin == tokens.end) continue;
       Lane<N> dg = zero<N>();
       float of_grad = 0.0f, of_space = 0.0f, of_own = 0.0f;
@@ -108,19 +134,16 @@ __global__ void __launch_bounds__(kThreads, 2) segments_kernel(GuidedBackward ar
               of_own += mine ? factors[2 * args.views * rows + token] : 0.0f;
             },
             [&](int i, int32_t token) {
-              Lane<N> d =
-                  inside ? load<N>(staged_grad + token * kWarp * N) : load<N>(grad + token * channels);
+              Lane<N> d = load<N>(grad + token * channels);
               if (args.ensemble == Ensemble::max) {
-                const int64_t row = layer * rows + offset + token;
+                const int64_t row = layer * rows + token;
                 const Lane<N> share = load<N>(work.tokens.shares + row * channels + c);
 #pragma unroll
                 for (int n = 0; n < N; n++) d.at[n] *= share.at[n];
               }
               add(&dg, __shfl_sync(kAll, of_grad, i), d);
               if (adaptive) {
-                add(&dg, __shfl_sync(kAll, of_space, i),
-                    inside ? load<N>(staged_space + token * kWarp * N)
-                           : load<N>(work.tokens.space + token * channels + c));
+                add(&dg, __shfl_sync(kAll, of_space, i), load<N>(work.tokens.space + token * channels + c));
               }
             });
         of_own = sum_of_warp(of_own);
@@ -159,20 +182,33 @@ __global__ void __launch_bounds__(kThreads, 2) segments_kernel(GuidedBackward ar
   walk.run(tile, flush, merge);
 }
 
+// Sums over the clouds in float64, and their means over the rows: 32 columns of 8 threads.
 __global__ void __launch_bounds__(kThreads) sums_kernel(GuidedBackward args, Workspace work) {
+  __shared__ double shared[3][kWarps][kWarp];
   const int64_t columns = args.layers * args.channels, split = args.views * args.channels;
-  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (i >= columns) return;
-  double plain = 0.0, scaled = 0.0;
-  for (int64_t p = 0; p < args.clouds; p++) {
+  const int lane = threadIdx.x % kWarp, group = threadIdx.x / kWarp;
+  const int64_t own = int64_t(blockIdx.x) * kWarp + lane, i = own < columns ? own : columns - 1;
+  double plain = 0.0, scaled = 0.0, rows = 0.0;
+#pragma unroll 4
+  for (int64_t p = group; p < args.clouds; p += kWarps) {
     const float2 part = work.parts[p * columns + i];
     plain += part.x;
     scaled += part.y;
+    rows += args.count[i / args.channels * args.clouds + p];
+  }
+  shared[0][group][lane] = plain;
+  shared[1][group][lane] = scaled;
+  shared[2][group][lane] = rows;
+  __syncthreads();
+  if (group > 0 || own >= columns) return;
+  plain = scaled = rows = 0.0;
+  for (int g = 0; g < kWarps; g++) {
+    plain += shared[0][g][lane];
+    scaled += shared[1][g][lane];
+    rows += shared[2][g][lane];
   }
   (i < split ? args.grad_view_weight + i : args.grad_space_weight + (i - split))[0] = float(scaled);
   (i < split ? args.grad_view_bias + i : args.grad_space_bias + (i - split))[0] = float(plain);
-  double rows = 0.0;
-  for (int64_t b = 0; b < args.clouds; b++) rows += args.count[i / args.channels * args.clouds + b];
   if (args.total > 0 && i < split) rows = double(args.total);
   if (rows < 1.0) rows = 1.0;
   work.sums[i] =
@@ -181,10 +217,10 @@ __global__ void __launch_bounds__(kThreads) sums_kernel(GuidedBackward args, Wor
 
 // dz of one segment.
 template <int N>
-struct RowGradient {
+struct SegmentGradient {
   Lane<N> factor, center, inverse, plain, scaled;
 
-  __device__ RowGradient(const GuidedBackward& args, const Workspace& work, int64_t layer, int64_t c) {
+  __device__ SegmentGradient(const GuidedBackward& args, const Workspace& work, int64_t layer, int64_t c) {
     const int64_t at = layer * args.channels + c;
     const float* weight = layer == args.views ? args.space_weight : args.view_weight + layer * args.channels;
     const Lane<N> weights = load<N>(weight + c);
@@ -221,7 +257,7 @@ __global__ void __launch_bounds__(kThreads) voxels_kernel(GuidedBackward args, W
   if (tokens.begin == tokens.end) return;
   const T* x = static_cast<const T*>(args.features) + c;
   const int64_t at = (layer * rows + segment) * channels + c;
-  const RowGradient<N> gradient(args, work, layer, c);
+  const SegmentGradient<N> gradient(args, work, layer, c);
   const Lane<N> dz = gradient(load<N>(work.dy + at), load<N>(work.z + at));
   Lane<N> most = zero<N>();
   int32_t first[N];
@@ -253,7 +289,7 @@ __global__ void __launch_bounds__(kThreads) voxels_kernel(GuidedBackward args, W
 // products with the projection and with the heads.
 template <typename T, int N>
 __global__ void __launch_bounds__(kThreads, 2) cells_kernel(GuidedBackward args, Workspace work) {
-  extern __shared__ float4 room[];  // [warps, kColumns, channels of the slice]
+  extern __shared__ float4 room[];  // [warps, kTogether, channels of the slice]
   float* shared = reinterpret_cast<float*>(room);
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int64_t rows = args.clouds * args.tokens, channels = args.channels, cloud = blockIdx.x;
@@ -266,7 +302,7 @@ __global__ void __launch_bounds__(kThreads, 2) cells_kernel(GuidedBackward args,
     const int64_t held = args.count[view * args.clouds + cloud], layer = view * rows;
     const int32_t* start = args.start + view * (rows + 1);
     const float* proj = args.proj + view * (inner + 1) * channels + c;
-    const RowGradient<N> gradient(args, work, view, c);
+    const SegmentGradient<N> gradient(args, work, view, c);
     for (int64_t segment = base + warp; args.maximum && segment < base + held; segment += kWarps) {
       const Tokens tokens{args.order + layer, start[segment], start[segment + 1], lane};
       const int64_t at = (layer + segment) * channels + c;
@@ -311,10 +347,10 @@ __global__ void __launch_bounds__(kThreads, 2) cells_kernel(GuidedBackward args,
     }
     if (args.maximum) __syncthreads();
     const int64_t last = base + (args.maximum ? args.tokens : held);
-    for (int begin = 0; begin <= inner; begin += kColumns) {
-      Lane<N> sum[kColumns];
+    for (int begin = 0; begin <= inner; begin += kTogether) {
+      Lane<N> sum[kTogether];
 #pragma unroll
-      for (int k = 0; k < kColumns; k++) sum[k] = zero<N>();
+      for (int k = 0; k < kTogether; k++) sum[k] = zero<N>();
       // Rows of the means are made on the way; those of maxima, and all for later columns, are there.
       const bool make = !args.maximum && begin == 0;
       const float* const dys = make ? work.dy : work.grads;
@@ -336,10 +372,10 @@ __global__ void __launch_bounds__(kThreads, 2) cells_kernel(GuidedBackward args,
         fetch(row + kWarps);
         if (make && active) store(work.grads + (layer + row) * channels + c, d);
         if (!active) d = zero<N>();
-        const float* from = (args.maximum ? work.heads : work.inner) + (layer + row) * pad;
-        float product[kColumns];
+        const float* from = (args.maximum ? work.heads : args.inner_means) + (layer + row) * pad;
+        float product[kTogether];
 #pragma unroll
-        for (int k = 0; k < kColumns; k++) {
+        for (int k = 0; k < kTogether; k++) {
           const bool inside = begin + k <= inner;
           const Lane<N> w = load<N>(proj + min(begin + k, inner) * channels);
           const float coefficient = inside ? from[min(begin + k, inner)] * count : 0.0f;
@@ -349,7 +385,7 @@ __global__ void __launch_bounds__(kThreads, 2) cells_kernel(GuidedBackward args,
           add(&sum[k], coefficient, d);
         }
         const float total = sums_of_warp(product, lane);
-        constexpr int kEach = kWarp / kColumns;
+        constexpr int kEach = kWarp / kTogether;
         if (lane % kEach == 0 && begin + lane / kEach < pad) {
           const int64_t at = (int64_t(blockIdx.y) * args.views * rows + layer + row) * pad;
           work.grad_parts[at + begin + lane / kEach] = total;
@@ -358,15 +394,15 @@ __global__ void __launch_bounds__(kThreads, 2) cells_kernel(GuidedBackward args,
       constexpr int kWidth = kWarp * N;
       __syncthreads();
 #pragma unroll
-      for (int k = 0; k < kColumns; k++) store(shared + ((warp * kColumns + k) * kWarp + lane) * N, sum[k]);
+      for (int k = 0; k < kTogether; k++) store(shared + ((warp * kTogether + k) * kWarp + lane) * N, sum[k]);
       __syncthreads();
-      for (int i = threadIdx.x; i < kColumns * kWidth; i += kThreads) {
+      for (int i = threadIdx.x; i < kTogether * kWidth; i += kThreads) {
         const int k = begin + i / kWidth;
         const int64_t channel = int64_t(blockIdx.y) * kWidth + i % kWidth;
         if (k > inner || channel >= channels) continue;
         float total = 0.0f;
 #pragma unroll
-        for (int w = 0; w < kWarps; w++) total += shared[w * kColumns * kWidth + i];
+        for (int w = 0; w < kWarps; w++) total += shared[w * kTogether * kWidth + i];
         work.proj_parts[((cloud * args.views + view) * (inner + 1) + k) * channels + channel] = total;
       }
     }
@@ -401,25 +437,13 @@ __global__ void __launch_bounds__(kThreads)
   args.grad_proj[i] = sum;
 }
 
-int64_t slices_of(const Guided& args) { return packs(args) ? Walk<4>::slices(args) : Walk<1>::slices(args); }
-
 int blocks_of(int64_t items) { return static_cast<int>((items + kThreads - 1) / kThreads); }
 
 template <typename T, int N>
 int walk_segments(const GuidedBackward& args, const Workspace& work, cudaStream_t stream) {
-  if constexpr (N == 4) {  // half as many channels at once, so that slices of a cloud fit
-    const int arrays = args.ensemble == Ensemble::adaptive ? 2 : 1;
-    const int64_t shared = Stage<2>::bytes(args, arrays) + walk_shared<2>(args);
-    if (shared <= shared_limit(kStaged)) {
-      const int bytes = static_cast<int>(shared);
-      if (const int error = allow_shared(segments_kernel<T, 2, true>, bytes)) return error;
-      segments_kernel<T, 2, true><<<Walk<2>::grid(args), kThreads, bytes, stream>>>(args, work);
-      return cudaGetLastError();
-    }
-  }
   const int shared = walk_shared<N>(args);
-  if (const int error = allow_shared(segments_kernel<T, N, false>, shared)) return error;
-  segments_kernel<T, N, false><<<Walk<N>::grid(args), kThreads, shared, stream>>>(args, work);
+  if (const int error = allow_shared(segments_kernel<T, N>, shared)) return error;
+  segments_kernel<T, N><<<Walk<N>::grid(args), kThreads, shared, stream>>>(args, work);
   return cudaGetLastError();
 }
 
@@ -436,36 +460,48 @@ int backward(const GuidedBackward& args, const Workspace& work, cudaStream_t str
     return cudaMemsetAsync(args.grad_space_bias, 0, column, stream);
   }
   const dim3 grid = Walk<N>::grid(args);
-  if (const int error = attention_forward(args, work.heads, work.inner, stream)) return error;
-  const Rows rows_args{work.heads, work.inner, work.z, nullptr};
-  if (const int error = pool_rows(args, rows_args, false, stream)) return error;
-  if (const int error = token_factors(args, work.z, work.tokens, stream)) return error;
-  if (const int error = walk_segments<T, N>(args, work, stream)) return error;
-  sums_kernel<<<blocks_of(args.layers * args.channels), kThreads, 0, stream>>>(args, work);
-  if (args.ensemble == Ensemble::adaptive) {
-    const dim3 blocks(static_cast<unsigned>((rows + kWarps - 1) / kWarps), grid.y);
-    voxels_kernel<T, N><<<blocks, kThreads, 0, stream>>>(args, work);
+  if (args.maximum) {
+    if (const int error = attention_forward(args, work.heads, work.inner, stream)) return error;
   }
-  const int products = kWarps * kColumns * kWarp * N * static_cast<int>(sizeof(float));
-  const dim3 blocks(static_cast<unsigned>(args.clouds), grid.y);
-  cells_kernel<T, N><<<blocks, kThreads, products, stream>>>(args, work);
-  features_kernel<T, N><<<blocks_of(rows * args.channels / N), kThreads, 0, stream>>>(args, work);
+  const Rows rows_args{work.heads, args.inner_means, work.z, nullptr};
+  if (const int error = pool_rows(args, rows_args, false, stream)) return error;
+  const bool sliced = is_sliced(args);
+  const GradientWork passes = work.sliced();
+  if (sliced) {
+    if (const int error = pull_views(args, passes, stream)) return error;
+    if (const int error = row_gradients(args, passes, stream)) return error;
+  } else {
+    if (const int error = token_factors(args, work.z, work.tokens, stream)) return error;
+    if (const int error = walk_segments<T, N>(args, work, stream)) return error;
+  }
+  sums_kernel<<<static_cast<int>((args.layers * args.channels + kWarp - 1) / kWarp), kThreads, 0, stream>>>(
+      args, work);
+  if (sliced && !args.maximum) {
+    if (const int error = row_products(args, passes, stream)) return error;
+  } else {
+    if (args.ensemble == Ensemble::adaptive) {
+      const dim3 blocks(static_cast<unsigned>((rows + kWarps - 1) / kWarps), grid.y);
+      voxels_kernel<T, N><<<blocks, kThreads, 0, stream>>>(args, work);
+    }
+    const int products = kWarps * kTogether * kWarp * N * static_cast<int>(sizeof(float));
+    const dim3 blocks(static_cast<unsigned>(args.clouds), grid.y);
+    cells_kernel<T, N><<<blocks, kThreads, products, stream>>>(args, work);
+    features_kernel<T, N><<<blocks_of(rows * args.channels / N), kThreads, 0, stream>>>(args, work);
+  }
   proj_kernel<<<blocks_of(args.views * (args.inner + 1) * args.channels), kThreads, 0, stream>>>(
       args, work.proj_parts);
-  return attention_backward(args, work.grad_parts, grid.y, args.maximum, work.grad_heads, work.softmax,
+  return attention_backward(args, work.grad_parts, slices_of_products(args), args.maximum, work.attention,
                             stream);
 }
 
 }  // namespace
 }  // namespace guided
 
-int64_t guided_backward_workspace(const Guided& args) {
-  return guided::Workspace(args, nullptr, guided::slices_of(args)).bytes;
-}
+int64_t guided_backward_workspace(const Guided& args) { return guided::Workspace(args, nullptr).bytes; }
 
 int guided_backward_cuda(const GuidedBackward& args, void* memory, void* stream_) {
   const cudaStream_t stream = static_cast<cudaStream_t>(stream_);
-  const guided::Workspace work(args, memory, guided::slices_of(args));
+  const guided::Workspace work(args, memory);
   return guided::with_packs(args, [&](auto type, auto width) {
     return guided::backward<decltype(type), decltype(width)::value>(args, work, stream);
   });

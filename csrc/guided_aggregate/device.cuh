@@ -193,6 +193,8 @@ struct Tokens {
   }
 };
 
+constexpr int64_t kOptIn = 227 << 10;  // the most that any device has
+
 // Bytes of shared memory that a block may use on this device, at most `most`.
 inline int64_t shared_limit(int64_t most) {
   int device = 0, bytes = 48 << 10;

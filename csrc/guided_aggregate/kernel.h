@@ -75,6 +75,17 @@ struct GuidedLists {
   int32_t *order, *segment, *start, *count;
 };
 
+// Gradients of LayerNorm and product of 16-bit features, given what the product made.
+struct GuidedProductBackward {
+  Dtype dtype;
+  int64_t rows, channels, columns;     // R, C, N
+  const float *grad, *product;         // [R, N]
+  const void *features, *weight;       // [R, C], [N, C] of their dtype
+  const float *sums, *bias, *moments;  // [N], [N], [2, R]
+  void* grad_features;                 // [R, C]
+  float *grad_weight, *grad_bias;      // [N, C], [N]
+};
+
 // LayerNorm and product of 16-bit features: out = LN(x) weight^T + bias.
 struct GuidedProduct {
   Dtype dtype;
@@ -94,6 +105,8 @@ int64_t guided_forward_workspace(const Guided& args);
 int guided_forward_cuda(const GuidedForward& args, void* workspace, void* stream);
 int64_t guided_backward_workspace(const Guided& args);
 int guided_backward_cuda(const GuidedBackward& args, void* workspace, void* stream);
+int64_t guided_product_backward_workspace(const GuidedProductBackward& args);
+int guided_product_backward_cuda(const GuidedProductBackward& args, void* workspace, void* stream);
 bool guided_product_fits(int64_t channels);
 int guided_product_cuda(const GuidedProduct& args, void* stream);
 

@@ -89,6 +89,40 @@ Four lists(const Tensor& cell_, const OptionalTensor& cluster_, int64_t cells) {
   return {order, segment, start, count};
 }
 
+std::tuple<Tensor, Tensor, Tensor> product_backward(const Tensor& grad_, const Tensor& product,
+                                                    const Tensor& features_, const Tensor& low_,
+                                                    const Tensor& sums, const Tensor& bias,
+                                                    const Tensor& moments) {
+  A2P_CHECK(features_.dim() == 3 && low_.dim() == 2, "features: expected [B, S, C]");
+  const Tensor grad = whole(grad_), features = whole(features_), low = whole(low_);
+  const int64_t clouds = features.size(0), tokens = features.size(1), width = features.size(2);
+  GuidedProductBackward args{};
+  args.dtype = dtype_of("features", features);
+  A2P_CHECK((args.dtype == Dtype::f16 || args.dtype == Dtype::bf16) && width % 8 == 0,
+            "features: expected 16 bits and a multiple of 8 channels");
+  args.rows = clouds * tokens;
+  args.channels = width;
+  args.columns = low.size(0);
+  args.grad = floats_of("grad", grad, {clouds, tokens, args.columns}, features);
+  args.product = floats_of("product", product, {clouds, tokens, args.columns}, features);
+  args.features = features.const_data_ptr();
+  args.weight = data_of("low", low, features.scalar_type(), {args.columns, width}, features);
+  args.sums = floats_of("sums", sums, {args.columns}, features);
+  args.bias = floats_of("bias", bias, {args.columns}, features);
+  args.moments = floats_of("moments", moments, {2, args.rows}, features);
+  Tensor grad_features = torch::stable::empty_like(features);
+  Tensor grad_weight = torch::stable::new_empty(features, {args.columns, width}, ScalarType::Float);
+  Tensor grad_bias = torch::stable::new_empty(features, {args.columns}, ScalarType::Float);
+  args.grad_features = grad_features.mutable_data_ptr();
+  args.grad_weight = floats(grad_weight);
+  args.grad_bias = floats(grad_bias);
+  const OnDevice device(features);
+  const Tensor workspace = scratch(features, guided_product_backward_workspace(args));
+  check_cuda("guided_product_backward",
+             guided_product_backward_cuda(args, workspace.mutable_data_ptr(), device.stream));
+  return {grad_features, grad_weight, grad_bias};
+}
+
 std::tuple<Tensor, Tensor> product(const Tensor& features_, const Tensor&, const Tensor& low_,
                                    const Tensor& sums, const Tensor& bias, double eps) {
   A2P_CHECK(features_.dim() == 3 && low_.dim() == 2, "features: expected [B, S, C]");
@@ -275,6 +309,7 @@ STABLE_TORCH_LIBRARY_IMPL(any2point, CPU, m) {
 #ifdef ANY2POINT_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(any2point, CUDA, m) {
   m.impl("_guided_lists", TORCH_BOX(&any2point::lists));
+  m.impl("_guided_product_backward", TORCH_BOX(&any2point::product_backward));
   m.impl("_guided_product", TORCH_BOX(&any2point::product));
   m.impl("_guided_aggregate", TORCH_BOX(&any2point::forward));
   m.impl("_guided_aggregate_backward", TORCH_BOX(&any2point::backward));

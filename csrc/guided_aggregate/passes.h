@@ -12,9 +12,10 @@ namespace guided {
 // over the cells, by segment.
 int attention_forward(const Guided& args, float* heads, float* inner, cudaStream_t stream);
 // parts [slices, V, R, K]: of the gradient of the heads, by token or by segment (the same for all tokens of a
-// cell). grad_heads [V, R, K] and sums [V, R, H, 2] are workspace.
+// cell).
+int64_t attention_backward_workspace(const Guided& args);
 int attention_backward(const GuidedBackward& args, const float* parts, int64_t slices, bool by_token,
-                       float* grad_heads, float* sums, cudaStream_t stream);
+                       void* workspace, cudaStream_t stream);
 
 struct Rows {
   const float *heads, *inner;  // [V, R, K]

@@ -116,48 +116,6 @@ __device__ inline void project(Lane<N> (&acc)[kTile], const float* const (&from)
   }
 }
 
-// A cloud's lists and its channels of a slice in shared memory, where a walk reads them many times. Tokens
-// and places count from the cloud's first.
-template <int N>
-struct Stage {
-  int32_t* order;  // [V, S]
-  int32_t* start;  // [V, S + 1]
-  float* memory;   // what is free
-  int tokens;
-
-  __device__ Stage(const Guided& args, float* shared) : tokens(static_cast<int>(args.tokens)) {
-    const int64_t rows = args.clouds * args.tokens, base = blockIdx.x * args.tokens;
-    const int views = static_cast<int>(args.views);
-    order = reinterpret_cast<int32_t*>(shared);
-    start = order + views * tokens;
-    memory = shared + (views * (2 * tokens + 1) + 3) / 4 * 4;
-    for (int i = threadIdx.x; i < views * tokens; i += blockDim.x) {
-      order[i] = args.order[i / tokens * rows + base + i % tokens] - static_cast<int32_t>(base);
-    }
-    for (int i = threadIdx.x; i < views * (tokens + 1); i += blockDim.x) {
-      start[i] =
-          args.start[i / (tokens + 1) * (rows + 1) + base + i % (tokens + 1)] - static_cast<int32_t>(base);
-    }
-  }
-  // Rows of the cloud at the slice's channels, kWarp * N of them, zeros beyond the last.
-  template <typename T>
-  __device__ float* rows(const Guided& args, const T* from) {
-    constexpr int kWidth = kWarp * N;
-    float* to = memory;
-    memory += tokens * kWidth;
-    from += blockIdx.x * args.tokens * args.channels;
-#pragma unroll 4
-    for (int i = threadIdx.x; i < tokens * kWarp; i += kThreads) {
-      const int64_t c = int64_t(blockIdx.y) * kWidth + i % kWarp * N;
-      const Lane<N> lane = c < args.channels ? load<N>(from + i / kWarp * args.channels + c) : zero<N>();
-      store(to + i * N, lane);
-    }
-    return to;
-  }
-  static int64_t bytes(const Guided& args, int arrays) {
-    return 4 * ((args.views * (2 * args.tokens + 1) + 3) / 4 * 4 + arrays * args.tokens * kWarp * N);
-  }
-};
 constexpr int64_t kStaged = 112 << 10;  // bytes that may be staged: two blocks for each processor
 
 template <int N>

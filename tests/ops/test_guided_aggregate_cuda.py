@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from op_contract import Recorder, assert_same
 from test_guided_aggregate import make
 from test_guided_aggregate_fused import KERNEL, NAMES, composition, derive, shapes
@@ -69,10 +70,24 @@ def test_six_views(width: int, cells: int) -> None:
 
 
 @pytest.mark.parametrize("pooling", ["mean", "max+mean"])
-def test_clouds_that_shared_memory_cannot_hold(pooling: str) -> None:
-    check(
-        make(batch=2, s=700, width=20, views=2, cells=60, hidden=24) | {"training": True, "pooling": pooling}
-    )
+@pytest.mark.parametrize("count", [600, 640, 700])
+def test_clouds_that_shared_memory_can_hold_or_not(count: int, pooling: str) -> None:
+    """A slice's rows, and the queries, keys and values of a view."""
+    kwargs = make(batch=2, s=count, width=20, views=2, cells=60, hidden=24)
+    check(kwargs | {"training": True, "pooling": pooling})
+
+
+def test_views_whose_rows_are_kept_in_turn() -> None:
+    """More rows than a block keeps of all views; columns of the projection in two tiles."""
+    for count, width, views in ((300, 40, 3), (257, 66, 2), (128, 70, 7)):
+        check(make(batch=2, s=count, width=width, views=views, cells=900, hidden=18) | {"training": True})
+
+
+def test_tokens_without_a_voxel() -> None:
+    kwargs = make(batch=3, s=40, width=72, views=3, cells=9, hidden=6)
+    kwargs["cluster"][0, ::2] = -1
+    kwargs["cluster"][2] = -1
+    check(kwargs | {"training": True})
 
 
 @pytest.mark.parametrize("pooling", ["mean", "max+mean"])
@@ -152,6 +167,33 @@ def test_low_precision_errs_like_the_composition(dtype: torch.dtype, name: str, 
 
 def _floats(x: Any) -> bool:
     return isinstance(x, Tensor) and x.is_floating_point()
+
+
+# Tokens, channels and columns: less than a tile, no multiples, more than at once.
+PRODUCTS = [(5, 8, 3), (70, 104, 36), (128, 192, 224), (150, 200, 216), (300, 136, 250)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("sizes", PRODUCTS)
+def test_gradient_of_the_product(dtype: torch.dtype, sizes: tuple[int, int, int]) -> None:
+    """Operands and the tokens' gradient are rounded to the features' dtype, nothing else."""
+    rows, width, columns = sizes
+    torch.manual_seed(rows)
+    x = (2 + 3 * torch.randn(1, rows, width, device="cuda")).to(dtype)
+    low = torch.randn(columns, width, device="cuda").to(dtype)
+    bias, grad = torch.randn(columns, device="cuda"), torch.randn(1, rows, columns, device="cuda")
+    leaves = [tensor.double().requires_grad_() for tensor in (x, low, bias)]
+    product = F.linear(F.layer_norm(leaves[0], (width,)), *leaves[1:])
+    want = torch.autograd.grad(product, leaves, grad.double())
+    wide = x[0].double()
+    moments = torch.stack([wide.mean(1), (wide.var(1, unbiased=False) + 1e-5).rsqrt()]).float()
+    args = grad, product.detach().float(), x, low, low.float().sum(1), bias, moments
+    got = torch.ops.any2point._guided_product_backward(*args)
+    bound = 5e-4 if dtype == torch.float16 else 4e-3
+    for value, exact, most in zip(got, want, (bound, bound, 1e-6), strict=True):
+        assert float((value.double() - exact).norm() / exact.norm()) < most
+    assert_same(torch.ops.any2point._guided_product_backward(*args), got)
+    torch.library.opcheck(torch.ops.any2point._guided_product_backward, args)
 
 
 def test_voxels_across_clouds_of_six_views() -> None:

@@ -1,0 +1,373 @@
+// Gradients of the activations of all rows, with the sums that batch normalisation's gradient needs.
+//
+// A block takes a cloud and 64 channels and the rows of the views: dy from the tokens of a row, while g stays
+// in shared memory, from where the second half collects ds of every token. Views whose rows do not fit at
+// once are taken in turn. Factors come with offsets in bytes, which saves most of the arithmetic of a token.
+#include "guided_aggregate/gradient.cuh"
+
+namespace any2point {
+namespace guided {
+namespace {
+
+constexpr int kRowThreads = kRowWarps * kWarp;
+constexpr int kVoxelWarps = 8;
+constexpr int kAhead = 3;  // rows on their way
+
+// Activations wait for the tokens in 16 bits of more digits than the features' if those have 16.
+template <typename T>
+using Kept = std::conditional_t<std::is_same_v<T, float>, float, Half>;
+
+__device__ inline void keep(float* to, const Lane<2>& lane) { store(to, lane); }
+__device__ inline void keep(Half* to, const Lane<2>& lane) {
+  Lane<2> bound;
+#pragma unroll
+  for (int n = 0; n < 2; n++) bound.at[n] = fminf(fmaxf(lane.at[n], -65504.0f), 65504.0f);
+  store(to, bound);
+}
+
+__device__ inline float bits(uint32_t value) { return __uint_as_float(value); }
+
+// What all channels agreed on, as factors of each token: of G and of s in dg_v, of g_v in ds; and where in
+// memory the rows are that they belong to. A block takes tokens of a cloud, a thread a token and view.
+__global__ void __launch_bounds__(kThreads)
+    factors_kernel(GuidedBackward args, GradientWork work, int kept, int element, int row_bytes, int each) {
+  extern __shared__ float4 room[];
+  float4* const before = room;  // [each, V]: weight, pull, part of s in ds
+  int32_t* const held = reinterpret_cast<int32_t*>(before + each * args.views);  // [V]: rows
+  int32_t* const firsts = held + args.views;  // [V]: where a view's rows begin
+  const int tokens = static_cast<int>(args.tokens), views = static_cast<int>(args.views);
+  const int64_t rows = args.clouds * args.tokens, base = blockIdx.x * args.tokens;
+  const int first = blockIdx.y * each, mine = min(each, tokens - first), all = mine * views;
+  const float* agreement = args.agreement + base;
+  const auto norm_of = [&](int64_t at) { return fmaxf(sqrtf(agreement[at]), kNorm); };
+  const int slices = slices_of(args, kPulled);
+  for (int i = threadIdx.x; i < views; i += kThreads) held[i] = args.count[i * args.clouds + blockIdx.x];
+  for (int i = threadIdx.x; i < all; i += kThreads) {
+    const int view = i / mine, token = first + i - view * mine;
+    float pull = 0.0f;
+#pragma unroll 4
+    for (int s = 0; s < slices; s++) pull += work.pulls[(int64_t(s) * views + view) * rows + base + token];
+    const float norm = norm_of((views + view) * rows + token), length = norm_of(2 * views * rows + token);
+    const float cosine = agreement[view * rows + token] / (norm * length);
+    before[(token - first) * views + view] = make_float4((cosine + 1.0f) / 2.0f, pull, 0.0f, cosine);
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    for (int view = 0, last = 0, row = 0; view < views; view++) {
+      if (view == last) {
+        last = last_of_group(held, view, views, kept, kRowWarps);
+        row = 0;
+      }
+      firsts[view] = row;
+      row += held[view];
+    }
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < all; i += kThreads) {
+    const int view = i / mine, token = first + i - view * mine, own = (token - first) * views;
+    float total = 0.0f, mean = 0.0f;
+    for (int v = 0; v < views; v++) total += before[own + v].x;
+    total = fmaxf(total, kTiny);
+    for (int v = 0; v < views; v++) mean = fmaf(before[own + v].x / total, before[own + v].y, mean);
+    const float norm = norm_of((views + view) * rows + token), length = norm_of(2 * views * rows + token);
+    const float du = 0.5f * args.coefficient * (before[own + view].y - mean) / total;
+    const float alpha = du / (norm * length), bent = -du * before[own + view].w;
+    const int64_t voxel = args.segment[views * rows + base + token];
+    const uint32_t channels = static_cast<uint32_t>(args.channels);
+    work.tokens[view * rows + base + token] =
+        make_float4(args.coefficient * before[own + view].x / total, alpha, bits(token * channels * element),
+                    bits(uint32_t(voxel >= 0 ? voxel : rows) * channels * 4));
+    work.bents[view * rows + base + token] = norm > kNorm ? bent / norm / norm : 0.0f;
+    const int row = static_cast<int>(args.segment[view * rows + base + token] - base) + firsts[view];
+    work.pairs[(base + token) * views + view] = make_float2(alpha, bits(row * row_bytes));
+    before[own + view].z = length > kNorm ? bent / length / length : 0.0f;
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < mine; i += kThreads) {
+    float sum = 0.0f;
+    for (int v = 0; v < views; v++) sum += before[i * views + v].z;
+    work.gammas[base + first + i] = sum;
+  }
+}
+
+// Offsets into the shared memory of a block of rows_kernel.
+struct Layout {
+  int place;  // float4 [V, S]: factors of G and s, offsets in bytes of G and s
+  int pair;   // float2 [S, V]: factor of g_v in ds, offset of its row
+  int cell;   // float2 [V, S]: factor of g in dg, begin and end among the places
+  int gamma;  // float [S]: factor of s in ds
+  int voxel;  // int [S]
+  int held;   // int [V]: rows
+  int sums;   // float2 [warps, channels]
+  int rows;   // [kept, channels]: g
+  int bytes = 0;
+
+  __host__ __device__ Layout(const Guided& args, int kept, int element) {
+    const int tokens = static_cast<int>(args.tokens), views = static_cast<int>(args.views);
+    place = take(16 * views * tokens);
+    pair = take(8 * views * tokens);
+    cell = take(8 * views * tokens);
+    gamma = take(4 * tokens);
+    voxel = take(4 * tokens);
+    held = take(4 * views);
+    sums = take(8 * kRowWarps * kSlice);
+    const int row = kept * kSlice * element, before = 4 * views * tokens;
+    rows = take(row > before ? row : before);
+  }
+  __host__ __device__ int take(int size) {
+    const int at = bytes;
+    bytes += (size + 15) / 16 * 16;
+    return at;
+  }
+};
+
+template <typename T>
+__global__ void __launch_bounds__(kRowThreads, 3)
+    rows_kernel(GuidedBackward args, GradientWork work, int kept) {
+  extern __shared__ float4 room[];
+  using Row = Kept<T>;
+  char* shared = reinterpret_cast<char*>(room);
+  const Layout layout(args, kept, sizeof(Row));
+  float4* place = reinterpret_cast<float4*>(shared + layout.place);
+  float2* pair = reinterpret_cast<float2*>(shared + layout.pair);
+  float2* cells = reinterpret_cast<float2*>(shared + layout.cell);
+  float* gamma = reinterpret_cast<float*>(shared + layout.gamma);
+  int32_t* voxels = reinterpret_cast<int32_t*>(shared + layout.voxel);
+  int32_t* held = reinterpret_cast<int32_t*>(shared + layout.held);
+  float2* sums = reinterpret_cast<float2*>(shared + layout.sums);
+  float* bents = reinterpret_cast<float*>(shared + layout.rows);  // [V, S]: by place, first of all
+
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int tokens = static_cast<int>(args.tokens), views = static_cast<int>(args.views);
+  const int channels = static_cast<int>(args.channels);
+  const int64_t rows = args.clouds * args.tokens, base = blockIdx.x * args.tokens;
+  const int own = blockIdx.y * kSlice + 2 * lane, c = own < channels ? own : 0;
+  const bool active = own < channels;
+
+  for (int i = threadIdx.x; i < views; i += kRowThreads) held[i] = args.count[i * args.clouds + blockIdx.x];
+  for (int i = threadIdx.x; i < tokens; i += kRowThreads) {
+    voxels[i] = args.segment[views * rows + base + i];
+    gamma[i] = work.gammas[base + i];
+  }
+  for (int v = 0; v < views; v++) {
+    const int64_t layer = v * rows + base;
+    for (int i = threadIdx.x; i < tokens; i += kRowThreads) {
+      const int64_t token = v * rows + args.order[layer + i];
+      place[v * tokens + i] = work.tokens[token];
+      bents[v * tokens + i] = work.bents[token];
+      const int32_t* start = args.start + v * (rows + 1) + base + i;
+      const int begin = static_cast<int>(start[0] - base), end = static_cast<int>(start[1] - base);
+      cells[v * tokens + i].y = bits(begin | end << 16);
+    }
+  }
+  for (int i = threadIdx.x; i < views * tokens; i += kRowThreads) pair[i] = work.pairs[base * views + i];
+  __syncthreads();
+  for (int v = 0; v < views; v++) {
+    for (int i = threadIdx.x; i < tokens; i += kRowThreads) {
+      const uint32_t range = __float_as_uint(cells[v * tokens + i].y);
+      float sum = 0.0f;
+      for (uint32_t p = range & 0xffff; p < range >> 16; p++) sum += bents[v * tokens + p];
+      cells[v * tokens + i].x = sum;
+    }
+  }
+  __syncthreads();
+
+  const char* grad = reinterpret_cast<const char*>(static_cast<const T*>(args.grad) + base * channels + c);
+  const char* space = reinterpret_cast<const char*>(work.space + c);
+  float* grad_space = work.grad_space + base * channels + c;
+  char* kept_g = shared + layout.rows + 2 * lane * sizeof(Row);
+  for (int view = 0, last; view < views; view = last) {
+    last = last_of_group(held, view, views, kept, kRowWarps);
+    const int parts = kRowWarps / (last - view), part = warp % parts, v = view + warp / parts;
+    if (v < last) {
+      const Norm<2> norm(args, args.mean, args.deviation, v, c);
+      const Lane<2> inverse = load<2>(args.deviation + v * channels + c);
+      const float4* places = place + v * tokens;
+      const float2* cell = cells + v * tokens + part;
+      const float2* const end = cells + v * tokens + held[v];
+      const int64_t at = (v * rows + base + part) * channels + c, step = int64_t(parts) * channels;
+      const float* z = work.z + at;
+      float* out = work.dy + at;
+      int row_at = part;
+      for (int u = view; u < v; u++) row_at += held[u];
+      char* g_at = kept_g + row_at * kSlice * sizeof(Row);
+      Lane<2> plain = zero<2>(), scaled = zero<2>(), ahead[kAhead];
+#pragma unroll
+      for (int i = 0; i < kAhead; i++) {
+        if (cell + i * parts < end) ahead[i] = load<2>(z);
+        z += step;
+      }
+      for (; cell < end; cell += parts) {
+        const Lane<2> row = ahead[0];
+#pragma unroll
+        for (int i = 0; i + 1 < kAhead; i++) ahead[i] = ahead[i + 1];
+        if (cell + kAhead * parts < end) ahead[kAhead - 1] = load<2>(z);
+        z += step;
+        Lane<2> dg = zero<2>();
+        const float2 mine = *cell;
+        const uint32_t range = __float_as_uint(mine.y);
+        const float4 *p = places + (range & 0xffff), *stop = places + (range >> 16);
+#pragma unroll 2
+        for (; p < stop; p++) {
+          const float4 factors = *p;
+          add(&dg, factors.x, load<2>(reinterpret_cast<const T*>(grad + __float_as_uint(factors.z))));
+          add(&dg, factors.y, load<2>(reinterpret_cast<const float*>(space + __float_as_uint(factors.w))));
+        }
+        Lane<2> g, dy;
+#pragma unroll
+        for (int n = 0; n < 2; n++) {
+          const float centered = row.at[n] - norm.center.at[n];
+          const Gelu both = gelu(fmaf(centered, norm.scale.at[n], norm.bias.at[n]));
+          g.at[n] = both.value;
+          dy.at[n] = fmaf(mine.x, both.value, dg.at[n]) * both.slope;
+          plain.at[n] += dy.at[n];
+          scaled.at[n] = fmaf(dy.at[n], centered * inverse.at[n], scaled.at[n]);
+        }
+        keep(reinterpret_cast<Row*>(g_at), g);
+        g_at += parts * kSlice * sizeof(Row);
+        if (active) store(out, dy);
+        out += step;
+      }
+#pragma unroll
+      for (int n = 0; n < 2; n++) {
+        sums[warp * kSlice + 2 * lane + n] = make_float2(plain.at[n], scaled.at[n]);
+      }
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < (last - view) * kSlice; i += kRowThreads) {
+      const int column = i % kSlice, of = i / kSlice, channel = blockIdx.y * kSlice + column;
+      float2 sum = make_float2(0.0f, 0.0f);
+      for (int w = of * parts; w < (of + 1) * parts; w++) {
+        sum.x += sums[w * kSlice + column].x;
+        sum.y += sums[w * kSlice + column].y;
+      }
+      if (channel < channels) {
+        work.parts[(blockIdx.x * args.layers + view + of) * channels + channel] = sum;
+      }
+    }
+#pragma unroll 2
+    for (int token = warp; token < tokens; token += kRowWarps) {
+      const int voxel = voxels[token];
+      float* to = grad_space + token * channels;
+      Lane<2> ds = zero<2>();
+      if (view > 0) {
+        ds = load<2>(to);
+      } else if (voxel >= 0) {
+        add(&ds, gamma[token], load<2>(work.space + int64_t(voxel) * channels + c));
+      }
+      const float2* pairs = pair + token * views;
+#pragma unroll 6
+      for (int w = view; w < last; w++) {
+        const float2 factor = pairs[w];
+        add(&ds, factor.x, load<2>(reinterpret_cast<const Row*>(kept_g + __float_as_uint(factor.y))));
+      }
+      if (active) store(to, ds);
+    }
+    __syncthreads();
+  }
+}
+
+// What the tokens of a voxel want of it, and which of them have its maximum. Voxels are dealt to the clouds
+// in turn: they need not belong to one.
+template <typename T>
+__global__ void __launch_bounds__(kVoxelWarps* kWarp) voxels_kernel(GuidedBackward args, GradientWork work) {
+  __shared__ float2 sums[kVoxelWarps][kSlice];
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int tokens = static_cast<int>(args.tokens), channels = static_cast<int>(args.channels);
+  const int64_t rows = args.clouds * args.tokens, layer = args.views;
+  const int own = blockIdx.y * kSlice + 2 * lane, c = own < channels ? own : 0;
+  const bool active = own < channels;
+  const int32_t *order = args.order + layer * rows, *start = args.start + layer * (rows + 1);
+  const Norm<2> norm(args, args.mean, args.deviation, layer, c);
+  const Lane<2> inverse = load<2>(args.deviation + layer * channels + c);
+  const T* x = static_cast<const T*>(args.features) + c;
+  const float* wanted = work.grad_space + c;
+  const int words = 2 * gridDim.y;
+  Lane<2> plain = zero<2>(), scaled = zero<2>();
+  for (int k = warp; k < tokens; k += kVoxelWarps * kWarp) {
+    const int mine = k + lane * kVoxelWarps;
+    const int64_t voxel = mine * args.clouds + blockIdx.x;
+    const int begin = mine < tokens ? start[voxel] : 0, end = mine < tokens ? start[voxel + 1] : 0;
+    const int token = begin < end ? order[begin] : 0;
+    unsigned held = __ballot_sync(kAll, begin < end);
+    for (; held; held &= held - 1) {
+      const int from = __ffs(held) - 1, stop = __shfl_sync(kAll, end, from);
+      const int64_t at = (layer * rows + __shfl_sync(kAll, voxel, from)) * channels + c;
+      const int place = __shfl_sync(kAll, begin, from);
+      int next = __shfl_sync(kAll, token, from), first[2] = {next, next};
+      const Lane<2> row = load<2>(work.z + at);
+      Lane<2> most = load<2>(x + int64_t(next) * channels), dg = load<2>(wanted + int64_t(next) * channels);
+      for (int p = place + 1; p < stop; p++) {
+        next = order[p];
+        const Lane<2> value = load<2>(x + int64_t(next) * channels);
+        add(&dg, 1.0f, load<2>(wanted + int64_t(next) * channels));
+#pragma unroll
+        for (int n = 0; n < 2; n++) {
+          if (!exceeds(value.at[n], most.at[n])) continue;
+          most.at[n] = value.at[n];
+          first[n] = next;
+        }
+      }
+      for (int p = place; p < stop; p++) {
+        next = order[p];
+#pragma unroll
+        for (int n = 0; n < 2; n++) {
+          const unsigned bits = __ballot_sync(kAll, first[n] == next);
+          if (lane == 0) work.won[int64_t(next) * words + 2 * blockIdx.y + n] = bits;
+        }
+      }
+      Lane<2> dy;
+#pragma unroll
+      for (int n = 0; n < 2; n++) {
+        const float centered = row.at[n] - norm.center.at[n];
+        dy.at[n] = dg.at[n] * gelu(fmaf(centered, norm.scale.at[n], norm.bias.at[n])).slope;
+        plain.at[n] += dy.at[n];
+        scaled.at[n] = fmaf(dy.at[n], centered * inverse.at[n], scaled.at[n]);
+      }
+      if (active) store(work.dy + at, dy);
+    }
+  }
+#pragma unroll
+  for (int n = 0; n < 2; n++) sums[warp][2 * lane + n] = make_float2(plain.at[n], scaled.at[n]);
+  __syncthreads();
+  const int channel = blockIdx.y * kSlice + threadIdx.x;
+  if (threadIdx.x >= kSlice || channel >= channels) return;
+  float2 sum = make_float2(0.0f, 0.0f);
+#pragma unroll
+  for (int w = 0; w < kVoxelWarps; w++) {
+    sum.x += sums[w][threadIdx.x].x;
+    sum.y += sums[w][threadIdx.x].y;
+  }
+  work.parts[(blockIdx.x * args.layers + layer) * channels + channel] = sum;
+}
+
+}  // namespace
+
+int64_t rows_shared(const Guided& args) {
+  const int element = args.dtype == Dtype::f32 ? 4 : 2;
+  return Layout(args, kept_rows(args), element).bytes;
+}
+
+int row_gradients(const GuidedBackward& args, const GradientWork& work, cudaStream_t stream) {
+  const dim3 grid(static_cast<unsigned>(args.clouds), slices_of(args, kSlice));
+  const int bytes = static_cast<int>(rows_shared(args));
+  const int kept = kept_rows(args);
+  const int each = static_cast<int>(kThreads / args.views > 0 ? kThreads / args.views : 1);  // tokens
+  const int factors = static_cast<int>((16 * each + 8) * args.views);
+  const dim3 blocks(grid.x, static_cast<unsigned>((args.tokens + each - 1) / each));
+  int error = allow_shared(factors_kernel, factors);
+  if (error) return error;
+  with_type(args.dtype, [&](auto type) {
+    using T = decltype(type);
+    error = allow_shared(rows_kernel<T>, bytes);
+    if (error) return;
+    factors_kernel<<<blocks, kThreads, factors, stream>>>(args, work, kept, static_cast<int>(sizeof(T)),
+                                                          static_cast<int>(kSlice * sizeof(Kept<T>)), each);
+    rows_kernel<T><<<grid, kRowThreads, bytes, stream>>>(args, work, kept);
+    voxels_kernel<T><<<grid, kVoxelWarps * kWarp, 0, stream>>>(args, work);
+  });
+  return error ? error : cudaGetLastError();
+}
+
+}  // namespace guided
+}  // namespace any2point
