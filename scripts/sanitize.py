@@ -78,8 +78,10 @@ def projected(centers: Tensor, table: Tensor, views: Tensor, **options: Any) -> 
     return found.encoding, found.cell
 
 
-def local(features: Tensor, neighbors: int, hidden: int, units: int, normalize: str) -> Tensor:
-    """Local aggregation in evaluation with random weights, the same on every device."""
+def local(
+    features: Tensor, neighbors: int, hidden: int, units: int, normalize: str, *, training: bool = False
+) -> Tensor:
+    """Local aggregation with random weights, the same on every device."""
     batch, count, width = features.shape
     generator = torch.Generator().manual_seed(0)
     double = 2 * width
@@ -92,7 +94,7 @@ def local(features: Tensor, neighbors: int, hidden: int, units: int, normalize: 
 
     made = [
         ops.ResidualUnit(
-            normal(hidden, double) / double**0.5,
+            (normal(hidden, double) / double**0.5).requires_grad_(training),
             normal(hidden),
             norm(hidden),
             normal(double, hidden) / hidden**0.5,
@@ -107,8 +109,25 @@ def local(features: Tensor, neighbors: int, hidden: int, units: int, normalize: 
     neighbor[0, 3, -2:] = -1
     device = features.device
     rows = points.to(device), features, center.to(device), neighbor.to(device)
-    with torch.no_grad():
-        return ops.local_aggregate(*rows, made, normalize=normalize)
+    with torch.set_grad_enabled(training):
+        return ops.local_aggregate(*rows, made, normalize=normalize, training=training)
+
+
+def trained(name: str, features: Tensor, *sizes: int) -> None:
+    """Local aggregation in training: as a whole near the CPU's, as a few maxima and ReLUs go another way."""
+    if not name.startswith(tuple(sys.argv[1:]) or ""):
+        return
+    results = []
+    for device in ("cpu", "cuda"):
+        moved = features.to(device).requires_grad_()
+        out = local(moved, *sizes, "scan", training=True)
+        (grad,) = torch.autograd.grad(out.float().square().sum(), moved)
+        results.append([x.detach().cpu().float() for x in (out, grad)])
+    for cpu, cuda, most in zip(*results, (0.1, 0.5), strict=True):  # a maximum moves its gradient elsewhere
+        error = float((cuda - cpu).norm() / cpu.norm())
+        if not error < most:
+            raise AssertionError(f"{name}: relative error {error}")
+    print("ok", name, flush=True)
 
 
 def main() -> int:
@@ -200,6 +219,10 @@ def main() -> int:
         for normalize in ("scan", "mn40"):
             name = f"local C={width} K={neighbors} H={hidden} {dtype} {normalize}"
             compare(name, local, features, neighbors, hidden, units, normalize)
+    for width, neighbors, hidden, units in ((96, 81, 96, 2), (192, 20, 192, 1), (384, 81, 32, 1)):
+        for dtype in (torch.float16, torch.bfloat16):
+            features = torch.randn(2, 90, width).to(dtype)
+            trained(f"local training C={width} {dtype}", features, neighbors, hidden, units)
     torch.cuda.synchronize()
     return 0
 

@@ -268,10 +268,14 @@ def calls_of(case: Case, provider: Provider, mode: str, function: Callable[..., 
     return calls
 
 
+@functools.lru_cache(maxsize=1)
+def _drawn(shape: torch.Size) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+
+
 def _gradient(out: torch.Tensor) -> torch.Tensor:
     """Drawn on the CPU, because a failed capture leaves the GPU's generator unusable."""
-    drawn = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
-    return drawn.to(out)
+    return _drawn(out.shape).to(out, copy=True)
 
 
 def _both(run: Call, leaves: list[torch.Tensor], grad: torch.Tensor) -> Any:

@@ -33,10 +33,10 @@
 // A bound for one kind of work: updating all points by all picks without pruning would be 0.56 ms of
 // arithmetic at 100,000, 56 ms at 1,000,000. What limits: the two meetings of a round with the waiting there
 // (44 % of the time with 98 blocks; the second, at the end of the longest chain of settling, is the longer);
-// at a million, those and the box tests. Counters (16,384; 100,000; a million): of the 25.3, 24.2, 22.6 cycles
-// that a warp spends on an instruction it waits 14.9, 14.4, 12.2 at barriers, most of it for the warp that
-// polls the other blocks, 2.7 to 2.9 for the instruction before, 1.7, 1.6, 2.4 for shared memory, 1.1 to 1.4
-// for L2; issue slots 32, 33, 35 % of their peak, L2 2 to 3 %, DRAM nothing.
+// at a million, those and the box tests. Counters (16,384; 100,000; a million): of the 25.3, 24.2, 22.6
+// cycles that a warp spends on an instruction it waits 14.9, 14.4, 12.2 at barriers, most of it for the warp
+// that polls the other blocks, 2.7 to 2.9 for the instruction before, 1.7, 1.6, 2.4 for shared memory, 1.1
+// to 1.4 for L2; issue slots 32, 33, 35 % of their peak, L2 2 to 3 %, DRAM nothing.
 //
 // Of 8 points a thread 64 registers are too few. What is the same in all threads, and the blocks' largest
 // levels, are therefore in shared memory: spilled, they came from L2, 8,090 us at a million.

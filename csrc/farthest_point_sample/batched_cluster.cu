@@ -21,10 +21,10 @@
 // Floor: a kernel of one pick a step takes at least 80 to 100 us for 512 picks. What limits: the latency of
 // short dependent phases between barriers, with four warps to a scheduler. Counters (32 x 1,024, 2,048,
 // 8,192): of the 7.7, 7.4, 8.4 cycles that a warp spends on an instruction it waits 2.0, 1.8, 1.7 for the one
-// before, 1.4, 1.4, 1.0 for shared memory, 1.2, 1.1, 1.8 at barriers of the block, 0.4 at those of the cluster
-// (8,192), and 0.9 for its turn; issue slots 52, 54, 48 % of their peak, shared memory with L1 34, 38, 34 %,
-// L2 and DRAM nothing. 71,000 instructions a scheduler at 1,024 points would be 36 us without any waiting,
-// 98,000 at 2,048 49. At 1,024 points 12,000 cycles are the sort, 20,000 the single picks, and a
+// before, 1.4, 1.4, 1.0 for shared memory, 1.2, 1.1, 1.8 at barriers of the block, 0.4 at those of the
+// cluster (8,192), and 0.9 for its turn; issue slots 52, 54, 48 % of their peak, shared memory with L1 34,
+// 38, 34 %, L2 and DRAM nothing. 71,000 instructions a scheduler at 1,024 points would be 36 us without any
+// waiting, 98,000 at 2,048 49. At 1,024 points 12,000 cycles are the sort, 20,000 the single picks, and a
 // round takes 1,100 (candidates), 1,500 (pairs), 2,100 (settling) and 1,600 (update). At 8,192 the update,
 // and the waiting for the block whose update is the longest, are 340,000 of 610,000 cycles.
 //

@@ -6,12 +6,13 @@
 // finds its place among the points by counting.
 //
 // H200, 32 x (8,192 points and 2,048 queries): 49 us, where one sort for all clouds, with extents and places,
-// takes 83. Floor: 1.5 us for the bytes. A block is alone on its processor; by its clock in an earlier form, in
-// us: extent 2.9, usual extent 5.1, places 16.0, three passes 6.2 each, exchanges 0.7 each, output 4.1. Places
-// are instructions, passes the latency of ballots and counters with 8 warps on a scheduler. Counters: issue
-// slots 53 % of their peak on the 32 processors, L1 with shared memory 27 %, L2 4 %, DRAM 2 %; of the 14.9
-// cycles that a warp spends on an instruction it waits 4.3 for its turn, 3.8 for the integer pipe, 1.7 for the
-// one before, 1.2 at barriers. Next: equal digits by bits set in shared memory, as in inverse_list/cluster.cu.
+// takes 83. Floor: 1.5 us for the bytes. A block is alone on its processor; by its clock in an earlier form,
+// in us: extent 2.9, usual extent 5.1, places 16.0, three passes 6.2 each, exchanges 0.7 each, output 4.1.
+// Places are instructions, passes the latency of ballots and counters with 8 warps on a scheduler. Counters:
+// issue slots 53 % of their peak on the 32 processors, L1 with shared memory 27 %, L2 4 %, DRAM 2 %; of
+// the 14.9 cycles that a warp spends on an instruction it waits 4.3 for its turn, 3.8 for the integer
+// pipe, 1.7 for the one before, 1.2 at barriers. Next: digits counted by atomics in shared memory, as in
+// inverse_list/cluster.cu.
 #include "knn/curve.cuh"
 #include "knn/tree_sort.cuh"
 
