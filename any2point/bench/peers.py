@@ -242,8 +242,10 @@ def torch_virtual_project(*args: Any, **options: Any) -> Any:
     return reference.virtual_project(*args, **options, interpolate=interpolate)
 
 
-def torch_local_aggregate(points: Tensor, features: Tensor, *args: Any, **options: Any) -> Tensor:
-    """The specification, with indexing; of 16-bit features under autocast."""
+def torch_local_aggregate(
+    points: Tensor, features: Tensor, *args: Any, operand_dtype: torch.dtype | None = None, **options: Any
+) -> Tensor:
+    """The specification, with indexing; of 16-bit features under autocast. `operand_dtype` is for kernels."""
     if features.dtype == torch.float32:
         return reference.local_aggregate(points, features, *args, **options, group=torch_group)
     with torch.autocast(features.device.type, features.dtype):
