@@ -37,7 +37,7 @@ def is_stacked(encoder: AdaptedEncoder, tokens: Tensor) -> bool:
     dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else dtype
     batch, count, width = tokens.shape
     length = batch if encoder.axis == "batch" else encoder.prefix + count
-    if not attends(dtype, length, width // first.attn.heads):
+    if not attends(dtype, length, width // first.attn.heads, tokens.get_device()):
         return False
     adapters: list[Any] = [guided.adapter for guided in encoder.adapters]
     return all(adapter.joins(tokens, dtype, block.ls2) for adapter, block in zip(adapters, blocks))

@@ -138,7 +138,8 @@ def attend(
 ) -> Tensor:
     """Attention `[B, T, 3 C]` -> `[B, T, C]` over the tokens of a cloud, or over the batch of a slot."""
     length = qkv.shape[0 if over_batch else 1]
-    if not (causal or dropout) and _fused(qkv) and attends(qkv.dtype, length, qkv.shape[-1] // 3 // heads):
+    width = qkv.shape[-1] // 3 // heads
+    if not (causal or dropout) and _fused(qkv) and attends(qkv.dtype, length, width, qkv.get_device()):
         return attend_stacked(qkv, heads, len(qkv), 0, over_batch=over_batch)
     # Not three indices: the gradient of `unbind` is one pass.
     parts = qkv.unflatten(-1, (3, heads, -1)).unbind(2)
@@ -147,13 +148,15 @@ def attend(
     return (y.permute(2, 0, 1, 3) if over_batch else y.transpose(1, 2)).flatten(2)
 
 
-def attends(dtype: torch.dtype, length: int, width: int) -> bool:
-    """Whether the attention kernel takes sequences of this length and heads of this width."""
+def attends(dtype: torch.dtype, length: int, width: int, device: int) -> bool:
+    """Whether the attention kernel takes sequences of this length and heads of this width, on this GPU."""
     if dtype not in (torch.float16, torch.bfloat16):
         return False
-    from any2point.triton.attention import HEAD_WIDTHS, LONGEST
+    from any2point.triton.attention import HEAD_WIDTHS, LONGEST, shared_memory
+    from any2point.triton.block import shared_memory_of
 
-    return width in HEAD_WIDTHS and length <= LONGEST
+    fits = width in HEAD_WIDTHS and length <= LONGEST
+    return fits and shared_memory(width) <= shared_memory_of(device)
 
 
 def attend_stacked(qkv: Tensor, heads: int, batch: int, prefix: int, *, over_batch: bool) -> Tensor:
@@ -167,7 +170,7 @@ def hidden_layer(x: Tensor, layer: Linear, activation: str) -> Tensor | None:
     """`activation(layer(x))` of a frozen layer in one kernel, or None where there is none or none as fast."""
     if x.dtype not in (torch.float16, torch.bfloat16) or not in_kernels(x) or not _has_tma(x.get_device()):
         return None
-    from any2point.triton.mlp import ACTIVATIONS, FEWEST, hidden
+    from any2point.triton.mlp import ACTIVATIONS, FEWEST, Hidden
 
     if activation not in ACTIVATIONS or x.numel() < FEWEST * x.shape[-1]:
         return None
@@ -177,12 +180,14 @@ def hidden_layer(x: Tensor, layer: Linear, activation: str) -> Tensor | None:
     if x.shape[-1] % 8 or len(layer.weight) % 8 or not x.dtype == _of_products(x.dtype) == dtype:
         return None
     weight, bias = layer.rounded(dtype)
-    return hidden(x, weight, bias, activation)
+    return Hidden.apply(x, weight, bias, activation)
 
 
 @functools.cache
 def _has_tma(device: int) -> bool:
-    return torch.cuda.get_device_capability(device) >= (9, 0)
+    from any2point.triton.block import shared_memory_of
+
+    return torch.cuda.get_device_capability(device) >= (9, 0) and shared_memory_of(device) >= 200_000
 
 
 def quick_gelu(x: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from any2point.triton.block import load_stacked, rows_of, unstacked
+from any2point.triton.block import load_stacked, rows_of, shared_memory_of, unstacked
 
 WIDEST = 64  # bottleneck
 
@@ -177,7 +177,7 @@ def _sizes(count: int, width: int, rank: int, dtype: torch.dtype, *, backward: b
         "DTYPE": {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}.get(dtype, tl.float32),
         "PRECISION": "tf32" if tf32 or dtype != torch.float32 else "ieee",
         "num_warps": 4,
-        "num_stages": 3 if backward else 2,
+        "num_stages": (3 if rows < 64 else 2) if backward else 2,
     }
 
 
@@ -227,6 +227,8 @@ class AdapterJoin(torch.autograd.Function):
         rank, width = down.shape
         count = len(hidden)
         sizes = _sizes(count, width, rank, ctx.dtype, backward=True)
+        if y.is_cuda and shared_memory_of(y.get_device()) < 120_000:
+            sizes["num_stages"] = 1
         tiles = triton.cdiv(count, sizes["ROWS"])
         lengths = [rank * width, rank, rank * width, width]
         parts = torch.empty(tiles, sum(lengths), dtype=torch.float32, device=y.device)

@@ -28,6 +28,11 @@ _ROWS = 64  # queries at a time
 _ROWS_BACKWARD = 128
 
 
+def shared_memory(width: int) -> int:
+    """Bytes that the backward pass, which needs most, takes of shared memory for heads of this width."""
+    return 28_800 + 1_600 * width
+
+
 @triton.jit
 def _place(group, batch, tokens, prefix, OVER_BATCH: tl.constexpr):
     """A sequence's first row, rows from one of its members to the next, and what those behind leap over."""

@@ -10,6 +10,7 @@ Bound by memory: a row of C float32 and C values of 16 bits is read or written o
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -149,6 +150,12 @@ def _gate_kernel(
         result = gate + 1.702 * result * (1 - gate)
         result *= tl.load(grad + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + at, result.to(out.dtype.element_ty), mask=inside)
+
+
+@functools.cache
+def shared_memory_of(device: int) -> int:
+    """Bytes that a program can have; GPUs for servers have twice as many as others."""
+    return triton.runtime.driver.active.utils.get_device_properties(device)["max_shared_mem"]
 
 
 def _columns(width: int) -> dict[str, int]:

@@ -9,6 +9,8 @@ cuBLAS and a kernel for the activation 45 us. Limit: exponentials and reciprocal
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -101,20 +103,24 @@ def _hidden_kernel(
         _tile(x, weight, bias, out, tl.program_id(0), M, N, K, TILE_M, TILE_N, TILE_K, GROUP, QUICK)
 
 
-def hidden(x: Tensor, weight: Tensor, bias: Tensor, activation: str) -> Tensor:
-    """`act(x weight' + bias)` of `x [..., K]` and `weight [N, K]`, in one 16-bit type."""
-    n, k = weight.shape
-    out = x.new_empty(*x.shape[:-1], n)
-    rows, flat = x.reshape(-1, k), out.view(-1, n)
-    programs = tiles = triton.cdiv(len(rows), _M) * triton.cdiv(n, _N)
-    if not INTERPRETED:
-        programs = min(programs, torch.cuda.get_device_properties(x.device).multi_processor_count)
-    describe = TensorDescriptor.from_tensor
-    with torch.cuda.device_of(x):
-        _hidden_kernel[(programs,)](
-            describe(rows, [_M, _K]), describe(weight.contiguous(), [_N, _K]), bias,
-            describe(flat, [_M, _N // 2]), len(rows), n, k,
-            TILE_M=_M, TILE_N=_N, TILE_K=_K, GROUP=_GROUP, PROGRAMS=programs, STAY=programs < tiles,
-            QUICK=activation == "quick_gelu", num_warps=8, num_stages=3,
-        )  # fmt: skip
-    return out
+class Hidden(torch.autograd.Function):
+    """`act(x weight' + bias)` of `x [..., K]` and `weight [N, K]`, in one 16-bit type; without a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, activation: str) -> Tensor:
+        n, k = weight.shape
+        out = x.new_empty(*x.shape[:-1], n)
+        ctx.mark_non_differentiable(out)
+        rows, flat = x.reshape(-1, k), out.view(-1, n)
+        programs = tiles = triton.cdiv(len(rows), _M) * triton.cdiv(n, _N)
+        if not INTERPRETED:
+            programs = min(programs, torch.cuda.get_device_properties(x.device).multi_processor_count)
+        describe = TensorDescriptor.from_tensor
+        with torch.cuda.device_of(x):
+            _hidden_kernel[(programs,)](
+                describe(rows, [_M, _K]), describe(weight.contiguous(), [_N, _K]), bias,
+                describe(flat, [_M, _N // 2]), len(rows), n, k,
+                TILE_M=_M, TILE_N=_N, TILE_K=_K, GROUP=_GROUP, PROGRAMS=programs, STAY=programs < tiles,
+                QUICK=activation == "quick_gelu", num_warps=8, num_stages=3,
+            )  # fmt: skip
+        return out

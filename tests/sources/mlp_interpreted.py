@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from any2point.triton.mlp import hidden
+from any2point.triton.mlp import Hidden
 
 
 def main() -> None:
@@ -14,7 +14,7 @@ def main() -> None:
         x = (3 * torch.randn(1, rows, width, generator=generator)).half()
         weight = torch.randn(count, width, generator=generator).half() / width**0.5
         bias = torch.randn(count, generator=generator).half()
-        got = hidden(x, weight, bias, activation)
+        got = Hidden.apply(x, weight, bias, activation)
         h = F.linear(x.double(), weight.double(), bias.double())
         want = h * torch.sigmoid(1.702 * h) if activation == "quick_gelu" else F.gelu(h)
         assert got.dtype == torch.float16

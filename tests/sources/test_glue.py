@@ -102,7 +102,7 @@ def test_attention_is_as_exact_as_torch(
         y = glue.attend(x, heads, over_batch=over_batch)
         return [y.detach(), *torch.autograd.grad(y, x, grad.to(x.dtype))]
 
-    assert glue.attends(dtype, batch if over_batch else tokens, width)
+    assert glue.attends(dtype, batch if over_batch else tokens, width, 0)
     found, again = both(qkv), both(qkv)
     assert all(torch.equal(a, b) for a, b in zip(found, again))
     exact = both(qkv.double())
