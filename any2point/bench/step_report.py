@@ -138,9 +138,6 @@ def composed_ops() -> Iterator[None]:
     def knn(query: Any, points: Any, k: int, **_: Any) -> Any:
         return ops.KNN(*peers.torch_knn(query, points, k))
 
-    def local(*args: Any, operand_dtype: Any, **options: Any) -> Any:
-        return peers.torch_local_aggregate(*args, **options)  # it only allows rounding
-
     def guided(*args: Any, plan: Any, **options: Any) -> Any:
         return peers.torch_guided_aggregate(*args, **options)
 
@@ -151,7 +148,7 @@ def composed_ops() -> Iterator[None]:
         "any2point.nn.tokenizer": {
             "farthest_point_hierarchy": hierarchy,
             "knn": knn,
-            "local_aggregate": local,
+            "local_aggregate": peers.torch_local_aggregate,
             "group": peers.torch_group,
         },
         "any2point.nn.projection": {"virtual_project": peers.torch_virtual_project},
