@@ -1,3 +1,5 @@
+// Parts of sums are added up by blocks of columns. Small matrices are made row by row, a few rows a block,
+// and their sums cut among its threads. A launch takes 5 to 30 us at the tokenizer's sizes.
 #include "local_aggregate/train_algebra.h"
 
 #include <cuda_bf16.h>

@@ -2,6 +2,9 @@
 // three teams turns tiles of rows into both operands of products over rows, in shared memory, while the
 // products of the tile before run. Rows of y1 come by asynchronous copies, some tiles ahead; what a thread
 // copies only it reads.
+//
+// H200: 94 us for 1.3 M rows of 96, 99 us for 0.66 M of 192, of which reading them takes 60 each; schedulers
+// issue in half of the cycles.
 #include "local_aggregate/hopper_rows.cuh"
 #include "local_aggregate/hopper_train.h"
 
