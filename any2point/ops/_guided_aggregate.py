@@ -179,10 +179,13 @@ def _product_backward_fake(
 
 def _product_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     features, _, low, sums, bias, _ = inputs
+    ctx.set_materialize_grads(False)  # of what is kept: zeros
     ctx.save_for_backward(output[0], features, low, sums, bias, output[1])
 
 
-def _product_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
+def _product_backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+    if grad is None:
+        return (None,) * 6
     found = _ops._guided_product_backward.default(grad, *ctx.saved_tensors)
     return found[0], found[1], None, None, found[2], None
 
@@ -224,10 +227,13 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     keep, *options, _ = inputs[9:]
     ctx.options = *options, not running
     ctx.norms, ctx.running = len(norms), len(running)
+    ctx.set_materialize_grads(False)  # of what is kept: zeros
     ctx.save_for_backward(features, qkv, proj, *norms, *output[1:3], *output[4:], *lists, keep)
 
 
-def _backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
+    if grad is None:
+        return None, None, None, [None] * ctx.norms, [None] * ctx.running, *[None] * 12
     features, qkv, proj, *rest = ctx.saved_tensors
     norms, rest = rest[: ctx.norms], rest[ctx.norms :]
     found = _ops._guided_aggregate_backward.default(
