@@ -108,7 +108,8 @@ __global__ void __launch_bounds__(kThreads, 2) segments_kernel(GuidedBackward ar
 #pragma unroll
     for (int j = 0; j < kTile; j++) {
       const int64_t segment = first + j < end ? first + j : first;
-      z[j] = load<N>(work.z + (layer * rows + segment) * channels + c);  // of no meaning if it has no tokens
+      const bool some = start[segment] < start[segment + 1];
+      z[j] = some ? load<N>(work.z + (layer * rows + segment) * channels + c) : zero<N>();
     }
     const Norm<N> norm(args, args.mean, args.deviation, layer, c);
     const Lane<N> center = load<N>(args.mean + layer * channels + c);
