@@ -5,19 +5,19 @@
 // product in float32 become the operand of the next without leaving registers. Weights stay in shared memory.
 // Teams wait for nobody, so one builds while another multiplies. A warp goes through a range of rows (group
 // by group, all K neighbours after each other; only the end of everything is padded) and keeps the maximum of
-// its group; groups that end in the next warp's range are joined by a kernel of their own. The bias of the
-// last layer is added to the maximum. Units whose two weights do not fit into shared memory together (or
-// whose rows do not fit into registers) take two kernels, with the hidden channels in memory between them, at
-// most about 160 MB at a time.
+// its group; groups that end in the next warp's range are joined by a kernel of their own. Units whose two
+// weights do not fit into shared memory together (or whose rows do not fit into registers) take two kernels,
+// with the hidden channels in memory between them, at most about 160 MB at a time.
 //
-// H200, 32 clouds, K = 81, us, with the floor of products (790 TFLOP/s) and of the sine unit for one building
-// of the rows:
-//   points, centres, channels, hidden, units   float16   bfloat16   products   sines
-//     1024      512       192      96     2       451        424        248      61
-//      512      256       384     192     1       552        544        248      61
-//      256      128       768      32     1       366        361         41      61
-// Triton takes 1601, 974 and 557 us. Limit: three warps a scheduler do not hide what one waits for; they
-// issue in about half of the cycles.
+// H200, 32 clouds, float16, us, with the floor of products (790 TFLOP/s) and of the sine unit for one
+// building of the rows:
+//   points, centres, channels, hidden, units   K = 81   K = 64   products   sines
+//     1024      512       192      96     2       482      378        248      61
+//      512      256       384     192     1       575      448        248      61
+//      256      128       768      32     1       366      258         41      61
+// Triton takes 1601, 974 and 557 us at K = 81. Limit: instructions. The second kernel of a split unit has
+// 6,100 of them in its loop for 768 channels and 16 rows of a warp (385 are sines), for the maximum over rows
+// and the residual more than for x, and three warps a scheduler do not hide what one waits for.
 #include <algorithm>
 
 #include "local_aggregate/hopper_rows.cuh"
@@ -25,24 +25,19 @@
 namespace any2point {
 namespace {
 
-// Where a group goes on in the next warps, the maximum of its parts, finished; a block per warp.
+// Where a group goes on in the next warps, the maxima of its parts; a block per warp.
 template <int C, typename T>
-__global__ void join_kernel(const HopperAggregate args, const Part part, int64_t warps, const float* bias) {
+__global__ void join_kernel(const HopperAggregate args, const Part part, int64_t warps) {
   Walk walk = walk_of(args, part, blockIdx.x);
   const int64_t group = walk.first;
   if (walk.groups == 0 || walk.begin == 0) return;
   if (walk.begin > part.tiles * kRows && blockIdx.x > 0) return;  // the warp before goes on with it, too
   uint32_t* to = static_cast<uint32_t*>(args.out) + group * (C / 2) + threadIdx.x;
   uint32_t largest = *to;
-  int64_t end = 0;  // of the rows seen
   for (int64_t warp = blockIdx.x; warp < warps; warp++) {
     walk = walk_of(args, part, warp);
     if (walk.groups == 0 || walk.first != group) break;
-    end = walk.begin + walk.rows;
     largest = Two<T>::max(largest, part.heads[warp * (C / 2) + threadIdx.x]);
-  }
-  if (end >= args.neighbors) {  // else the next part goes on
-    largest = finished<T>(largest, {bias[2 * threadIdx.x], bias[2 * threadIdx.x + 1]});
   }
   *to = largest;
 }
@@ -54,9 +49,7 @@ __global__ void __launch_bounds__(kTeams * 128, 1)
   extern __shared__ __align__(1024) char room[];
   constexpr int kWeight = C * H * 2, kPairs = C / 64;
   char* const features = room + 2 * kUnits * kWeight;
-  // Offsets of the next tile's rows, out of the way of products.
-  float4* const parked = reinterpret_cast<float4*>(features + kTeams * Feed<C>::kBytes) + threadIdx.x;
-  float* const in_bias = reinterpret_cast<float*>(parked - threadIdx.x + 2 * kTeams * 128);
+  float* const in_bias = reinterpret_cast<float*>(features + kTeams * Feed<C>::kBytes);
   float* const out_bias = in_bias + kUnits * H;
   float* const frequency = out_bias + kUnits * C;
   Group* const groups = reinterpret_cast<Group*>(frequency + C / 6) + threadIdx.x / 32 * kGroups;
@@ -71,12 +64,9 @@ __global__ void __launch_bounds__(kTeams * 128, 1)
   load_groups(args, part, walk, groups);
   publish();
 
-  const uint64_t weights = descriptor(room);
   Feed<C> feed(args, walk, groups, features);
   Rows rows = feed.next(0);
-  uint32_t largest[kPairs];
-#pragma unroll
-  for (uint32_t& each : largest) each = Two<T>::kLowest;
+  uint32_t largest[kPairs] = {};
   int segment = 0;
   for (int tile = 0; tile < part.tiles; tile++) {
     Channels x[kPairs];
@@ -84,7 +74,7 @@ __global__ void __launch_bounds__(kTeams * 128, 1)
 #pragma unroll
     for (int p = 0; p < kPairs; p++) feed.load(rows, p, x[p]);
     const Rows current = rows;
-    const Rows next = feed.next(tile + 1);
+    rows = feed.next(tile + 1);
 #pragma unroll
     for (int p = 0; p < kPairs; p++) add_encoding<C, T>(current, frequency, p, x[p]);
 #pragma unroll
@@ -99,19 +89,13 @@ __global__ void __launch_bounds__(kTeams * 128, 1)
         for (int k = 0; k < C / 16; k++) {
           uint32_t a[4];
           operand(x[k / 4], k % 4, a);
-          const int at = 2 * u * kWeight + k / 2 * H * kBlockBytes + k % 2 * 32;
-          wgmma<H, T>(d, a, weights + at / 16);
+          const char* weight = room + 2 * u * kWeight + k / 2 * H * kBlockBytes;
+          wgmma<H, T>(d, a, descriptor(weight + k % 2 * 32));
         }
         wgmma_commit();
         wgmma_wait<0>();
         pin(d);
         relu_hidden<T, H>(d, h);
-        if (u == 0) {
-          parked[0] = {next.offset[0][0], next.offset[0][1], next.offset[0][2],
-                       __int_as_float(next.middle[0])};
-          parked[kTeams * 128] = {next.offset[1][0], next.offset[1][1], next.offset[1][2],
-                                  __int_as_float(next.middle[1])};
-        }
       }
       constexpr int kSome = kTeams > 2 ? 64 : 96, kBlocks = kSome / 32;  // channels at a time: registers
 #pragma unroll
@@ -120,34 +104,22 @@ __global__ void __launch_bounds__(kTeams * 128, 1)
 #pragma unroll
         for (int b = 0; b < kBlocks; b++) {
           const int block = first / 32 + b;
-          uint32_t (&channels)[2][4] = x[block / 2][block % 2];
-          if (u + 1 < kUnits) {
-            set_residual<T, true>(channels, out_bias + u * C + 32 * block, d + 16 * b);
-          } else {  // the last bias is added to the maximum
-            set_residual<T, false>(channels, nullptr, d + 16 * b);
-          }
+          set_residual<T>(x[block / 2][block % 2], out_bias + u * C + 32 * block, d + 16 * b);
         }
-        out_product<C, H, kSome, T>(d, h, weights + (2 * u + 1) * kWeight / 16, first);
+        out_product<C, H, kSome, T>(d, h, room + (2 * u + 1) * kWeight, first);
         wgmma_wait<0>();
         pin(d);
 #pragma unroll
         for (int b = 0; b < kBlocks; b++) {
           const int block = first / 32 + b;
-          if (u + 1 < kUnits) {
-            round_channels<T, true>(d + 16 * b, x[block / 2][block % 2]);
-          } else {
-            round_channels<T, false>(d + 16 * b, x[block / 2][block % 2]);
-          }
+          relu_channels<T>(d + 16 * b, x[block / 2][block % 2]);
         }
       }
     }
 #pragma unroll
     for (int p = 0; p < kPairs; p++)
-      take_largest<C, T>(args, part, walk, tile, segment, p, x[p], out_bias + (kUnits - 1) * C, &largest[p]);
+      take_largest<C, T>(args, part, walk, tile, segment, p, x[p], &largest[p]);
     segment = segment_after(args, walk, tile, segment);
-    const float4 first = parked[0], second = parked[kTeams * 128];
-    rows = {{{first.x, first.y, first.z}, {second.x, second.y, second.z}},
-            {__float_as_int(first.w), __float_as_int(second.w)}};
   }
 }
 
@@ -168,7 +140,6 @@ __global__ void __launch_bounds__(kTeams * 128, 1)
   load_groups(args, part, walk, groups);
   publish();
 
-  const uint64_t weights = descriptor(room);
   Feed<C> feed(args, walk, groups, features);
   Rows rows = feed.next(0);
   const int64_t team = static_cast<int64_t>(blockIdx.x) * kTeams + threadIdx.x / 128;
@@ -191,7 +162,7 @@ __global__ void __launch_bounds__(kTeams * 128, 1)
       for (int k = 0; k < 4; k++) {
         uint32_t a[4];
         operand(x[p % kBuffers], k, a);
-        wgmma<H, T>(d, a, weights + ((2 * p + k / 2) * H * kBlockBytes + k % 2 * 32) / 16);
+        wgmma<H, T>(d, a, descriptor(room + (2 * p + k / 2) * H * kBlockBytes + k % 2 * 32));
       }
       wgmma_commit();
       if (p + 1 < kPairs) wgmma_wait<kBuffers - 1>();
@@ -223,14 +194,11 @@ __global__ void __launch_bounds__(kTeams * 128, 1)
   load_groups(args, part, walk, groups);
   publish();
 
-  const uint64_t weights = descriptor(room);
   Feed<C> feed(args, walk, groups, features);
   Rows rows = feed.next(0);
   const int64_t team = static_cast<int64_t>(blockIdx.x) * kTeams + threadIdx.x / 128;
   const uint4* from = part.hidden + team * part.tiles * (H / 16) * 128 + threadIdx.x % 128;
-  uint32_t largest[kPairs];
-#pragma unroll
-  for (uint32_t& each : largest) each = Two<T>::kLowest;
+  uint32_t largest[kPairs] = {};
   int segment = 0;
   for (int tile = 0; tile < part.tiles; tile++, from += H / 16 * 128) {
     uint32_t h[H / 16][4];
@@ -253,8 +221,8 @@ __global__ void __launch_bounds__(kTeams * 128, 1)
         if (p == kLastNear<C>) rows = feed.next(tile + 1);
         add_encoding<C, T>(current, frequency, p, x);
 #pragma unroll
-        for (int b = 0; b < 2; b++) set_residual<T, false>(x[b], nullptr, d[p % 2] + 16 * b);
-        out_product<C, H, 64, T>(d[p % 2], h, weights, 64 * p);
+        for (int b = 0; b < 2; b++) set_residual<T>(x[b], bias + 64 * p + 32 * b, d[p % 2] + 16 * b);
+        out_product<C, H, 64, T>(d[p % 2], h, room, 64 * p);
       }
       if (p > 0) {
         if (p < kPairs) {
@@ -265,8 +233,8 @@ __global__ void __launch_bounds__(kTeams * 128, 1)
         pin(d[(p + 1) % 2]);
         Channels z;
 #pragma unroll
-        for (int b = 0; b < 2; b++) round_channels<T, false>(d[(p + 1) % 2] + 16 * b, z[b]);
-        take_largest<C, T>(args, part, walk, tile, segment, p - 1, z, bias, &largest[p - 1]);
+        for (int b = 0; b < 2; b++) relu_channels<T>(d[(p + 1) % 2] + 16 * b, z[b]);
+        take_largest<C, T>(args, part, walk, tile, segment, p - 1, z, &largest[p - 1]);
       }
     }
     segment = segment_after(args, walk, tile, segment);
@@ -309,18 +277,17 @@ int launch(Kernel kernel, const HopperAggregate& args, const Part& part, int tea
 }
 
 template <int C, typename T>
-int join(const HopperAggregate& args, const Part& part, const float* bias, cudaStream_t stream) {
+int join(const HopperAggregate& args, const Part& part, cudaStream_t stream) {
   const int64_t warps = divided(part.end - part.first, int64_t{part.tiles} * kRows);
-  join_kernel<C, T><<<static_cast<unsigned>(warps), C / 2, 0, stream>>>(args, part, warps, bias);
+  join_kernel<C, T><<<static_cast<unsigned>(warps), C / 2, 0, stream>>>(args, part, warps);
   return cudaGetLastError();
 }
 
 template <int C, int H, int kUnits, int kTeams, typename T>
 int whole(const HopperAggregate& args, Part part, cudaStream_t stream) {
-  const size_t shared =
-      kUnits * (4 * C * H + 4 * (H + C)) + kTeams * (Feed<C>::kBytes + 128 * 32) + 4 * (C / 6);
+  const size_t shared = kUnits * (4 * C * H + 4 * (H + C)) + kTeams * Feed<C>::kBytes + 4 * (C / 6);
   const int error = launch(whole_kernel<C, H, kUnits, kTeams, T>, args, part, kTeams, shared, stream);
-  return error ? error : join<C, T>(args, part, args.units[kUnits - 1].out_bias, stream);
+  return error ? error : join<C, T>(args, part, stream);
 }
 
 template <int C, int H, int kTeams, typename T>
@@ -328,7 +295,7 @@ int split(const HopperAggregate& args, Part part, cudaStream_t stream) {
   const size_t shared = 2 * C * H + kTeams * Feed<C>::kBytes + 4 * (C / 6);
   int error = launch(project_kernel<C, H, kTeams, T>, args, part, kTeams, shared + 4 * H, stream);
   if (!error) error = launch(finish_kernel<C, H, kTeams, T>, args, part, kTeams, shared + 4 * C, stream);
-  return error ? error : join<C, T>(args, part, args.units[0].out_bias, stream);
+  return error ? error : join<C, T>(args, part, stream);
 }
 
 constexpr int kTeams = 3;

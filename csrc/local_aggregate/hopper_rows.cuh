@@ -24,7 +24,7 @@ constexpr unsigned kLanes = 0xffffffff;
 template <typename T>
 struct Two;
 
-#define A2P_TWO(T, type, lowest)                                                \
+#define A2P_TWO(T, type)                                                        \
   template <>                                                                   \
   struct Two<T> {                                                               \
     static __device__ __forceinline__ uint32_t of(float low, float high) {      \
@@ -32,8 +32,6 @@ struct Two;
       asm("cvt.rn." type "x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low)); \
       return d;                                                                 \
     }                                                                           \
-    /* Not below 0; NaN stays. */                                               \
-    static __device__ __forceinline__ uint32_t relu(float low, float high);     \
     static __device__ __forceinline__ uint32_t add(uint32_t a, uint32_t b) {    \
       uint32_t d;                                                               \
       asm("add." type "x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));             \
@@ -45,20 +43,11 @@ struct Two;
       asm("max.NaN." type "x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));         \
       return d;                                                                 \
     }                                                                           \
-    static constexpr uint32_t kLowest = lowest; /* minus infinity, twice */     \
     static __device__ __forceinline__ float2 floats(uint32_t a);                \
   };
-A2P_TWO(__half, "f16", 0xfc00fc00)
-A2P_TWO(__nv_bfloat16, "bf16", 0xff80ff80)
+A2P_TWO(__half, "f16")
+A2P_TWO(__nv_bfloat16, "bf16")
 #undef A2P_TWO
-
-// In float16 the conversion with a ReLU in it makes ptxas keep more in registers than there are.
-__device__ __forceinline__ uint32_t Two<__half>::relu(float low, float high) { return max(of(low, high), 0); }
-__device__ __forceinline__ uint32_t Two<__nv_bfloat16>::relu(float low, float high) {
-  uint32_t d;
-  asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
-  return d;
-}
 
 __device__ __forceinline__ float2 Two<__half>::floats(uint32_t a) {
   return __half22float2(*reinterpret_cast<__half2*>(&a));
@@ -94,7 +83,7 @@ __host__ __device__ constexpr int hidden_channel(int position) {
 template <typename T>
 __device__ __forceinline__ uint32_t hidden_pair(uint32_t y, float2 scale, float2 shift) {
   const float2 v = Two<T>::floats(y);
-  return Two<T>::relu(__fmaf_rn(v.x, scale.x, shift.x), __fmaf_rn(v.y, scale.y, shift.y));
+  return Two<T>::max(Two<T>::of(__fmaf_rn(v.x, scale.x, shift.x), __fmaf_rn(v.y, scale.y, shift.y)), 0);
 }
 
 // The last pair with channels of a neighbour (the others are the centre's).
@@ -331,34 +320,33 @@ __device__ __forceinline__ void set_bias(const float* bias, float (&d)[N / 2]) {
   }
 }
 
-// Channels of x, and of the bias if wanted, in d: 32 of them in 16 of d, from [row][q].
-template <typename T, bool kBias>
+// Channels of x and of the bias in d: 32 of them in 16 of d, from [row][q].
+template <typename T>
 __device__ __forceinline__ void set_residual(const uint32_t (&x)[2][4], const float* bias, float* d) {
 #pragma unroll
   for (int q = 0; q < 4; q++) {
-    float2 b = {0, 0};
-    if constexpr (kBias) b = *reinterpret_cast<const float2*>(bias + 8 * q + threadIdx.x % 4 * 2);
+    const float2 b = *reinterpret_cast<const float2*>(bias + 8 * q + threadIdx.x % 4 * 2);
     const float2 r = Two<T>::floats(x[0][q]), s = Two<T>::floats(x[1][q]);
-    d[4 * q] = kBias ? r.x + b.x : r.x;
-    d[4 * q + 1] = kBias ? r.y + b.y : r.y;
-    d[4 * q + 2] = kBias ? s.x + b.x : s.x;
-    d[4 * q + 3] = kBias ? s.y + b.y : s.y;
+    d[4 * q] = r.x + b.x;
+    d[4 * q + 1] = r.y + b.y;
+    d[4 * q + 2] = s.x + b.x;
+    d[4 * q + 3] = s.y + b.y;
   }
 }
 
-template <typename T, bool kRelu>
-__device__ __forceinline__ void round_channels(const float* d, uint32_t (&x)[2][4]) {
+template <typename T>
+__device__ __forceinline__ void relu_channels(const float* d, uint32_t (&x)[2][4]) {
 #pragma unroll
-  for (int i = 0; i < 8; i++) {
-    const float low = d[i / 2 * 4 + i % 2 * 2], high = d[i / 2 * 4 + i % 2 * 2 + 1];
-    x[i % 2][i / 2] = kRelu ? Two<T>::relu(low, high) : Two<T>::of(low, high);
+  for (int q = 0; q < 4; q++) {
+    x[0][q] = Two<T>::max(Two<T>::of(d[4 * q], d[4 * q + 1]), 0);
+    x[1][q] = Two<T>::max(Two<T>::of(d[4 * q + 2], d[4 * q + 3]), 0);
   }
 }
 
 template <typename T, int H>
 __device__ __forceinline__ void relu_hidden(const float (&d)[H / 2], uint32_t (&h)[H / 16][4]) {
 #pragma unroll
-  for (int i = 0; i < H / 4; i++) h[i / 4][i % 4] = Two<T>::relu(d[2 * i], d[2 * i + 1]);
+  for (int i = 0; i < H / 4; i++) h[i / 4][i % 4] = Two<T>::max(Two<T>::of(d[2 * i], d[2 * i + 1]), 0);
 }
 
 // The largest over the lanes that hold the same channels; each lane ends up with another two of the 64.
@@ -379,50 +367,34 @@ __device__ __forceinline__ uint32_t largest_of_lanes(const uint32_t (&v)[2][4]) 
   return Two<T>::max(c ? w[1] : w[0], __shfl_xor_sync(kLanes, c ? w[0] : w[1], 4));
 }
 
-// What a maximum becomes at the end: ReLU(it + bias).
-template <typename T>
-__device__ __forceinline__ uint32_t finished(uint32_t largest, float2 bias) {
-  const float2 value = Two<T>::floats(largest);
-  return Two<T>::relu(value.x + bias.x, value.y + bias.y);
-}
-
-// Takes 64 channels of a tile's rows, before bias and ReLU, into the maximum of their group, and writes it
-// where the group ends, or the warp's rows; join_kernel finishes groups of several warps. `segment`: the
-// group of the tile's first row; bias in the order of positions.
+// Takes 64 channels of a tile's rows into the maximum of their group, and writes it where the group ends, or
+// the warp's rows. After a ReLU nothing is below 0. `segment`: the group of the tile's first row.
 template <int C, typename T>
 __device__ __forceinline__ void take_largest(const HopperAggregate& args, const Part& part, const Walk& walk,
                                              int tile, int segment, int pair, const Channels& z,
-                                             const float* bias, uint32_t* largest) {
-  uint32_t v[2][4];
-  // The tile is of one group that goes on.
-  if ((segment + 1) * args.neighbors - walk.begin > (tile + 1) * kRows && tile + 1 < part.tiles) {
-#pragma unroll
-    for (int i = 0; i < 8; i++) v[i / 4][i % 4] = Two<T>::max(z[i / 4][0][i % 4], z[i / 4][1][i % 4]);
-    *largest = Two<T>::max(*largest, largest_of_lanes<T>(v));
-    return;
-  }
+                                             uint32_t* largest) {
   const int lane = threadIdx.x % 32, row = lane / 4;
   for (int s = segment; s < walk.groups; s++) {
     const int low = s * args.neighbors - walk.begin - tile * kRows, high = low + args.neighbors;
     if (low >= kRows) break;
-    const bool first = row >= low && row < high, second = row + 8 >= low && row + 8 < high;
+    uint32_t v[2][4];
+    if (low <= 0 && high >= kRows) {
 #pragma unroll
-    for (int i = 0; i < 8; i++) {
-      v[i / 4][i % 4] = Two<T>::max(first ? z[i / 4][0][i % 4] : Two<T>::kLowest,
-                                    second ? z[i / 4][1][i % 4] : Two<T>::kLowest);
+      for (int i = 0; i < 8; i++) v[i / 4][i % 4] = Two<T>::max(z[i / 4][0][i % 4], z[i / 4][1][i % 4]);
+    } else {
+      const bool first = row >= low && row < high, second = row + 8 >= low && row + 8 < high;
+#pragma unroll
+      for (int i = 0; i < 8; i++) {
+        v[i / 4][i % 4] = Two<T>::max(first ? z[i / 4][0][i % 4] : 0, second ? z[i / 4][1][i % 4] : 0);
+      }
     }
     *largest = Two<T>::max(*largest, largest_of_lanes<T>(v));
     if (high <= kRows || tile + 1 == part.tiles) {
-      const int q = lane / 8, wave = lane / 4 % 2, t = lane % 4;
-      const bool begins = s > 0 || walk.begin == 0;
-      uint32_t* to = begins ? static_cast<uint32_t*>(args.out) + (walk.first + s) * (C / 2)
-                            : part.heads + this_warp() * (C / 2);
-      if (begins && high <= kRows) {
-        const int at = 64 * pair + 32 * wave + 8 * q + 2 * t;
-        *largest = finished<T>(*largest, *reinterpret_cast<const float2*>(bias + at));
-      }
-      to[(Order<C>::block(2 * pair) + wave * Order<C>::kParts) * 16 + t * 4 + q] = *largest;
-      *largest = Two<T>::kLowest;
+      const int q = lane / 8, block = Order<C>::block(2 * pair) + lane / 4 % 2 * Order<C>::kParts;
+      uint32_t* to = s == 0 && walk.begin > 0 ? part.heads + this_warp() * (C / 2)
+                                              : static_cast<uint32_t*>(args.out) + (walk.first + s) * (C / 2);
+      to[block * 16 + lane % 4 * 4 + q] = *largest;
+      *largest = 0;
     }
   }
 }
@@ -488,22 +460,15 @@ static __global__ void scale_kernel(const HopperAggregate args, float4* scales) 
   if (threadIdx.x % 32 == 0) scales[group] = scale;
 }
 
-// A product's operand so many bytes further on.
-__device__ __forceinline__ uint64_t operand_at(uint64_t weight, int bytes) { return weight + bytes / 16; }
-__device__ __forceinline__ uint64_t operand_at(const char* weight, int bytes) {
-  return descriptor(weight + bytes);
-}
-
-// Begins d += h weight^T for N channels from position `first`. `weight`: in shared memory, or its descriptor,
-// which takes other registers.
-template <int C, int H, int N, typename T, typename Weight>
-__device__ __forceinline__ void out_product(float (&d)[N / 2], const uint32_t (&h)[H / 16][4], Weight weight,
-                                            int first) {
+// Begins d += h weight^T for N channels from position `first`.
+template <int C, int H, int N, typename T>
+__device__ __forceinline__ void out_product(float (&d)[N / 2], const uint32_t (&h)[H / 16][4],
+                                            const char* weight, int first) {
   pin(d);
   wgmma_fence();
 #pragma unroll
   for (int k = 0; k < H / 16; k++) {
-    wgmma<N, T>(d, h[k], operand_at(weight, (k / 2 * C + first) * kBlockBytes + k % 2 * 32));
+    wgmma<N, T>(d, h[k], descriptor(weight + (k / 2 * C + first) * kBlockBytes + k % 2 * 32));
   }
   wgmma_commit();
 }

@@ -3,13 +3,12 @@
 // lets a thread read and write 16 bytes of y1 at a time.
 //
 // H200, 32 clouds, K = 81, float16, us:
-//   points, centres, channels, hidden    y1, first unit   second   maximum
-//     1024      512       192      96               193      311       482
-//      512      256       384     192               247                409
-//      256      128       768      32               123                308
-// Floors: 61 us of sines and cosines each; products of 62, 124 and 21 us a layer; 60 us for y1 of the first
-// two stages to be written, and as much each time that it is read. Schedulers issue in 38 to 53 % of the
-// cycles: the registers leave them three warps.
+//   points, centres, channels, hidden    y1, first unit   second   Gram matrix of each   maximum
+//     1024      512       192      96               198      311                    94       485
+//      512      256       384     192               250                            101       419
+//      256      128       768      32               122                             10       331
+// Floors of y1 and the maximum are 61 us of sines and cosines each, and products of 62, 124 and 21 us a
+// layer; y1 of the first two stages takes 60 us to write and as much for each time that it is read.
 #include "local_aggregate/hopper_rows.cuh"
 #include "local_aggregate/hopper_train.h"
 
@@ -204,7 +203,7 @@ __device__ __forceinline__ void apply_unit(const uint32_t (&h)[H / 16][4], const
   for (int p = 0; p <= kPairs; p++) {
     if (p < kPairs) {
 #pragma unroll
-      for (int b = 0; b < 2; b++) set_residual<T, true>(x[p][b], bias + 64 * p + 32 * b, d[p % 2] + 16 * b);
+      for (int b = 0; b < 2; b++) set_residual<T>(x[p][b], bias + 64 * p + 32 * b, d[p % 2] + 16 * b);
       out_product<C, H, 64, T>(d[p % 2], h, weight, 64 * p);
     }
     if (p > 0) {
@@ -284,7 +283,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
       hidden_operand<H, T>(before, scale, h);
       apply_unit<C, H, T>(h, room + kWeight, done_bias, x, [&](int p, const float (&z)[32]) {
 #pragma unroll
-        for (int b = 0; b < 2; b++) round_channels<T, true>(z + 16 * b, x[p][b]);
+        for (int b = 0; b < 2; b++) relu_channels<T>(z + 16 * b, x[p][b]);
       });
       set_bias<H>(bias, d);
       pin(d);
@@ -420,7 +419,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
         if (p == kLastNear<C>) rows = feed.next(tile + 1);
         add_encoding<C, T>(current, frequency, p, x);
 #pragma unroll
-        for (int b = 0; b < 2; b++) set_residual<T, true>(x[b], bias + 64 * p + 32 * b, d[p % 2] + 16 * b);
+        for (int b = 0; b < 2; b++) set_residual<T>(x[b], bias + 64 * p + 32 * b, d[p % 2] + 16 * b);
         out_product<C, H, 64, T>(d[p % 2], h, room, 64 * p);
       }
       if (p > 0) {
@@ -478,7 +477,7 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
     const Before<H> second(args.done[1].before, walk, first, tile);
     apply_unit<C, H, T>(h, room, bias, x, [&](int p, const float (&z)[32]) {
 #pragma unroll
-      for (int b = 0; b < 2; b++) round_channels<T, true>(z + 16 * b, x[p][b]);
+      for (int b = 0; b < 2; b++) relu_channels<T>(z + 16 * b, x[p][b]);
     });
     hidden_operand<H, T>(second, scale + 2 * H, h);
     apply_unit<C, H, T>(h, room + kWeight, bias + C, x, [&](int p, const float (&z)[32]) {
