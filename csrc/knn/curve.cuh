@@ -2,6 +2,7 @@
 // bring points into its order.
 #pragma once
 
+#include "knn/sort_lanes.cuh"
 #include "knn/tree.cuh"
 
 namespace any2point {
@@ -32,41 +33,6 @@ __device__ __forceinline__ uint32_t warp_min(uint32_t value) {
 #endif
 }
 
-// Sorts kEach * 32 numbers of a warp: lane l ends with those of rank l * kEach + r.
-template <int kEach>
-__device__ __forceinline__ void sort_floats(float (&value)[kEach], int lane) {
-#pragma unroll
-  for (int size = 2; size <= kEach * 32; size *= 2) {
-#pragma unroll
-    for (int stride = size / 2; stride > 0; stride /= 2) {
-      // The first step of a size compares with the mirrored place, the others with the one `stride` on.
-      const bool mirrored = stride == size / 2;
-      if (stride < kEach) {
-#pragma unroll
-        for (int r = 0; r < kEach; r++) {
-          const int other = mirrored ? r ^ (size - 1) : r ^ stride;
-          if (other < r) continue;
-          const float a = value[r], b = value[other];
-          value[r] = fminf(a, b);
-          value[other] = fmaxf(a, b);
-        }
-      } else {
-        const int mask = mirrored ? size / kEach - 1 : stride / kEach;
-        const bool lower = (lane & (stride / kEach)) == 0;
-        float given[kEach];
-#pragma unroll
-        for (int r = 0; r < kEach; r++) {
-          given[r] = __shfl_xor_sync(kAll, value[mirrored ? kEach - 1 - r : r], mask);
-        }
-#pragma unroll
-        for (int r = 0; r < kEach; r++) {
-          value[r] = lower ? fminf(given[r], value[r]) : fmaxf(given[r], value[r]);
-        }
-      }
-    }
-  }
-}
-
 // By a whole block of at least three warps: kSamples rows of a cloud, sorted along each axis by a warp.
 // Between 1/32 and 31/32 of them the cloud has its usual extent; the box is larger by four times the longest
 // side of that.
@@ -84,7 +50,7 @@ __device__ inline void find_usual_extent(const float* cloud, int64_t count, int6
       value[r] = is_finite ? (axis == 0 ? p.x : axis == 1 ? p.y : p.z) : infinite();
       usable += is_finite;
     }
-    sort_floats(value, lane);
+    sort_lanes<32>(value, lane);
     usable = warp_sum(usable);
     const int first = usable / 32, last = usable - 1 - first;
 #pragma unroll

@@ -39,6 +39,7 @@
 // 0.9 (1.0) for its turn. Tried: 96, 72, 64 instead of 80 registers (2, 2, 8 % slower), 4 lanes a query for
 // k = 32 (9 to 24 % slower, as lists fill up sooner), 8 for k = 16 (27 % slower), a sort of 64-bit keys (10
 // to 20 % slower).
+#include "knn/sort_lanes.cuh"
 #include "knn/tree.cuh"
 
 namespace any2point {
@@ -218,40 +219,7 @@ struct Lane {
   }
 };
 
-// Sorts the keys of the kLanes lanes of each query: lane l ends with those of rank l * kEach + r.
-template <int kLanes, typename T>
-__device__ __forceinline__ void sort(T (&key)[kEach], int lane) {
-#pragma unroll
-  for (int size = 2; size <= kEach * kLanes; size *= 2) {
-#pragma unroll
-    for (int stride = size / 2; stride > 0; stride /= 2) {
-      // The first step of a size compares with the mirrored place, the others with the one `stride` on.
-      const bool mirrored = stride == size / 2;
-      if (stride < kEach) {
-#pragma unroll
-        for (int r = 0; r < kEach; r++) {
-          const int other = mirrored ? r ^ (size - 1) : r ^ stride;
-          if (other < r) continue;
-          const T a = key[r], b = key[other];
-          key[r] = min(a, b);
-          key[other] = max(a, b);
-        }
-      } else {
-        const int mask = mirrored ? size / kEach - 1 : stride / kEach;
-        const bool lower = (lane & (stride / kEach)) == 0;
-        T given[kEach];
-#pragma unroll
-        for (int r = 0; r < kEach; r++) {
-          given[r] = __shfl_xor_sync(kAll, key[mirrored ? kEach - 1 - r : r], mask);
-        }
-#pragma unroll
-        for (int r = 0; r < kEach; r++) key[r] = lower ? min(given[r], key[r]) : max(given[r], key[r]);
-      }
-    }
-  }
-}
-
-// Sorts the candidates of each query, `total` of them, by (distance, row): into `key`, as `sort` does.
+// Sorts the candidates of each query, `total` of them, by (distance, row): into `key`, as `sort_lanes` does.
 //
 // A network over 32 bits: the distance in 2^b steps of the largest one, then the place in the list. That does
 // not tell rows, and may confuse distances closer than a step (floats have finer ones near 0), so the result
@@ -276,7 +244,7 @@ __device__ __forceinline__ void sort_by_distance(const WarpMemory& memory, int c
     const unsigned step = min(__float2uint_rz(d[r] * scale), kStepsOfLargest);
     sorted[r] = r < count ? step * kPlaces + (r * kLanes + within) : 0xffffffffu;
   }
-  sort<kLanes>(sorted, lane);
+  sort_lanes<kLanes>(sorted, lane);
 #pragma unroll
   for (int r = 0; r < kEach; r++) {
     const int place = int(sorted[r] % kPlaces);
@@ -287,7 +255,7 @@ __device__ __forceinline__ void sort_by_distance(const WarpMemory& memory, int c
   bool wrong = within + 1 < kLanes && key[kEach - 1] > of_next_lane;
 #pragma unroll
   for (int r = 1; r < kEach; r++) wrong |= key[r - 1] > key[r];
-  if (__any_sync(kAll, wrong)) sort<kLanes>(key, lane);
+  if (__any_sync(kAll, wrong)) sort_lanes<kLanes>(key, lane);
 }
 
 template <int kLanes, bool kFirst>
@@ -302,7 +270,7 @@ __device__ __forceinline__ void write(const Neighbours<float>& run, WarpMemory& 
       const uint2 next = memory.list[r][lane];
       key[r] = r < count ? key_of(next.x, next.y) : ~Key(0);
     }
-    sort<kLanes>(key, lane);
+    sort_lanes<kLanes>(key, lane);
   } else {
     sort_by_distance<kLanes>(memory, count, total, lane, key);
   }
@@ -312,7 +280,7 @@ __device__ __forceinline__ void write(const Neighbours<float>& run, WarpMemory& 
     for (int r = 0; r < kEach; r++) {
       key[r] = within * kEach + r < found ? key_of(second_of(key[r]), first_of(key[r])) : ~Key(0);
     }
-    sort<kLanes>(key, lane);
+    sort_lanes<kLanes>(key, lane);
     by_distance = false;
   }
   __syncwarp();
