@@ -8,19 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from gpus import GPUS
 
 import any2point.ops  # noqa: F401  # registers the ops
 
-# (capability, processors, shared memory a block can have)
-GPUS = {
-    "sm_75": (75, 40, 65_536),
-    "sm_80": (80, 108, 166_912),
-    "sm_86": (86, 84, 101_376),
-    "sm_89": (89, 128, 101_376),
-    "sm_90": (90, 132, 232_448),
-    "sm_100": (100, 148, 232_448),
-    "sm_120": (120, 170, 101_376),
-}
 # (warps, points a thread, candidates / 32) that there are kernels for
 BLOCKS = {(16, 2, 3), (16, 4, 4), (32, 4, 4), (32, 8, 4)}
 CLUSTERS = {(16, 2, 4), (16, 4, 4), (16, 6, 4), (16, 8, 4)}

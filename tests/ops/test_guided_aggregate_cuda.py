@@ -9,7 +9,15 @@ import torch
 import torch.nn.functional as F
 from op_contract import Recorder, assert_same
 from test_guided_aggregate import make
-from test_guided_aggregate_fused import KERNEL, NAMES, composition, derive, shapes
+from test_guided_aggregate_fused import (
+    KERNEL,
+    assert_near,
+    composition,
+    derive,
+    equal_views,
+    shapes,
+    voxels_across_clouds,
+)
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
@@ -31,12 +39,7 @@ def check(kwargs: dict[str, Any]) -> None:
     with Recorder() as recorder:
         got = step(kwargs)
     assert KERNEL in [call[0] for call in recorder.calls], "the composition ran"
-    exact, plain = (derive(composition, kwargs, dtype) for dtype in (torch.float64, torch.float32))
-    for i, (x, y, z) in enumerate(zip(got, exact, plain, strict=True)):
-        size = max(float(exact[j].abs().max()) for j in ((i,) if i not in (5, 7) else (i, i - 1)))
-        error, other = (float((value - y).abs().max()) / (size + 1e-3) for value in (x, z))
-        name = NAMES[i] if i < len(NAMES) else "statistics"
-        assert error < max(4 * other, 2e-5), f"{name}: {error:.1e}, the composition {other:.1e}"
+    assert_near(got, kwargs, 2e-5)
     torch.use_deterministic_algorithms(True, warn_only=True)  # fills fresh memory with NaN
     try:
         assert_same(step(kwargs), got)
@@ -92,17 +95,11 @@ def test_tokens_without_a_voxel() -> None:
 
 @pytest.mark.parametrize("pooling", ["mean", "max+mean"])
 def test_equal_views_share_the_gradient_of_a_maximum(pooling: str) -> None:
-    kwargs = make(views=3)
-    kwargs["cell"][:] = kwargs["cell"][:, :1]
-    for name in ("attention", "view_norm"):
-        kwargs[name] = type(kwargs[name])(*(x[:1].expand_as(x).contiguous() for x in kwargs[name]))
-    check(kwargs | {"ensemble": "max", "pooling": pooling})
+    check(equal_views() | {"pooling": pooling})
 
 
 def test_voxels_across_clouds_and_without_tokens() -> None:
-    kwargs = make(batch=3, s=9)
-    kwargs["cluster"] = torch.arange(27).view(3, 9) % 4
-    check(kwargs | {"training": True})
+    check(voxels_across_clouds())
 
 
 # Tokens, channels, inner width and heads: where 16-bit features take one kernel or another.
