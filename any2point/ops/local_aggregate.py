@@ -148,11 +148,11 @@ def local_aggregate(
             divisor = offset_deviation(offset, guard=guard).expand(points.shape[0]).contiguous()
         wavelength = wavelengths(2 * features.shape[-1], alpha, like=points)
         operand = features if features.is_cuda else features.float()
+        if half and not training:  # the op for training rounds float32 itself, for the sake of its gradient
+            operand = features.half()
         rows = (points.contiguous(), operand.contiguous(), center, neighbor, divisor, wavelength)
-        if training:  # the op rounds float32 itself, for the sake of its gradient
+        if training:
             return _train(rows, units, beta, guard, momentum, eps).to(features.dtype)
-        if half:
-            rows = (rows[0], rows[1].half(), *rows[2:])
         return _evaluate(rows, units, beta, guard, eps).to(features.dtype)
     # cuBLAS rounds otherwise for strided weights and biases; statistics are updated in place and stay.
     units = [
