@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from any2point.ops import BatchNorm as BatchNormTensors
 from any2point.reference.batch_norm import are_shared, batch_norm, masked_batch_norm
 
+MOMENTUM, EPS = 0.1, 1e-5
+
 
 class BatchNorm(nn.Module):
     """Weight, bias, running mean and variance of one (with a leading shape: several) normalisations.
@@ -37,7 +39,7 @@ class BatchNorm(nn.Module):
 
     def forward(self, rows: Tensor, valid: Tensor | None = None) -> Tensor:
         """Normalise `rows [R, C]`; those that are `valid [R]`, by default all, count in the statistics."""
-        step: dict[str, Any] = {"training": self.training, "momentum": 0.1, "eps": 1e-5}
+        step: dict[str, Any] = {"training": self.training, "momentum": MOMENTUM, "eps": EPS}
         if valid is None:
             return batch_norm(rows, self.tensors(), **step)
         return masked_batch_norm(rows, self.tensors(), valid, **step)

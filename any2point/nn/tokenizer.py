@@ -9,7 +9,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from any2point.nn.batch_norm import BatchNorm
+from any2point.nn.batch_norm import EPS, MOMENTUM, BatchNorm
 from any2point.nn.recompute import recompute
 from any2point.ops import (
     ResidualUnit,
@@ -246,7 +246,8 @@ class Tokenizer(nn.Module):
 
             rows = points.flatten(0, 1), None if features is None else features.flatten(0, 1)
             norm = self.embed_norm.tensors()
-            return Embed.apply(*rows, self.embed.weight, *norm, 0.1, 1e-5, self.training).unflatten(0, shape)
+            step = MOMENTUM, EPS, self.training
+            return Embed.apply(*rows, self.embed.weight, *norm, *step).unflatten(0, shape)
         x, valid = with_features(points, features, self.embed.weight.dtype)
         return self.embed_norm(self.embed(x).flatten(0, 1), valid.flatten()).relu().unflatten(0, shape)
 
