@@ -211,7 +211,7 @@ def _is_fused(
         return False
     if training:  # gradients of everything but the points; statistics of at least two rows
         moving = torch.is_grad_enabled() and points.requires_grad
-        return bool(units) and neighbor.numel() > 1 and not moving
+        return len(units) > 0 and neighbor.numel() > 1 and not moving
     return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
 
 
