@@ -62,7 +62,7 @@ def measure(request: pytest.FixtureRequest) -> Callable[..., None]:
         assert not wrong, f"{name}: {wrong}"
         machine = timing.machine_of(device)
         row = Row(op, name, shape, run.MODES.get(mode, mode), match=match, command="pytest benchmarks")
-        row.floor_us, row.direct_us = case.cost.us(machine)
+        row.floor_us, row.direct_us = case.floor(machine, mode)
         benchmark.group = f"{op} {shape} {row.mode} {device}"
         calls = run.calls_of(case, provider, mode, provider.run)
         row.mem_mb = timing.peak(calls[0], device)

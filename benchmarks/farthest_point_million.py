@@ -38,7 +38,7 @@ def main() -> None:
     if wrong:
         raise SystemExit("\n".join(["wrong results:", *wrong]))
     machine = timing.gpu()
-    floor, direct = case.cost.us(machine)
+    floor, direct = case.floor(machine, "forward")
     for name in args.only:
         peer = Provider.of(name, rivals[name].fps)
         given = peer.prepare(*case.inputs[0])

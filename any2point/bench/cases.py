@@ -7,7 +7,7 @@ results against the reference; on a GPU the results of exact ops must also be th
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from any2point import ops, reference
 from any2point.bench import costs, peers
 from any2point.bench.costs import Cost, cloud
-from any2point.bench.timing import flatten
+from any2point.bench.timing import Machine, flatten
 
 
 def _same(*args: Any) -> tuple[Any, ...]:
@@ -64,6 +64,7 @@ class Case:
         tolerance: relative error of gradients.
         training: arguments added where gradients are measured.
         compilable: what torch.compile is given for the baseline.
+        low: whether operands of products have 16 bits, on a GPU.
     """
 
     op: str
@@ -77,6 +78,19 @@ class Case:
     tolerance: float = 1e-3
     training: dict[str, Any] = field(default_factory=dict)
     compilable: Callable[..., Any] | None = None
+    low: bool = False
+
+    def floor(self, machine: Machine, mode: str) -> tuple[float, float]:
+        """(floor, direct) of a mode in microseconds.
+
+        A backward pass reads and writes at least as much as the forward pass, and has two products for each.
+        """
+        passes = {"forward": (1, 1), "backward": (1, 2), "both": (2, 3)}[mode]
+        if machine.cuda and not self.low:  # TF32
+            machine = replace(machine, matrix=machine.matrix / 2)
+        moved, products = self.cost.us(machine, *passes)
+        least = products if self.cost.products else 0.0
+        return max(moved, least), products
 
 
 Shapes = Sequence[tuple[Any, ...]]

@@ -1,8 +1,9 @@
 """Inputs made from seeds, and what an op has to do at least.
 
-A floor is what no implementation can beat: the bytes that must move, over the machine's measured copy
-bandwidth. `direct` is the arithmetic of the formula as it is written over the machine's rate: methods that
-prune or rewrite may beat it.
+A floor is what no implementation of the formulas can beat: the bytes that must move, over the machine's
+measured copy bandwidth, or the matrix products, over its measured rate, whichever takes longer. `direct` is
+all arithmetic of the formula as it is written over the machine's rates: methods that prune or rewrite may
+beat it.
 """
 
 from __future__ import annotations
@@ -47,10 +48,10 @@ class Cost:
     operations: int = 0
     products: int = 0
 
-    def us(self, machine: Machine) -> tuple[float, float]:
-        """(floor, direct) in microseconds."""
+    def us(self, machine: Machine, moves: int = 1, passes: int = 1) -> tuple[float, float]:
+        """Microseconds of the bytes, `moves` times, and of the arithmetic, `passes` times."""
         direct = self.operations / machine.lanes + self.products / machine.matrix
-        return self.bytes / machine.bandwidth * 1e6, direct * 1e6
+        return moves * self.bytes / machine.bandwidth * 1e6, passes * direct * 1e6
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(

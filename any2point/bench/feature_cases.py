@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -189,7 +189,14 @@ def residual_units(width: int, hidden: int, count: int, device: str) -> list[ops
     ]
 
 
+def _each(function: Callable[..., Tensor], *stages: tuple[Any, ...], **options: Any) -> Tensor:
+    """All stages, as one tensor."""
+    return torch.cat([function(*stage, **options).flatten() for stage in stages])
+
+
 def local_aggregate(device: str, shapes: Shapes | None = None) -> Iterator[Case]:
+    whole: list[tuple[Any, ...]] = []
+    work = costs.Cost(0)
     for stage in shapes or STAGES:
         rows, centers, k, width, hidden, count = stage
         batch = 32 if device == "cuda" else 1
@@ -200,12 +207,14 @@ def local_aggregate(device: str, shapes: Shapes | None = None) -> Iterator[Case]
         weights = residual_units(2 * width, hidden, count, device)
         inputs = [(points.to(device), features, center, neighbor, weights)]
         name = f"{batch},{rows},{width} -> {centers}x{k} H={hidden}x{count}"
+        cost = costs.cost_local_aggregate(batch, rows, centers, k, width, hidden, count)
+        work = work + cost
         yield Case(
             "local_aggregate",
             name,
             inputs,
             near_reference(reference.local_aggregate, inputs, 1e-3),
-            costs.cost_local_aggregate(batch, rows, centers, k, width, hidden, count),
+            cost,
             [
                 Provider.plain("any2point", ops.local_aggregate),
                 Provider.plain("torch", peers.torch_local_aggregate),
@@ -218,12 +227,13 @@ def local_aggregate(device: str, shapes: Shapes | None = None) -> Iterator[Case]
         if device == "cuda":  # products in float16
             half = features.detach().half().requires_grad_()
             low = [(points.to(device), half, center, neighbor, weights)]
+            whole += low
             yield Case(
                 "local_aggregate",
                 f"{name} float16",
                 low,
                 near_reference(reference.local_aggregate, low, 1e-2),
-                costs.cost_local_aggregate(batch, rows, centers, k, width, hidden, count),
+                cost,
                 [
                     Provider.plain("any2point", ops.local_aggregate),
                     Provider.plain("torch", peers.torch_local_aggregate),
@@ -232,8 +242,29 @@ def local_aggregate(device: str, shapes: Shapes | None = None) -> Iterator[Case]
                 reference=reference.local_aggregate,
                 tolerance=0.2,  # 0.04 for torch under autocast: more maxima and ReLUs go the other way
                 training=_TRAINING,
-                compilable=peers.torch_local_aggregate if count == 2 else None,  # half a minute each
+                compilable=peers.torch_local_aggregate,
+                low=True,
             )
+    if device == "cuda" and not shapes:
+        composed = partial(_each, peers.torch_local_aggregate)
+        specified = partial(_each, reference.local_aggregate)
+        yield Case(
+            "local_aggregate",
+            "32 clouds, three stages of the tokenizer, k=81 float16",
+            [tuple(whole)],
+            near_reference(specified, [tuple(whole)], 1e-2),
+            work,
+            [
+                Provider.plain("any2point", partial(_each, ops.local_aggregate)),
+                Provider.plain("torch", composed),
+            ],
+            backward=True,
+            reference=specified,
+            tolerance=0.2,
+            training=_TRAINING,
+            compilable=composed,
+            low=True,
+        )
 
 
 def guided_aggregate(device: str, shapes: Shapes | None = None) -> Iterator[Case]:

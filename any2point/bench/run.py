@@ -200,10 +200,10 @@ def measure(
         timer = _on_gpu if device == "cuda" else _on_cpu
         new, failed = timer(case, right, mode, settings)
         errors |= failed
+        for row in new:
+            row.match = matches[row.provider]
+            row.floor_us, row.direct_us = case.floor(machine, mode)
         rows += new
-    for row in rows:
-        row.match = matches[row.provider]
-        row.floor_us, row.direct_us = case.cost.us(machine)
     return rows, errors
 
 
