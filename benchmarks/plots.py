@@ -15,7 +15,7 @@ from any2point.bench.step_report import step_picture
 from any2point.bench.table import Row, best_peer, by_case, is_ours, peer_name, read_rows
 from any2point.viz.figure import figure
 from benchmarks import plot_farthest_point_curves
-from benchmarks.readme import RESULTS, ROOT
+from benchmarks.readme import RESULTS, ROOT, ratio_text
 
 PICTURES = ROOT / "docs" / "pictures"
 MACHINES = {"h200": "NVIDIA H200", "epyc-zen5": "One thread of an AMD EPYC"}
@@ -71,7 +71,7 @@ def speedups(machine: str, path: Path) -> None:
             for kind, (ratio, _) in found.items():
                 axes.hlines(place, 1, ratio, color="0.8", linewidth=1, zorder=1)
                 axes.scatter(ratio, place, s=26, **MARKS[kind])
-            text = ", ".join(dict.fromkeys(f"{ratio:.3g}x" for ratio, _ in found.values()))
+            text = ", ".join(dict.fromkeys(ratio_text(ratio) for ratio, _ in found.values()))
             names = ", ".join(dict.fromkeys(name for _, name in found.values()))
             furthest = max(ratio for ratio, _ in found.values())
             axes.text(furthest * 1.15, place, f"{text}  {names}", va="center", fontsize=7)
@@ -158,7 +158,7 @@ def scaling(machine: str, path: Path) -> None:
             if batches:
                 axes.set_xticks([number for number, _ in found["any2point"]])
                 axes.minorticks_off()
-            axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.17), ncol=2, frameon=False)
+            axes.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.22), ncol=2, frameon=False)
         drawn.suptitle(MACHINES[machine], fontsize=10)
         drawn.tight_layout()
 

@@ -152,8 +152,10 @@ def find(rows: Sequence[Row], line: Line) -> tuple[Row, Row | None] | None:
 
 
 def ratio_text(ratio: float) -> str:
-    """Two digits, or three where they are before the point."""
-    return f"{ratio:.1f}x" if ratio < 10 else f"{ratio:.0f}x" if ratio < 100 else f"{round(ratio, -1):.0f}x"
+    """`0.60x`, `2.6x`, `48x`, `5,850x`: two digits, or three where they are before the point."""
+    if ratio < 100:
+        return f"{ratio:.2f}x" if ratio < 1 else f"{ratio:.1f}x" if ratio < 10 else f"{ratio:.0f}x"
+    return f"{round(ratio, -1):,.0f}x"
 
 
 def render(name: str) -> str:
