@@ -1,81 +1,175 @@
-// interpolate on CUDA. Forward: a thread per 16 bytes of output adds up its K rows in order. Gradient of the
-// weights: a group of up to 32 lanes per neighbour takes the dot product of two rows, each lane a fixed set
-// of columns, and adds the lanes up in a fixed tree.
+// interpolate on CUDA. A group of up to 16 lanes has a query: each lane a fixed set of columns, 16 bytes at a
+// time, of the K rows in order. Gradient of the weights: dot products of the query's gradient with its rows,
+// over the lanes in a fixed tree.
 //
 // H200, us as a graph, K = 3, float32; bytes' floor at the copy bandwidth; and index_add_ of the weighted
 // rows in torch, whose atomics add in any order:
 //                                              forward   features' gradient   weights'   floor   index_add_
-//   32 x 1,024 of   256, C = 256                    29                   32         56      10          259
-//   32 x 4,096 of 1,024, C = 128                    57                   60        150      21          499
-//    1 x  100k of   25k, C =  64                    22                   64         62       9          199
-// Forward reads K rows from L2 for each one written: counters on 32 x 512 of 1,024, C = 96 say L2 53 % of its
-// peak, DRAM 26 %, issue slots 52 %.
+//   32 x 1,024 of   256, C = 256                    14                   27         19      10          259
+//   32 x 1,024 of   128, C = 384                    22                   32         28      14
+//   32 x 4,096 of 1,024, C = 128                    37                   50         45      21          499
+//    1 x  100k of   25k, C =  64                    14                   63         23       9          199
+// K rows are read for each one written. A block for each processor, with queries that are next to each other,
+// reads most of them from its first cache; with queries dealt out over all blocks the forward pass took 29,
+// 45, 57 and 22, the gradient of the weights, by a group for each neighbour, 56, 56, 150 and 62.
+#include <algorithm>
+
 #include "common/grid.cuh"
 #include "interpolate/kernel.h"
 
 namespace any2point {
 namespace {
 
+constexpr int kLargest = 1024;  // threads of a block
+constexpr int kRows = 4;        // neighbours that are loaded at once
+
+// The queries of a block are next to each other, as a rule of one cloud, whose rows its first cache then
+// holds. A group of `lanes` has one at a time, and the groups of a warp stay together.
+struct Walk {
+  int64_t first, end, step;
+  int lane;
+
+  __device__ Walk(int64_t queries, int lanes) {
+    const int64_t each = (queries + gridDim.x - 1) / gridDim.x;
+    first = blockIdx.x * each + threadIdx.x / lanes;
+    end = min(queries, (blockIdx.x + 1) * each);
+    step = blockDim.x / lanes;
+    lane = threadIdx.x % lanes;
+  }
+  // Of the warp: whether any of its groups has a query at `query` or would have had one.
+  __device__ bool goes_on(int64_t query, int lanes) const {
+    return query - threadIdx.x % kWarp / lanes < end;
+  }
+};
+
+__device__ int64_t divided(int64_t a, int64_t b) {
+  return ((a | b) >> 32) == 0 ? uint32_t(a) / uint32_t(b) : a / b;
+}
+
+// The rows of a query's neighbours [k, k + kRows).
 template <typename T, int V>
-__global__ void __launch_bounds__(kThreads) interpolate_kernel(Interpolate args, Strider strider) {
-  using A = Accumulator<T>;
-  const T* __restrict__ features = static_cast<const T*>(args.features);
-  const A* __restrict__ weight = static_cast<const A*>(args.weight);
-  const int64_t* __restrict__ index = args.index;
-  int64_t i = strider.first();
-  Place place = strider.place(i);  // cloud, query, column
-  for (; i < strider.total; i += strider.stride, strider.advance(&place)) {
-    const T* cloud = features + place.outer * args.rows * args.channels + place.inner * V;
-    const int64_t first = (place.outer * args.queries + place.middle) * args.neighbours;
-    A total[V] = {};
-    bool bad = false;
-#pragma unroll 4
-    for (int64_t k = first; k < first + args.neighbours; k++) {
-      const int64_t row = index[k];
-      const A w = weight[k];
-      if (row >= 0 && row < args.rows) {
-        const auto values = *reinterpret_cast<const Pack<T, V>*>(cloud + row * args.channels);
+struct Rows {
+  const Pack<T, V>* at[kRows];  // null: missing
+  bool bad = false;             // an index outside of [-1, N)
+
+  __device__ Rows(const Interpolate& args, int64_t query, int64_t k) {
+    const auto* cloud = static_cast<const Pack<T, V>*>(args.features) +
+                        divided(query, args.queries) * args.rows * (args.channels / V);
 #pragma unroll
-        for (int v = 0; v < V; v++) total[v] += w * widen(values.at[v]);
-      } else {
-        bad |= row != -1;
-      }
+    for (int j = 0; j < kRows; j++) {
+      const int64_t row = k + j < args.neighbours ? args.index[query * args.neighbours + k + j] : -1;
+      const bool some = row >= 0 && row < args.rows;
+      at[j] = some ? cloud + row * (args.channels / V) : nullptr;
+      bad |= !some && row != -1;
     }
-    Pack<T, V> out;
+  }
+  __device__ Pack<T, V> load(int j, int64_t column) const { return at[j] ? at[j][column] : Pack<T, V>{}; }
+};
+
+template <typename T, int V>
+struct Weighted : Rows<T, V> {
+  Accumulator<T> weight[kRows];
+
+  __device__ Weighted(const Interpolate& args, int64_t query, int64_t k) : Rows<T, V>(args, query, k) {
 #pragma unroll
-    for (int v = 0; v < V; v++) narrow(bad ? A(NAN) : total[v], out.at + v);
-    static_cast<Pack<T, V>*>(args.out)[i] = out;
+    for (int j = 0; j < kRows; j++) {
+      const int64_t i = query * args.neighbours + k + j;
+      weight[j] = this->at[j] ? static_cast<const Accumulator<T>*>(args.weight)[i] : Accumulator<T>(0);
+    }
+  }
+  __device__ void add_to(Accumulator<T>* total, int64_t column) const {
+    Pack<T, V> values[kRows];
+#pragma unroll
+    for (int j = 0; j < kRows; j++) values[j] = this->load(j, column);
+#pragma unroll
+    for (int j = 0; j < kRows; j++) {
+#pragma unroll
+      for (int v = 0; v < V; v++) total[v] += weight[j] * widen(values[j].at[v]);
+    }
+  }
+};
+
+// `few`: up to kRows neighbours.
+template <typename T, int V, bool few>
+__global__ void __launch_bounds__(kLargest) interpolate_kernel(Interpolate args, int64_t queries, int lanes) {
+  using A = Accumulator<T>;
+  const Walk walk(queries, lanes);
+  const int64_t columns = args.channels / V;
+  for (int64_t query = walk.first; query < walk.end; query += walk.step) {
+    const Weighted<T, V> all(args, query, 0);  // if these are all
+    Pack<T, V>* out = static_cast<Pack<T, V>*>(args.out) + query * columns;
+#pragma unroll(few ? 2 : 1)
+    for (int64_t c = walk.lane; c < columns; c += lanes) {
+      A total[V] = {};
+      bool bad = few && all.bad;
+      if constexpr (few) {
+        all.add_to(total, c);
+      } else {
+#pragma unroll 2
+        for (int64_t k = 0; k < args.neighbours; k += kRows) {
+          const Weighted<T, V> some(args, query, k);
+          some.add_to(total, c);
+          bad |= some.bad;
+        }
+      }
+      Pack<T, V> result;
+#pragma unroll
+      for (int v = 0; v < V; v++) narrow(bad ? A(NAN) : total[v], result.at + v);
+      out[c] = result;
+    }
   }
 }
 
 template <typename T, int V>
-__global__ void __launch_bounds__(kThreads) weight_grad_kernel(Interpolate args, int64_t clouds, int lanes) {
+__global__ void __launch_bounds__(kLargest) weight_grad_kernel(Interpolate args, int64_t queries, int lanes) {
   using A = Accumulator<T>;
-  const int64_t total = clouds * args.queries * args.neighbours, columns = args.channels / V;
-  const int64_t groups = int64_t(gridDim.x) * (kThreads / lanes);
-  const int lane = threadIdx.x % lanes;
-  const int64_t mine = int64_t(blockIdx.x) * (kThreads / lanes) + threadIdx.x / lanes;
-  // Whole warps stay together until the last sum: groups beyond the end add nothing.
-  const int64_t warp = mine - threadIdx.x % kWarp / lanes;
-  for (int64_t offset = 0; warp + offset < total; offset += groups) {
-    const int64_t i = mine + offset;
-    const int64_t row = i < total ? args.index[i] : -1;
-    A sum = 0;
-    if (row >= 0 && row < args.rows) {
-      const int64_t query = i / args.neighbours, cloud = query / args.queries;
-      const auto* a = reinterpret_cast<const Pack<T, V>*>(static_cast<const T*>(args.grad)) + query * columns;
-      const auto* b = reinterpret_cast<const Pack<T, V>*>(static_cast<const T*>(args.features)) +
-                      (cloud * args.rows + row) * columns;
-      for (int64_t c = lane; c < columns; c += lanes) {
-        const Pack<T, V> x = a[c], y = b[c];
+  const Walk walk(queries, lanes);
+  const int64_t columns = args.channels / V;
+  for (int64_t query = walk.first; walk.goes_on(query, lanes); query += walk.step) {
+    const int64_t some = min(query, queries - 1);  // groups beyond the end do what nobody sees
+    const Pack<T, V>* grad = static_cast<const Pack<T, V>*>(args.grad) + some * columns;
+    for (int64_t k = 0; k < args.neighbours; k += kRows) {
+      const Rows<T, V> rows(args, some, k);
+      A sums[kRows] = {};
+      for (int64_t c = walk.lane; c < columns; c += lanes) {
+        const Pack<T, V> x = grad[c];
+        Pack<T, V> y[kRows];
 #pragma unroll
-        for (int v = 0; v < V; v++) sum += A(widen(x.at[v])) * A(widen(y.at[v]));
+        for (int j = 0; j < kRows; j++) y[j] = rows.load(j, c);
+#pragma unroll
+        for (int j = 0; j < kRows; j++) {
+#pragma unroll
+          for (int v = 0; v < V; v++) sums[j] += A(widen(x.at[v])) * A(widen(y[j].at[v]));
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < kRows; j++) {
+        for (int d = lanes / 2; d > 0; d /= 2) sums[j] += __shfl_xor_sync(kAll, sums[j], d);
+        const int64_t i = query * args.neighbours + k + j;
+        if (walk.lane == j % lanes && query < walk.end && k + j < args.neighbours) {
+          const int64_t row = args.index[i];
+          static_cast<A*>(args.out)[i] = row < -1 || row >= args.rows ? A(NAN) : sums[j];
+        }
       }
     }
-    for (int d = lanes / 2; d > 0; d /= 2) sum += __shfl_xor_sync(kAll, sum, d);
-    if (lane == 0 && i < total) static_cast<A*>(args.out)[i] = row < -1 || row >= args.rows ? A(NAN) : sum;
   }
 }
+
+// How the queries of all clouds are spread: one block for each processor if that fills it.
+struct Grid {
+  int lanes = 1;
+  unsigned blocks, threads;
+
+  Grid(int64_t queries, int64_t columns) {
+    while (lanes < 16 && lanes < columns && (lanes < 8 || 4 * lanes < columns)) lanes *= 2;
+    int device = 0, processors = 1;
+    cudaGetDevice(&device);
+    cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device);
+    threads = queries * lanes >= int64_t(processors) * kLargest ? kLargest : kThreads;
+    const int64_t needed = (queries * lanes + threads - 1) / threads;
+    blocks = static_cast<unsigned>(std::min<int64_t>(needed, processors * (kLargest / threads)));
+  }
+};
 
 template <typename T>
 bool vectors(const Interpolate& args, const void* other) {
@@ -83,20 +177,20 @@ bool vectors(const Interpolate& args, const void* other) {
 }
 
 template <typename T, int V>
-int launch(const Interpolate& args, int64_t clouds, cudaStream_t stream) {
-  const int64_t columns = args.channels / V;
-  const int blocks = grid_for(clouds * args.queries * columns);
-  const Strider strider(clouds, args.queries, columns, blocks);
-  interpolate_kernel<T, V><<<blocks, kThreads, 0, stream>>>(args, strider);
+int launch(const Interpolate& args, int64_t queries, cudaStream_t stream) {
+  const Grid grid(queries, args.channels / V);
+  if (args.neighbours <= kRows) {
+    interpolate_kernel<T, V, true><<<grid.blocks, grid.threads, 0, stream>>>(args, queries, grid.lanes);
+  } else {
+    interpolate_kernel<T, V, false><<<grid.blocks, grid.threads, 0, stream>>>(args, queries, grid.lanes);
+  }
   return cudaGetLastError();
 }
 
 template <typename T, int V>
-int launch_weight_grad(const Interpolate& args, int64_t clouds, cudaStream_t stream) {
-  int lanes = 1;
-  while (lanes < kWarp && lanes * V < args.channels) lanes *= 2;
-  const int blocks = grid_for(clouds * args.queries * args.neighbours * lanes);
-  weight_grad_kernel<T, V><<<blocks, kThreads, 0, stream>>>(args, clouds, lanes);
+int launch_weight_grad(const Interpolate& args, int64_t queries, cudaStream_t stream) {
+  const Grid grid(queries, args.channels / V);
+  weight_grad_kernel<T, V><<<grid.blocks, grid.threads, 0, stream>>>(args, queries, grid.lanes);
   return cudaGetLastError();
 }
 
@@ -105,11 +199,12 @@ int launch_weight_grad(const Interpolate& args, int64_t clouds, cudaStream_t str
 int interpolate_cuda(const Interpolate& args, int64_t clouds, void* stream_) {
   if (clouds * args.queries * args.channels == 0) return 0;
   const cudaStream_t stream = static_cast<cudaStream_t>(stream_);
+  const int64_t queries = clouds * args.queries;
   int error = 0;
   dispatch(args.dtype, [&](auto type) {
     using T = decltype(type);
-    error = vectors<T>(args, args.out) ? launch<T, 16 / sizeof(T)>(args, clouds, stream)
-                                       : launch<T, 1>(args, clouds, stream);
+    error = vectors<T>(args, args.out) ? launch<T, 16 / sizeof(T)>(args, queries, stream)
+                                       : launch<T, 1>(args, queries, stream);
   });
   return error;
 }
@@ -117,11 +212,12 @@ int interpolate_cuda(const Interpolate& args, int64_t clouds, void* stream_) {
 int interpolate_weight_grad_cuda(const Interpolate& args, int64_t clouds, void* stream_) {
   if (clouds * args.queries * args.neighbours == 0) return 0;
   const cudaStream_t stream = static_cast<cudaStream_t>(stream_);
+  const int64_t queries = clouds * args.queries;
   int error = 0;
   dispatch(args.dtype, [&](auto type) {
     using T = decltype(type);
-    error = vectors<T>(args, args.grad) ? launch_weight_grad<T, 16 / sizeof(T)>(args, clouds, stream)
-                                        : launch_weight_grad<T, 1>(args, clouds, stream);
+    error = vectors<T>(args, args.grad) ? launch_weight_grad<T, 16 / sizeof(T)>(args, queries, stream)
+                                        : launch_weight_grad<T, 1>(args, queries, stream);
   });
   return error;
 }
