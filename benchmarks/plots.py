@@ -30,7 +30,7 @@ COLORS = {
     for number, names in enumerate(
         [
             ["any2point"],
-            ["torch loop", "torch cdist+topk", "torch index"],
+            ["torch", "torch loop", "torch cdist+topk", "torch index"],
             ["pointnet2_ops", "fpsample kdline h=3", "pykdtree leaf=32"],
             ["pytorch3d", "fpsample kdline h=5", "pykdtree"],
             ["pointops", "fpsample kdline h=7", "scipy cKDTree"],
@@ -219,9 +219,55 @@ def memory(path: Path) -> None:
         drawn.tight_layout()
 
 
+def stages(path: Path) -> None:
+    """Local aggregation, every stage and all: times in both modes with their floors, memory of training."""
+    rows = [row for row in rows_of("h200") if row.op == "local_aggregate" and row.shape.endswith("float16")]
+    shapes = sorted({row.shape for row in rows}, key=lambda shape: ("stages" in shape, -_numbers(shape)[1]))
+    names = ["all three" if "stages" in shape else f"stage {i + 1}" for i, shape in enumerate(shapes)]
+    providers = ["torch", "torch.compile", "any2point"]
+    panels = [
+        ("evaluation, ms", "forward", False),
+        ("training, forward and backward, ms", "forward+backward", False),
+        ("training, MB at the peak", "forward+backward", True),
+    ]
+    with figure(path, (11, 3.2)) as drawn:
+        for axes, (title, mode, is_memory) in zip(drawn.subplots(1, 3, sharey=True), panels):
+            for number, provider in enumerate(providers):
+                for place, shape in enumerate(shapes):
+                    same = [row for row in rows if (row.shape, row.provider) == (shape, provider)]
+                    same = [row for row in same if row.mode.removesuffix(" graph") == mode]
+                    if not same:
+                        continue
+                    best = min(same, key=lambda row: row.p50_us)
+                    value = (best.mem_mb or 0) if is_memory else best.p50_us / 1e3
+                    at = place + 0.27 * (number - 1)
+                    axes.barh(at, value, 0.25, color=COLORS.get(provider, "0.6"), label=provider)
+                    axes.text(
+                        value * 1.08,
+                        at,
+                        f"{value:,.3g}" if value < 1e3 else f"{value:,.0f}",
+                        va="center",
+                        fontsize=7,
+                    )
+                    if provider == "any2point" and not is_memory:
+                        axes.plot([best.floor_us / 1e3] * 2, [at - 0.13, at + 0.13], "k", label="floor")
+            axes.set(xscale="log", title=title)
+            axes.title.set_fontsize(9)
+            axes.margins(x=0.15)
+            axes.xaxis.set_major_formatter(_plain)
+            axes.set_yticks(range(len(shapes)), names)
+        axes.invert_yaxis()
+        handles = {
+            label: handle for each in drawn.axes for handle, label in zip(*each.get_legend_handles_labels())
+        }
+        drawn.legend(handles.values(), handles, loc="lower center", ncol=4, fontsize=8, frameon=False)
+        drawn.tight_layout(rect=(0, 0.07, 1, 1))
+
+
 def main() -> None:
     PICTURES.mkdir(exist_ok=True)
     memory(PICTURES / "memory.svg")
+    stages(PICTURES / "local_aggregate_h200.svg")
     for machine in MACHINES:
         speedups(machine, PICTURES / f"speedups_{machine}.svg")
         scaling(machine, PICTURES / f"scaling_{machine}.svg")
