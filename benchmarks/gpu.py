@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--warmup", type=float, default=1.0, help="seconds at first, a tenth of it each time")
     parser.add_argument("--seconds", type=float, default=0.5, help="about how long a measurement takes")
     parser.add_argument("--max-rows", type=int, default=1 << 30, help="leave out shapes of larger clouds")
+    parser.add_argument("--min-rows", type=int, default=0, help="leave out shapes of smaller clouds")
     parser.add_argument("--no-graph", action="store_true")
     parser.add_argument("--no-compile", action="store_true")
     args = parser.parse_args()
@@ -61,7 +62,7 @@ def main() -> None:
             found = op_cases(names, "cuda", folder=args.peers)
         for case in found:
             longest = max(part.shape[1] for part in timing.flatten(case.inputs[0]) if part.dim() > 1)
-            if longest <= args.max_rows:
+            if args.min_rows <= longest <= args.max_rows:
                 yield case
 
     rows, wrong = measure_cases(
