@@ -64,13 +64,14 @@ def guided(features: Tensor, views: int, heads: int, options: dict[str, Any]) ->
         return ops.BatchNorm(normal(*shape), normal(*shape), normal(*shape), 1 + normal(*shape).square())
 
     sizes = [(width,), (width,), (3 * 2 * heads, width), (3 * 2 * heads,), (width, 2 * heads), (width,)]
-    attention = ops.CellAttention(*(normal(views, *size) for size in sizes))
+    attention = ops.CellAttention(*(normal(views, *size) * width**-0.5 for size in sizes))
     cell = torch.randint(9, (batch, views, count), generator=generator).to(features.device)
     voxel = torch.randint(batch * count, (batch, count), generator=generator)
     cluster = voxel.unique(return_inverse=True)[1].to(features.device)
     norms = norm(views, width), norm(width)
     fixed = {"num_cells": 9, "num_heads": heads, "coefficient": 0.5}
-    return ops.guided_aggregate(features, cell, cluster, attention, *norms, **fixed, **options)
+    with torch.autocast("cuda", features.dtype, enabled=features.dtype != torch.float32):
+        return ops.guided_aggregate(features, cell, cluster, attention, *norms, **fixed, **options)
 
 
 def projected(centers: Tensor, table: Tensor, views: Tensor, **options: Any) -> tuple[Tensor, ...]:
@@ -199,6 +200,11 @@ def main() -> int:
         for options in ({"training": True}, {"pooling": "max+mean"}, {"ensemble": "max", "training": True}):
             features = torch.randn(2, count, width, requires_grad=True)
             compare(f"guided C={width} V={views} S={count} {options}", guided, features, views, 6, options)
+    for dtype in (torch.float16, torch.bfloat16):
+        for count in (29, 130):
+            features = torch.randn(2, count, 200).to(dtype).requires_grad_()
+            name = f"guided C=200 S={count} {dtype}"
+            compare(name, guided, features, 6, 6, {"training": True})
     for turn in (spread_lines(3), spread_rotations(6)):
         sizes = (11, 5) if turn.dim() == 2 else (5, 7, 4)
         for dtype in (torch.float32, torch.float16):

@@ -33,8 +33,8 @@ class GuidedPlan(NamedTuple):
 
     `order [L, R]` (tokens by segment), `segment [L, R]` (of each token), `start [L, R + 1]` (of each segment
     in `order`), `held [L, B]` (segments that hold tokens), all int32; `qkv_weight [V * 3M, C]`, `qkv_bias
-    [V * 3M]`, `proj [V, M + 1, C]`. Where 16-bit features have a kernel for the product: `low`, the weight in
-    their dtype, and `sums [V * 3M]` of its rows.
+    [V * 3M]`, `proj [V, M + 1, C]`. Where 16-bit features have a kernel for the product, under autocast:
+    `low`, the weight in their dtype, and `sums [V * 3M]` of its rows.
     """
 
     order: Tensor
@@ -66,8 +66,13 @@ def make_plan(
 
 
 def _has_product(features: Tensor) -> bool:
-    """Whether there is a kernel for LayerNorm and the product of queries, keys and values."""
+    """Whether a kernel takes LayerNorm and the product of queries, keys and values in 16 bits.
+
+    That rounds the weights, which sharp attention shows: without autocast they stay as they are.
+    """
     if features.device.type != "cuda" or features.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    if not torch.is_autocast_enabled("cuda") or torch.get_autocast_dtype("cuda") != features.dtype:
         return False
     width = features.shape[-1]
     return width % 8 == 0 and width <= 1024 and torch.cuda.get_device_capability(features.device) >= (9, 0)

@@ -50,7 +50,7 @@ def guided_aggregate(
 
     Args:
         features: `[B, S, C]` tokens x, without class token; float16 and bfloat16 are computed in float32 and
-            rounded at the end.
+            rounded at the end. Autocast rounds the operands of the product with `qkv_weight`.
         cell: `[B, V, S]` int64 or int32, cell of every token in every view, in `[0, num_cells)`.
         cluster: `[B, S]`, voxel of every token, numbered consecutively over the batch from 0. None is enough
             unless `ensemble` is "adaptive".

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -126,7 +127,8 @@ def make_low(name: str, dtype: torch.dtype) -> dict[str, Any]:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", LOW)
-def test_low_precision(dtype: torch.dtype, name: str) -> None:
+@pytest.mark.parametrize("autocast", [False, True])
+def test_low_precision(dtype: torch.dtype, name: str, autocast: bool) -> None:
     """16-bit features are rounded where the tensor cores take them and at the end, their gradient too."""
     kwargs = make_low(name, dtype) | {"training": True}
     low = kwargs["features"]
@@ -135,7 +137,8 @@ def test_low_precision(dtype: torch.dtype, name: str) -> None:
         given = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, kwargs)
         leaf = features.clone().requires_grad_()
         weight = given["attention"].qkv_weight.requires_grad_()
-        out = guided_aggregate(**given | {"features": leaf})
+        with torch.autocast("cuda", dtype, enabled=autocast and features is low):
+            out = guided_aggregate(**given | {"features": leaf})
         assert out.dtype == leaf.dtype
         grads = torch.autograd.grad(out.float().square().sum(), [leaf, weight])
         results.append([out, grads[0], grads[1]])
@@ -149,17 +152,27 @@ def test_low_precision(dtype: torch.dtype, name: str) -> None:
 @pytest.mark.parametrize("name", LOW)
 @pytest.mark.parametrize("autocast", [False, True])
 def test_low_precision_errs_like_the_composition(dtype: torch.dtype, name: str, autocast: bool) -> None:
-    """At most twice as far from float64, under the same autocast."""
+    """At most twice as far from float64, under the same autocast; gradients of the features too."""
     for training in (False, True):
         kwargs = make_low(name, dtype) | {"training": training}
-        exact = composition(**tree_map(lambda x: x.double() if _floats(x) else x, kwargs))
+        double = tree_map(lambda x: x.double() if _floats(x) else x, kwargs)
+        exact = _with_gradient(composition, double)
         results = []
         for function in (guided_aggregate, composition):
             given = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, kwargs)
             with torch.autocast("cuda", dtype, enabled=autocast):
-                results.append(function(**given).double() - exact)
-        got, plain = ([float(x.abs().max()), float(x.norm())] for x in results)
-        assert all(x <= 2 * y for x, y in zip(got, plain, strict=True)), (got, plain)
+                found = _with_gradient(function, given)
+            results.append([x.double() - y for x, y in zip(found, exact, strict=True)])
+        for got, plain in zip(*results, strict=True):
+            got, plain = ([float(x.abs().max()), float(x.norm())] for x in (got, plain))
+            assert all(x <= 2 * y for x, y in zip(got, plain, strict=True)), (got, plain)
+
+
+def _with_gradient(function: Callable[..., Tensor], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    leaf = kwargs["features"].requires_grad_()
+    out = function(**kwargs)
+    eighths = (torch.arange(out.numel(), device=out.device) * 7 % 17 - 8).view(out.shape).to(out.dtype) / 8
+    return out.detach(), torch.autograd.grad(out, leaf, eighths)[0]
 
 
 def _floats(x: Any) -> bool:
