@@ -8,7 +8,7 @@
 //
 // H200, B = 32, S = 128, C = 768, V = 6, M = 12, bfloat16, 12 blocks in a CUDA graph: 3.5 ms with 39
 // cells, 5.7 with 400. The floor, tokens and their gradient read and written once, is 0.05 ms. Of a block's
-// 290 us products take 67, rows 45, pooling 32, pull 29, LayerNorm and product 46, attention 20, voxels 20,
+// 290 us products take 67, rows 45, pooling 32, pull 29, LayerNorm and product 32, attention 20, voxels 20,
 // factors 7, sums 6, torch's additions and zeros 16. Products (26 M instructions, 0.43 a cycle and
 // scheduler), rows (23 M, 0.45) and pull (15 M, 0.57) wait for memory half of the time and are bound by their
 // instructions for the rest: all of them know 64 or 192 channels of a row at once, no more would fit.

@@ -163,9 +163,10 @@ def test_low_precision_errs_like_the_composition(dtype: torch.dtype, name: str, 
             with torch.autocast("cuda", dtype, enabled=autocast):
                 found = _with_gradient(function, given)
             results.append([x.double() - y for x, y in zip(found, exact, strict=True)])
-        for got, plain in zip(*results, strict=True):
-            got, plain = ([float(x.abs().max()), float(x.norm())] for x in (got, plain))
-            assert all(x <= 2 * y for x, y in zip(got, plain, strict=True)), (got, plain)
+        got, plain = (
+            [float(out.abs().max()), *(float(x.norm()) for x in (out, grad))] for out, grad in results
+        )
+        assert all(x <= 2 * y for x, y in zip(got, plain, strict=True)), (got, plain)
 
 
 def _with_gradient(function: Callable[..., Tensor], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
