@@ -145,18 +145,18 @@ STABLE_TORCH_LIBRARY(any2point, m) {
       "argmax, Tensor? dense, Tensor dz, Tensor[] norm, Tensor weight, Tensor[] below) -> Tensor[]");
   // On CUDA the first unit's _rows_grad returns the gradient of W1 and dy1 [M, H] alone. With du, dense [M,
   // C] or an entry per group and channel, and W1 [H, C] it gives factor times the gradient of the features,
-  // in the type of dy1 or in float32.
+  // in the type of dy1 or in float32. Without dy1, or without du: the part of the other.
   m.def(
-      "_local_aggregate_points_grad(Tensor dy1, Tensor? grad, Tensor? argmax, Tensor? dense, Tensor center, "
+      "_local_aggregate_points_grad(Tensor? dy1, Tensor? grad, Tensor? argmax, Tensor? dense, Tensor center, "
       "Tensor neighbor, Tensor weight, Tensor? factor, SymInt points, bool single) -> Tensor");
   // Between the passes on CUDA (csrc/local_aggregate/train_algebra.h), from the parts of their sums. single:
-  // [4, H] scale, shift, mean and deviation of y1; [2, C] mean and deviation of the second layer.
+  // [4, H] scale, shift, mean and deviation of y1; [2, C] mean and deviation of the second layer. rows: M.
   m.def(
       "_local_aggregate_in_statistics(Tensor mean, Tensor spread, Tensor count, Tensor weight, Tensor bias, "
       "float eps) -> (Tensor mean, Tensor deviation, Tensor single)");
   m.def(
-      "_local_aggregate_out_statistics(Tensor before, Tensor gram, Tensor sum, Tensor out_weight, Tensor "
-      "out_bias, Tensor weight, Tensor bias, float eps) -> (Tensor mean, Tensor deviation, Tensor "
+      "_local_aggregate_out_statistics(Tensor features, Tensor gram, Tensor sum, Tensor out_weight, Tensor "
+      "out_bias, Tensor weight, Tensor bias, float eps, int rows) -> (Tensor mean, Tensor deviation, Tensor "
       "hidden_mean, Tensor hidden_sum, Tensor hidden_outer, Tensor single, Tensor folded, Tensor shift)");
   // Where out > 0, the gradient times a size that fits float16 (unless not `scaled`); sizes: it and 1 / it.
   m.def(

@@ -165,7 +165,7 @@ class Tokenizer(nn.Module):
         start: first centre of a cloud: "farthest" from the mean, or "first" in the array.
         tie: "lowest" or "pointnet2", see `any2point.ops.farthest_point_sample`.
         features: channels of every point beside its coordinates.
-        checkpointing: compute each stage again for the gradient instead of keeping what is inside.
+        checkpointing: compute the rows of each stage again for the gradient instead of keeping them.
     """
 
     def __init__(
@@ -231,10 +231,7 @@ class Tokenizer(nn.Module):
         x = self._embed(points, features)
         near = self.neighborhoods(points) if neighborhoods is None else neighborhoods
         for stage, (center, neighbor) in enumerate(zip(near.center, near.neighbor)):
-            if self.checkpointing:
-                x = recompute(self.stages[stage], self._aggregate, stage, points, x, center, neighbor)
-            else:
-                x = self._aggregate(stage, points, x, center, neighbor)
+            x = self._aggregate(stage, points, x, center, neighbor)
             points = group(points, center)
         return Tokens(x, points, near.index)
 
@@ -262,6 +259,7 @@ class Tokenizer(nn.Module):
             guard=self.guard,
             training=self.training,
             operand_dtype=torch.float16 if _float16_operands else None,
+            recompute=self.checkpointing,
         )
 
 

@@ -8,6 +8,7 @@ the CPU, float16 or bfloat16 on CUDA.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -77,10 +78,15 @@ class Passes:
         self.dense: Tensor | None = None
         self.dz: Tensor | None = None
         self.sums: list[Tensor] = []
+        self.rest: list[Tensor] = []
         self.number = rows[3].numel()
-        self.count: float | Tensor = self.number  # of all processes
-        if are_shared():
-            (self.count,) = over_processes(rows[0].new_full((), self.number, dtype=torch.float64))
+
+    @cached_property
+    def count(self) -> float | Tensor:
+        """Rows of all processes."""
+        if not are_shared():
+            return self.number
+        return over_processes(self.rows[0].new_full((), self.number, dtype=torch.float64))[0]
 
     def add_up(self, part: Tensor) -> Tensor:
         return part.sum(0, dtype=torch.float64)
@@ -111,9 +117,7 @@ class Passes:
         gram, total = _ops._local_aggregate_gram(before, scale, shift, self.neighbors)
         return gram[:, :hidden, :hidden], total
 
-    def out_statistics(
-        self, before: Tensor, grams: Tensor, sums: Tensor, layer: list[Tensor], eps: float
-    ) -> list[Tensor]:
+    def out_statistics(self, grams: Tensor, sums: Tensor, layer: list[Tensor], eps: float) -> list[Tensor]:
         """`Unit`'s out_mean to folded_bias, from the parts that `gram` returns.
 
         The mean that the folded bias takes away is that of the rounded weight's products.
@@ -125,7 +129,7 @@ class Passes:
         weight = layer[0].double()
         out_mean = weight @ mean + layer[1]
         deviation = torch.rsqrt(((weight @ cov) * weight).sum(1).clamp(min=0) + eps)
-        folded = (layer[0] * (layer[2] * deviation)[:, None]).to(before.dtype).contiguous()
+        folded = (layer[0] * (layer[2] * deviation)[:, None]).to(self.dtype).contiguous()
         bias = (layer[3] - folded.double() @ mean).float()
         single = torch.stack([out_mean, deviation]).float()
         outer = gram - mean[:, None] * total
@@ -164,7 +168,11 @@ class Passes:
         )
         return self.add_up(plain), self.add_up(scaled)
 
-    def rows_grad(self, units: list[Unit], plain: Tensor, scaled: Tensor) -> Tensor:
+    def hidden_means(self, plain: Tensor, scaled: Tensor) -> list[Tensor]:
+        """What `rows_grad` takes of the sums that `hidden_grad` returns."""
+        return [(whole / self.count).float() for whole in over_processes(plain, scaled)]
+
+    def rows_grad(self, units: list[Unit], means: list[Tensor]) -> Tensor:
         unit = units[-1]
         done = [tensor for other in units[:-1] for tensor in other.done]
         below: list[Tensor] = []
@@ -173,7 +181,6 @@ class Passes:
             below = [units[-2].out_weight, units[-2].out_bias, *units[-2].out_single]
         factor, _, mean, deviation = unit.in_single
         dz, self.dz = self.dz, None  # as large as y1: not kept any longer than needed
-        means = [(whole / self.count).float() for whole in over_processes(plain, scaled)]
         found, *self.rest = _ops._local_aggregate_rows_grad(
             *self.rows,
             done,
@@ -196,6 +203,24 @@ class Passes:
         first, half = unit.in_weight, direct.shape[-1]
         return direct + by_neighbor @ first[:, :half] + by_center @ first[:, half:]
 
+    def dense_grad(self, unit: Unit, factor: Tensor | None) -> Tensor:
+        """What of `features_grad` comes past the unit, whose gradient is `dense`; in float32."""
+        clouds, points = self.rows[0].shape[:2]
+        center, neighbor = self.rows[2:4]
+        assert self.dense is not None
+        dense = self.dense.view(clouds, -1, self.neighbors, self.dense.shape[-1])
+        near, middle = dense.chunk(2, -1)
+        first = torch.arange(clouds, device=center.device)[:, None] * points
+        found = near.new_zeros(clouds * points + 1, near.shape[-1])  # the last one: of missing rows
+        for index, values in (
+            (torch.where(neighbor < 0, center[..., None], neighbor), near),
+            (center, middle.sum(2)),
+        ):
+            index = index.flatten(1)
+            index = torch.where(index < 0, clouds * points, index + first).flatten()
+            found.index_add_(0, index, values.reshape(len(index), -1))
+        return found[:-1].view(clouds, points, -1)
+
 
 class CudaPasses(Passes):
     """What lies between the passes in kernels, unless processes share statistics."""
@@ -210,12 +235,11 @@ class CudaPasses(Passes):
             return super().in_statistics(means, spreads, counts, scale, shift, eps)
         return [*_ops._local_aggregate_in_statistics(means, spreads, counts, scale, shift, eps)]
 
-    def out_statistics(
-        self, before: Tensor, grams: Tensor, sums: Tensor, layer: list[Tensor], eps: float
-    ) -> list[Tensor]:
+    def out_statistics(self, grams: Tensor, sums: Tensor, layer: list[Tensor], eps: float) -> list[Tensor]:
         if are_shared():
-            return super().out_statistics(before, grams, sums, layer, eps)
-        return [*_ops._local_aggregate_out_statistics(before, grams, sums, *layer, eps)]
+            return super().out_statistics(grams, sums, layer, eps)
+        like = self.rows[1]
+        return [*_ops._local_aggregate_out_statistics(like, grams, sums, *layer, eps, self.number)]
 
     def pull(self, unit: Unit) -> tuple[list[Tensor], list[Tensor]]:
         if are_shared():
@@ -228,7 +252,11 @@ class CudaPasses(Passes):
         return [out_grad, normed[0], total[0]], linear
 
     def features_grad(self, unit: Unit, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
-        (dy1,) = self.rest
+        return self._points_grad(self.rest[0], unit, factor, dtype == torch.float32)
+
+    def dense_grad(self, unit: Unit, factor: Tensor | None) -> Tensor:
+        return self._points_grad(None, unit, factor, True)
+
+    def _points_grad(self, dy1: Tensor | None, unit: Unit, factor: Tensor | None, single: bool) -> Tensor:
         layout = (*self.rows[2:4], unit.in_weight, factor, self.rows[0].shape[1])
-        single = dtype == torch.float32
         return _ops._local_aggregate_points_grad(dy1, *self.entry, self.dense, *layout, single)

@@ -4,7 +4,8 @@ One unit on rows x [M, C] is
 
     y1 = x W1' + b1,  h = ReLU(n1(y1)),  y2 = h W2' + b2,  z = ReLU(x + n2(y2))
 
-and only y1 [M, H] of each unit is kept. Batch statistics, and what follows from them, are in float64.
+and only y1 [M, H] of each unit is kept, or with `recompute` nothing of the rows. Batch statistics, and what
+follows from them, are in float64.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from any2point.ops import _local_aggregate_recompute as again
 from any2point.ops._local_aggregate_passes import PER_UNIT, SAVED, CudaPasses, Passes, Unit
 from any2point.reference.batch_norm import are_shared, over_processes
 
@@ -59,10 +61,18 @@ def forward(
     guard: bool,
     eps: float,
     parameters: list[Tensor],
+    recompute: bool,
 ) -> list[Tensor]:
-    """out [B, S, C], argmax [B, S, C] int32, and `SAVED` tensors per unit."""
+    """out [B, S, C], argmax [B, S, C] int32, and `SAVED` tensors per unit.
+
+    With `recompute` y1 is empty, and argmax, -1 where out is not positive, as small as it can be.
+    """
     rows = (points, _operand(features), center, neighbor, divisor, wavelength, beta, guard)
     passes = _passes(rows)
+    if recompute:
+        chunks = [_passes(again.rows_of(rows, clouds)) for clouds in again.chunks_of(rows, parameters)]
+        out, argmax, *rest = again.results(passes, chunks, parameters, eps)
+        return [out, torch.where(out > 0, argmax, -1).to(_index_dtype(neighbor)), *rest]
     done: list[Tensor] = []
     saved: list[Tensor] = []
     for first in range(0, len(parameters), PER_UNIT):
@@ -70,7 +80,7 @@ def forward(
         before, means, spreads, counts = passes.project(done, own[0], own[1])
         found = passes.in_statistics(means, spreads, counts, own[2], own[3], eps)
         grams = passes.gram(before, *found[2][:2])
-        saved += [before, *found, *passes.out_statistics(before, *grams, own[4:], eps)]
+        saved += [before, *found, *passes.out_statistics(*grams, own[4:], eps)]
         done += Unit(*own, *saved[-SAVED:]).done
     return [*passes.maximum(done), *saved]
 
@@ -87,10 +97,11 @@ def _(
     guard: bool,
     eps: float,
     parameters: list[Tensor],
+    recompute: bool,
 ) -> list[Tensor]:
     features = _operand(features)
     out = features.new_empty(*center.shape, 2 * features.shape[-1], dtype=torch.float32)
-    rows = neighbor.shape[0] * neighbor.shape[1] * neighbor.shape[2]
+    rows = 0 if recompute else neighbor.shape[0] * neighbor.shape[1] * neighbor.shape[2]
     saved = []
     for first in range(0, len(parameters), PER_UNIT):
         hidden, width = parameters[first].shape
@@ -103,7 +114,8 @@ def _(
         saved += [features.new_empty(hidden, hidden, dtype=double)]
         saved += [features.new_empty(2, width, dtype=single), features.new_empty(width, hidden)]
         saved += [features.new_empty(width, dtype=single)]
-    return [out, features.new_empty(out.shape, dtype=torch.int32), *saved]
+    index = _index_dtype(neighbor) if recompute else torch.int32
+    return [out, features.new_empty(out.shape, dtype=index), *saved]
 
 
 @torch.library.custom_op(
@@ -122,26 +134,33 @@ def backward(
     guard: bool,
     parameters: list[Tensor],
     results: list[Tensor],
+    recompute: bool,
 ) -> list[Tensor]:
-    """Gradients of the features and of every parameter; `results` are those of `forward`."""
+    """Gradients of the features and of every parameter.
+
+    `results` are those of `forward`, with `recompute` without the first.
+    """
     operand = _operand(features)
     rows = (points, operand, center, neighbor, divisor, wavelength, beta, guard)
-    out, argmax, *saved = results
+    out, argmax, *saved = [results[0] + 1.0, *results] if recompute else results
     units = [
         Unit(*parameters[PER_UNIT * u : PER_UNIT * (u + 1)], *saved[SAVED * u : SAVED * (u + 1)])
         for u in range(len(parameters) // PER_UNIT)
     ]
     entries, factor = _entries(grad, out, units[-1], operand.dtype == torch.float16)
+    del out
+    if recompute:
+        argmax = argmax.clamp(min=0).int()
     passes = _passes(rows, entries, argmax)
-    found: list[Tensor] = []
-    for u in reversed(range(len(units))):
-        unit = units[u]
-        passes.out_sums(unit)
-        (out_grad, normed, total), linear = passes.pull(unit)
-        plain, scaled = passes.hidden_grad(unit, linear)
-        in_weight = passes.rows_grad(units[: u + 1], plain, scaled)
-        found = [in_weight, scaled, plain, out_grad, normed, total, *found]
-    features_grad = passes.features_grad(units[0], factor, features.dtype)
+    several = again.chunks_of(rows, parameters) if recompute else []
+    if len(several) > 1:
+        parts = [_passes(again.rows_of(rows, clouds), entries[clouds], argmax[clouds]) for clouds in several]
+        chunks = [again.Chunk(part, units) for part in parts]
+        found, features_grad = again.gradients(passes, chunks, factor, features.dtype)
+    else:
+        found, features_grad = _gradients(
+            passes, again.filled(passes, units) if recompute else units, factor, features.dtype
+        )
     found = [x.float() for x in found]
     if factor is not None:
         found = list(torch._foreach_mul(found, factor))
@@ -152,6 +171,26 @@ def backward(
         in_bias, out_bias = torch.zeros_like(unit.in_bias), torch.zeros_like(unit.out_bias)
         of_units += [in_weight, in_bias, scaled, plain, out_grad, out_bias, normed, total]
     return [features_grad, *(x.contiguous() for x in of_units)]
+
+
+def _gradients(
+    passes: Passes, units: list[Unit], factor: Tensor | None, dtype: torch.dtype
+) -> tuple[list[Tensor], Tensor]:
+    """Gradients of each unit's weights, as the passes give them, and of the features."""
+    found: list[Tensor] = []
+    for u in reversed(range(len(units))):
+        unit = units[u]
+        passes.out_sums(unit)
+        (out_grad, normed, total), linear = passes.pull(unit)
+        plain, scaled = passes.hidden_grad(unit, linear)
+        in_weight = passes.rows_grad(units[: u + 1], passes.hidden_means(plain, scaled))
+        found = [in_weight, scaled, plain, out_grad, normed, total, *found]
+    return found, passes.features_grad(units[0], factor, dtype)
+
+
+def _index_dtype(neighbor: Tensor) -> torch.dtype:
+    """The least one that holds a row of a group, or -1."""
+    return torch.int16 if neighbor.shape[2] < 1 << 15 else torch.int32
 
 
 def _entries(grad: Tensor, out: Tensor, unit: Unit, scaled: bool) -> tuple[Tensor, Tensor | None]:
@@ -187,17 +226,18 @@ def _(
     guard: bool,
     parameters: list[Tensor],
     results: list[Tensor],
+    recompute: bool,
 ) -> list[Tensor]:
     return [torch.empty_like(features), *(torch.empty_like(p) for p in parameters)]
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    *rows, ctx.beta, ctx.guard, _, parameters = inputs
+    *rows, ctx.beta, ctx.guard, _, parameters, ctx.recompute = inputs
     ctx.has_divisor = rows[4] is not None
     ctx.set_materialize_grads(False)  # of what is saved: zeros, and as large
     kept = [row for row in rows if row is not None]
     ctx.sizes = len(kept), len(parameters)
-    ctx.save_for_backward(*kept, *parameters, *output)
+    ctx.save_for_backward(*kept, *parameters, *output[1 if ctx.recompute else 0 :])
 
 
 def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
@@ -207,10 +247,10 @@ def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
     if not ctx.has_divisor:
         inputs.insert(4, None)
     if grads[0] is None:
-        return (*[None] * 9, [None] * parameters)
+        return (*[None] * 9, [None] * parameters, None)
     grad = grads[0].contiguous()
-    found = backward(grad, *inputs, ctx.beta, ctx.guard, parameters_, results)
-    return None, found[0], None, None, None, None, None, None, None, found[1:]
+    found = backward(grad, *inputs, ctx.beta, ctx.guard, parameters_, results, ctx.recompute)
+    return None, found[0], None, None, None, None, None, None, None, found[1:], None
 
 
 torch.library.register_autograd("any2point::_local_aggregate_train", _backward, setup_context=_setup)

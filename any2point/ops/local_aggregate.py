@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from any2point.ops._checks import (
     check_clouds,
@@ -54,6 +56,7 @@ def local_aggregate(
     alpha: float = 1000.0,
     beta: float = 100.0,
     operand_dtype: torch.dtype | None = None,
+    recompute: bool = False,
 ) -> Tensor:
     """Gather K neighbours per centre, add a sinusoid of their offset, apply residual units, take the maximum.
 
@@ -79,6 +82,8 @@ def local_aggregate(
         operand_dtype: torch.float16 allows kernels on sm_90 to round rows, hidden layers and weights to it
             where `features` are float32: to as many bits as TF32 has, but within 65504. Gradients keep the
             range of float32. It has no effect where there are no such kernels. None: operands are as below.
+        recompute: keep nothing of the rows for the gradient, but compute them again: less memory, more time,
+            the same results to rounding.
 
     Returns:
         `[B, S, 2C]` in the dtype of `features`.
@@ -92,6 +97,9 @@ def local_aggregate(
     Complexity: O(B S K (C H + C)) time, O(B S K C) memory. On the CPU, in float32 or less, kernels take over:
     evaluation without a gradient to keep needs O(B S C) memory, training O(B S K H) (with several units
     O(B S K C) for a while in backward), unless a gradient of the points is wanted; it differentiates once.
+    With `recompute` kernels keep O(B S C) for backward, and go through the clouds in chunks of some 100 MB:
+    O(B S K H) at a time (O(B S K C) from three units on). The composition needs what it would without while
+    it differentiates, and in a graph of `torch.compile` `recompute` leaves it as it is.
     On CUDA (sm_80 and newer, with Triton) kernels evaluate. On sm_90 they train, too, in float16 and
     bfloat16 and in as much memory, units of (2C, H) = (192, 96) twice, (384, 192) or (768, 32); otherwise
     training is the composition. Statistics may be shared by processes in all cases.
@@ -152,7 +160,7 @@ def local_aggregate(
             operand = features.half()
         rows = (points.contiguous(), operand.contiguous(), center, neighbor, divisor, wavelength)
         if training:
-            return _train(rows, units, beta, guard, momentum, eps).to(features.dtype)
+            return _train(rows, units, beta, guard, momentum, eps, recompute).to(features.dtype)
         return _evaluate(rows, units, beta, guard, eps).to(features.dtype)
     # cuBLAS rounds otherwise for strided weights and biases; statistics are updated in place and stay.
     units = [
@@ -164,12 +172,12 @@ def local_aggregate(
         )
         for unit in units
     ]
-    return _composition(
+    step = functools.partial(
+        _composition,
         points.contiguous(),
         features.contiguous(),
         center,
         neighbor,
-        units,
         normalize=normalize,
         guard=guard,
         training=training,
@@ -179,6 +187,23 @@ def local_aggregate(
         beta=beta,
         group=group,
     )
+    if recompute and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return _recomputed(step, units)
+    return step(units)
+
+
+def _recomputed(step: Callable[[list[ResidualUnit]], Tensor], units: list[ResidualUnit]) -> Tensor:
+    """`step(units)` that is computed again for the gradient, without an update of running statistics."""
+
+    def copied(norm: BatchNorm) -> BatchNorm:
+        return norm._replace(running_mean=norm.running_mean.clone(), running_var=norm.running_var.clone())
+
+    copies = [unit._replace(in_norm=copied(unit.in_norm), out_norm=copied(unit.out_norm)) for unit in units]
+    passes = [units]
+    result: Tensor = checkpoint(
+        lambda: step(passes.pop() if passes else copies), use_reentrant=False, preserve_rng_state=False
+    )
+    return result
 
 
 def _is_fused(
@@ -231,7 +256,13 @@ Rows = tuple[Tensor, Tensor, Tensor, Tensor, "Tensor | None", Tensor]
 
 
 def _train(
-    rows: Rows, units: Sequence[ResidualUnit], beta: float, guard: bool, momentum: float, eps: float
+    rows: Rows,
+    units: Sequence[ResidualUnit],
+    beta: float,
+    guard: bool,
+    momentum: float,
+    eps: float,
+    recompute: bool,
 ) -> Tensor:
     parameters: list[Tensor] = []
     for unit in units:
@@ -241,7 +272,7 @@ def _train(
         ):
             bias = weight.new_zeros(len(weight)) if bias is None else bias
             parameters += [tensor.float().contiguous() for tensor in (weight, bias, norm.weight, norm.bias)]
-    out, _, *saved = checked(train_forward, *rows, beta, guard, eps, parameters)
+    out, _, *saved = checked(train_forward, *rows, beta, guard, eps, parameters, recompute)
     count: float | Tensor = rows[3].numel()
     if are_shared():
         (count,) = over_processes(out.new_full((), count, dtype=torch.float64))

@@ -60,10 +60,10 @@ HopperGramParts hopper_gram_parts(int64_t rows, int64_t hidden, int processors);
 int hopper_gram(const HopperGram& args, int64_t hidden, int processors, void* stream);
 
 struct HopperPoints {
-  const void* dy1;         // [M, H]
+  const void* dy1;         // [M, H], or null if hidden is 0
   const float* grad;       // [B, S, C], or null
   const int32_t* argmax;   // [B, S, C], with grad
-  const void* dense;       // [M, C], if grad is null
+  const void* dense;       // [M, C], or null
   const uint32_t* near;    // [B, N + 1] and [B S K]: the inverse list of neighbours, where a missing one
   const uint32_t* pairs;   //   is the centre
   const uint32_t* middle;  // [B, N + 1] and [B S]: the inverse list of centres
@@ -81,7 +81,7 @@ struct HopperPoints {
   const float* factor;      // of the result, or null: 1
   float* groups;            // [B S, H + C / 2], without C / 2 where dense is null: scratch
   float* by_neighbor;       // [B, N, H]: scratch
-  float* direct;            // [B, N, C / 2]: scratch
+  float* direct;            // [B, N, C / 2]: scratch, zeros if grad and dense are null
   void* features;           // [B, N, C / 2], in the type of dy1 unless single
 };
 // The index of the inverse list of neighbours.

@@ -52,21 +52,21 @@ std::tuple<Tensor, Tensor, Tensor> in_statistics_op(const Tensor& mean, const Te
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> out_statistics_op(
-    const Tensor& before, const Tensor& gram, const Tensor& sum, const Tensor& out_weight,
-    const Tensor& out_bias, const Tensor& weight, const Tensor& bias, double eps) {
-  A2P_CHECK(out_weight.dim() == 2 && before.dim() == 2, "before, out_weight: expected [M, H] and [C, H]");
+    const Tensor& features, const Tensor& gram, const Tensor& sum, const Tensor& out_weight,
+    const Tensor& out_bias, const Tensor& weight, const Tensor& bias, double eps, int64_t rows) {
+  A2P_CHECK(out_weight.dim() == 2, "out_weight: expected [C, H]");
   const int64_t width = out_weight.size(0), hidden = out_weight.size(1);
   check_hidden(hidden, width);
   Tensor mean = empty(gram, {width}, kDouble), deviation = empty(gram, {width}, kDouble);
   Tensor hidden_mean = empty(gram, {hidden}, kDouble), hidden_sum = empty(gram, {hidden}, kDouble);
   Tensor hidden_outer = empty(gram, {hidden, hidden}, kDouble), room = empty(gram, {hidden, hidden}, kDouble);
   Tensor single = empty(gram, {2, width}, kSingle), shift = empty(gram, {width}, kSingle);
-  Tensor folded = empty(gram, {width, hidden}, before.scalar_type());
+  Tensor folded = empty(gram, {width, hidden}, features.scalar_type());
   const OutStatistics args{floats("gram", gram, gram, {gram.size(0), hidden, hidden}),
                            floats("sum", sum, gram, {sum.size(0), hidden}),
                            gram.size(0),
                            sum.size(0),
-                           before.size(0),
+                           rows,
                            hidden,
                            width,
                            floats("out_weight", out_weight, gram, {width, hidden}),
@@ -74,7 +74,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> out_s
                            floats("weight", weight, gram, {width}),
                            floats("bias", bias, gram, {width}),
                            eps,
-                           before.scalar_type() == ScalarType::BFloat16,
+                           features.scalar_type() == ScalarType::BFloat16,
                            data<double>(room),
                            data<double>(mean),
                            data<double>(deviation),

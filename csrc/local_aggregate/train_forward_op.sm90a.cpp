@@ -116,33 +116,36 @@ Two maximum(const Tensor& points, const Tensor& features, const Tensor& center, 
   return {out, argmax};
 }
 
-Tensor points_grad(const Tensor& dy1, const OptionalTensor& grad, const OptionalTensor& argmax,
+Tensor points_grad(const OptionalTensor& dy1, const OptionalTensor& grad, const OptionalTensor& argmax,
                    const OptionalTensor& dense, const Tensor& center_, const Tensor& neighbor_,
                    const Tensor& weight, const OptionalTensor& factor, int64_t points, bool single) {
-  A2P_CHECK(dy1.dim() == 2 && center_.dim() == 2 && neighbor_.dim() == 3,
-            "dy1, center, neighbor: expected [M, H], [B, S] and [B, S, K]");
+  A2P_CHECK(center_.dim() == 2 && neighbor_.dim() == 3, "center, neighbor: expected [B, S] and [B, S, K]");
+  A2P_CHECK(dy1 || dense, "dense: expected it where there is no dy1");
+  const Tensor& given = dy1 ? *dy1 : *dense;
   const int64_t clouds = center_.size(0), centers = center_.size(1), neighbors = neighbor_.size(2);
-  const int64_t rows = clouds * centers * neighbors, hidden = dy1.size(1);
-  const Tensor center = index_tensor("center", center_, {clouds, centers}, dy1);
-  const Tensor neighbor = index_tensor("neighbor", neighbor_, {clouds, centers, neighbors}, dy1);
-  A2P_CHECK(static_cast<bool>(dense) != (grad && argmax), "dense: expected it, or grad and argmax");
+  const int64_t rows = clouds * centers * neighbors, hidden = dy1 ? dy1->size(1) : 0;
+  const Tensor center = index_tensor("center", center_, {clouds, centers}, given);
+  const Tensor neighbor = index_tensor("neighbor", neighbor_, {clouds, centers, neighbors}, given);
+  A2P_CHECK(grad.has_value() == argmax.has_value() && !(dense && grad),
+            "dense: expected it, or grad and argmax, or none of them");
   A2P_CHECK(weight.dim() == 2, "weight: expected [H, C]");
   const int64_t width = weight.size(1);
-  check_sizes(width, hidden, 1);
-  A2P_CHECK(dy1.scalar_type() == ScalarType::Half || dy1.scalar_type() == ScalarType::BFloat16,
+  check_sizes(width, weight.size(0), 1);
+  A2P_CHECK(given.scalar_type() == ScalarType::Half || given.scalar_type() == ScalarType::BFloat16,
             "dy1: expected float16 or bfloat16");
+  A2P_CHECK(!dy1 || hidden == weight.size(0), "dy1: expected [M, H]");
   HopperPoints args{};
-  args.dy1 = hopper_aligned("dy1", dy1, dy1, {rows, hidden});
-  args.bfloat16 = dy1.scalar_type() == ScalarType::BFloat16;
+  if (dy1) args.dy1 = hopper_aligned("dy1", *dy1, given, {rows, hidden});
+  args.bfloat16 = given.scalar_type() == ScalarType::BFloat16;
   if (dense) {
-    args.dense = hopper_aligned("dense", *dense, dy1, {rows, width});
-  } else {
-    args.grad = floats("grad", *grad, dy1, {clouds, centers, width});
+    args.dense = hopper_aligned("dense", *dense, given, {rows, width});
+  } else if (grad) {
+    args.grad = floats("grad", *grad, given, {clouds, centers, width});
     args.argmax = static_cast<const int32_t*>(
-        hopper_data("argmax", *argmax, ScalarType::Int, dy1, {clouds, centers, width}));
+        hopper_data("argmax", *argmax, ScalarType::Int, given, {clouds, centers, width}));
   }
-  const OnDevice device(dy1);
-  Tensor resolved = like(dy1, {clouds, centers * neighbors}, ScalarType::Long);
+  const OnDevice device(given);
+  Tensor resolved = like(given, {clouds, centers * neighbors}, ScalarType::Long);
   check_cuda(
       "local_aggregate",
       hopper_resolve(center.const_data_ptr<int64_t>(), neighbor.const_data_ptr<int64_t>(), clouds * centers,
@@ -161,16 +164,16 @@ Tensor points_grad(const Tensor& dy1, const OptionalTensor& grad, const Optional
   args.hidden = hidden;
   args.width = width;
   args.single = single;
-  Tensor groups = like(dy1, {clouds * centers, hidden + (dense ? width / 2 : 0)}, kSingle);
-  Tensor by_neighbor = like(dy1, {clouds, points, hidden}, kSingle);
-  Tensor direct = like(dy1, {clouds, points, width / 2}, kSingle);
-  Tensor features = like(dy1, {clouds, points, width / 2}, single ? kSingle : dy1.scalar_type());
+  Tensor groups = like(given, {clouds * centers, hidden + (dense ? width / 2 : 0)}, kSingle);
+  Tensor by_neighbor = like(given, {clouds, points, hidden}, kSingle);
+  Tensor direct = like(given, {clouds, points, width / 2}, kSingle);
+  Tensor features = like(given, {clouds, points, width / 2}, single ? kSingle : given.scalar_type());
   args.groups = data(groups);
   args.by_neighbor = data(by_neighbor);
   args.direct = data(direct);
   args.features = features.mutable_data_ptr();
-  args.weight = floats("weight", weight, dy1, {hidden, width});
-  if (factor) args.factor = floats("factor", *factor, dy1, {});
+  args.weight = floats("weight", weight, given, {weight.size(0), width});
+  if (factor) args.factor = floats("factor", *factor, given, {});
   check_cuda("local_aggregate", hopper_points(args, device.stream));
   return features;
 }

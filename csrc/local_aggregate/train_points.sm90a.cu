@@ -170,7 +170,7 @@ __global__ void __launch_bounds__(kThreads) features_kernel(const HopperPoints a
   const int64_t half = args.width / 2, total = args.clouds * args.points;
   const int64_t first = int64_t{blockIdx.x} * kPoints;
   const int64_t columns = hidden + (args.dense ? half : 0);
-  bring_weight(args, 0, staged);
+  if (hidden > 0) bring_weight(args, 0, staged);
   __shared__ Owned owned_by[kPoints];
   if (threadIdx.x < kPoints) {
     owned_by[threadIdx.x] = Owned(args, min(first + static_cast<int64_t>(threadIdx.x), total - 1));
@@ -209,6 +209,7 @@ __global__ void __launch_bounds__(kThreads) features_kernel(const HopperPoints a
     }
   }
   const float factor = args.factor ? *args.factor : 1.0f;
+  const bool past = args.dense || args.grad;
   const float* const from = args.dense ? args.groups + hidden : args.grad + half;
   const int64_t stride = args.dense ? columns : args.width;
 #pragma unroll
@@ -222,7 +223,7 @@ __global__ void __launch_bounds__(kThreads) features_kernel(const HopperPoints a
       const float2 direct = *reinterpret_cast<const float2*>(args.direct + point * half + channel);
       float v[2] = {d[n][2 * i] + direct.x, d[n][2 * i + 1] + direct.y};
 #pragma unroll
-      for (int e = 0; e < 2; e++) v[e] += owned.sum(args, from + channel + e, stride);
+      for (int e = 0; e < 2; e++) v[e] += past ? owned.sum(args, from + channel + e, stride) : 0.0f;
       const int64_t to = (point * half + channel) / 2;
       if constexpr (std::is_same_v<T, float>) {
         static_cast<float2*>(args.features)[to] = {v[0] * factor, v[1] * factor};
@@ -268,7 +269,7 @@ int hopper_points(const HopperPoints& args, void* stream_) {
   } else {
     rows_kernel<__half><<<grid, kThreads, 0, stream>>>(args, blocks);
   }
-  if (!args.dense && args.centers == 0) {
+  if (!args.dense && (!args.grad || args.centers == 0)) {
     cudaMemsetAsync(args.direct, 0, args.clouds * args.points * args.width * 2, stream);
   } else if (!args.dense) {
     const int64_t each = std::min<int64_t>(kSparsePoints, args.points);

@@ -115,8 +115,8 @@ def test_passes_forward(sizes: tuple[int, ...], width: int, dtype: torch.dtype) 
         assert error(grams[0].double().sum(0), h.T @ h) < 1e-5
         assert error(grams[1].double().sum(0), h.sum(0)) < 1e-5
         poison()
-        rest = on_cuda.out_statistics(before, *grams, layers[4:], 1e-5)
-        for got, plain in zip(rest, Passes.out_statistics(on_cuda, before, *grams, layers[4:], 1e-5)):
+        rest = on_cuda.out_statistics(*grams, layers[4:], 1e-5)
+        for got, plain in zip(rest, Passes.out_statistics(on_cuda, *grams, layers[4:], 1e-5)):
             assert got.dtype == plain.dtype
             assert error(got, plain) < (1e-6 if got.dtype != dtype else limit)
         done += Unit(*layers, before, *found, *rest).done
@@ -233,6 +233,10 @@ def test_points_grad(sizes: tuple[int, ...], width: int, dtype: torch.dtype) -> 
         assert single.dtype == torch.float32
         assert torch.equal(single.to(dtype), got)
         assert error(got.flatten(0, 1), 0.5 * want) < torch.finfo(dtype).eps
+        alone = points_grad(*cuda((dy1, None, None, None)), *rest, n, True)
+        if given[2] is not None:
+            past = points_grad(*cuda((None, *given)), *rest, n, True)
+            assert error(alone + past, single) < 1e-6
 
 
 def samples(sizes: tuple[int, ...], width: int, dtype: torch.dtype) -> dict[str, Any]:
