@@ -7,6 +7,7 @@ the CPU, float16 or bfloat16 on CUDA.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -90,6 +91,10 @@ class Passes:
 
     def add_up(self, part: Tensor) -> Tensor:
         return part.sum(0, dtype=torch.float64)
+
+    def joined(self, sums: Sequence[list[Tensor]]) -> list[Tensor]:
+        """Sums of several chunks of rows, in a single part."""
+        return [self.add_up(torch.stack(parts))[None].float() for parts in zip(*sums)]
 
     def project(
         self, done: list[Tensor], weight: Tensor, bias: Tensor
@@ -194,6 +199,7 @@ class Passes:
         )
         if done:
             self.dense, *self.sums = self.rest
+            self.rest = []
             self.entry = (None, None)
         hidden, width = unit.in_weight.shape
         return self.add_up(found)[:hidden, :width]
@@ -226,7 +232,7 @@ class CudaPasses(Passes):
     """What lies between the passes in kernels, unless processes share statistics."""
 
     def add_up(self, part: Tensor) -> Tensor:
-        return part[0] if len(part) == 1 else super().add_up(part)
+        return part[0] if len(part) == 1 else part.sum(0)
 
     def in_statistics(
         self, means: Tensor, spreads: Tensor, counts: Tensor, scale: Tensor, shift: Tensor, eps: float

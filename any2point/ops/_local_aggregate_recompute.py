@@ -13,7 +13,7 @@ Sums go by chunks in a fixed order.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -53,12 +53,6 @@ def filled(passes: Passes, units: Sequence[Unit], last: Tensor | None = None) ->
     return found
 
 
-def _joined(parts: Iterable[Sequence[Tensor]]) -> list[Tensor]:
-    """The sums of all chunks, each `[parts, ...]`, in one part."""
-    each = [[part.sum(0, dtype=torch.float64) for part in values] for values in parts]
-    return [torch.stack(values).sum(0, keepdim=True).float() for values in zip(*each)]
-
-
 def results(whole: Passes, chunks: Sequence[Passes], parameters: list[Tensor], eps: float) -> list[Tensor]:
     """What the forward pass of `whole` gives, with units whose y1 is empty."""
     units: list[Unit] = []
@@ -73,8 +67,11 @@ def results(whole: Passes, chunks: Sequence[Passes], parameters: list[Tensor], e
             parts.append(part)
         means, spreads, counts = (torch.cat(values) for values in zip(*parts))
         found = whole.in_statistics(means, spreads, counts, own[2], own[3], eps)
-        grams = (chunk.gram(before, *found[2][:2]) for chunk, before in zip(chunks, kept))
-        gram, total = next(grams) if len(chunks) == 1 else _joined(grams)
+        if len(chunks) == 1:
+            gram, total = whole.gram(kept[0], *found[2][:2])
+        else:
+            grams = (chunk.gram(before, *found[2][:2]) for chunk, before in zip(chunks, kept))
+            gram, total = whole.joined([[whole.add_up(part) for part in parts] for parts in grams])
         saved += [kept[0].new_empty(0, len(own[0])), *found, *whole.out_statistics(gram, total, own[4:], eps)]
         units.append(Unit(*own, *saved[-SAVED:]))
     maxima = [chunk.maximum(_done(chunk, units, [kept.pop(0)])) for chunk in chunks]
@@ -143,7 +140,7 @@ class Chunk:
 
     def _take_sums(self) -> list[Tensor]:
         sums, self.passes.sums = self.passes.sums, []
-        return sums
+        return [self.passes.add_up(part) for part in sums]
 
     def _hidden_grad(self, unit: Unit, linear: list[Tensor]) -> tuple[Tensor, ...]:
         self.passes.dense = self.dense
@@ -179,7 +176,7 @@ def gradients(
 ) -> tuple[list[Tensor], Tensor]:
     """Gradients of each unit's weights, as the passes give them, and of the features."""
     units = chunks[0].units
-    whole.sums = _joined([chunk.out_sums() for chunk in chunks])
+    whole.sums = whole.joined([chunk.out_sums() for chunk in chunks])
     found: list[Tensor] = []
     for u in reversed(range(len(units))):
         whole.dense = chunks[0].dense
@@ -189,6 +186,6 @@ def gradients(
         means = whole.hidden_means(plain, scaled)
         rows = [chunk.rows_grad(u, linear, means, factor, dtype) for chunk in chunks]
         in_weight = torch.stack([weight for weight, _ in rows]).sum(0)
-        whole.sums = _joined([below for _, below in rows])
+        whole.sums = whole.joined([below for _, below in rows])
         found = [in_weight, scaled, plain, out_grad, normed, total, *found]
     return found, torch.cat([chunk.features for chunk in chunks])
