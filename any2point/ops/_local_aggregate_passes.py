@@ -104,6 +104,10 @@ class Passes:
         hidden = before.shape[1]
         return before, means[:, :hidden], spreads[:, :hidden], counts
 
+    def before(self, done: list[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
+        """What `project` gives without its statistics."""
+        return self.project(done, weight, bias)[0]
+
     def in_statistics(
         self, means: Tensor, spreads: Tensor, counts: Tensor, scale: Tensor, shift: Tensor, eps: float
     ) -> list[Tensor]:
@@ -233,6 +237,11 @@ class CudaPasses(Passes):
 
     def add_up(self, part: Tensor) -> Tensor:
         return part[0] if len(part) == 1 else part.sum(0)
+
+    def before(self, done: list[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
+        weight = weight.to(self.dtype)
+        before: Tensor = _ops._local_aggregate_project(*self.rows, done, weight, bias, False)[0]
+        return before
 
     def in_statistics(
         self, means: Tensor, spreads: Tensor, counts: Tensor, scale: Tensor, shift: Tensor, eps: float

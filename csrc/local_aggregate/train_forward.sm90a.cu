@@ -15,22 +15,24 @@
 namespace any2point {
 namespace {
 
-constexpr int kTeams = 3;
+constexpr int kTeams = 3;  // of four warps, in a block
 constexpr int kWarps = 4 * kTeams;
+// In a block that projects: as many as registers and shared memory allow.
+template <int C, int kDone>
+constexpr int kProjectTeams = C == 192 && kDone == 0 ? 4 : 3;
 
 // How the tiles of all rows are cut: so many a warp.
 struct Plan {
   int each;
-  int64_t blocks;
+  int64_t blocks, warps;
 
-  Plan(int64_t groups, int64_t neighbors, int processors) {
+  Plan(int64_t groups, int64_t neighbors, int processors, int64_t block_warps) {
     const int64_t tiles = divided(groups * neighbors, kRows);
     const int64_t most = std::max<int64_t>(1, (int64_t{kGroups - 1} * neighbors + 1) / kRows);
-    each =
-        static_cast<int>(std::max<int64_t>(1, std::min(most, divided(tiles, int64_t{kWarps} * processors))));
-    blocks = divided(tiles, int64_t{kWarps} * each);
+    each = static_cast<int>(std::max<int64_t>(1, std::min(most, divided(tiles, block_warps * processors))));
+    blocks = divided(tiles, block_warps * each);
+    warps = blocks * block_warps;
   }
-  int64_t warps() const { return blocks * kWarps; }
 };
 
 // Where a group goes on in the next warps: maxima of its later parts, [warps, C].
@@ -116,36 +118,48 @@ __device__ __forceinline__ float sum_of_lanes(const float (&v)[8]) {
   return (c ? w[1] : w[0]) + __shfl_xor_sync(kLanes, c ? w[0] : w[1], 4);
 }
 
+// Rows of a tile that there are.
+__device__ __forceinline__ int used_rows(const Walk& walk, int tile) {
+  return walk.groups == 0 ? 0 : max(0, min(kRows, walk.rows - tile * kRows));
+}
+
+// A tile's rows of y1, the first `used` of them.
+template <int H, typename T>
+__device__ __forceinline__ void store_before(const float (&d)[H / 2], int64_t first, int used, void* before) {
+  const int row = threadIdx.x % 32 / 4;
+  uint4* to = static_cast<uint4*>(before) + (first + row) * (H / 8) + threadIdx.x % 4;
+#pragma unroll
+  for (int i = 0; i < 2; i++) {
+    if (row + 8 * i < used) {
+#pragma unroll
+      for (int b = 0; b < H / 32; b++) {
+        const float* from = d + 16 * b + 2 * i;
+        to[i * H + 4 * b] = {Two<T>::of(from[0], from[1]), Two<T>::of(from[4], from[5]),
+                             Two<T>::of(from[8], from[9]), Two<T>::of(from[12], from[13])};
+      }
+    }
+  }
+}
+
 // Mean and spread of a warp's rows of y1, tile by tile: of 32 channels a lane has one.
 template <int H>
 struct Statistics {
   float mean[H / 32] = {}, spread[H / 32] = {};
   int count = 0;
 
-  // Also writes the tile's rows of y1.
-  template <typename T>
-  __device__ __forceinline__ void take(const float (&d)[H / 2], const Walk& walk, int64_t first, int tile,
-                                       void* before) {
+  // kWhole: all rows of the tile are there.
+  template <bool kWhole>
+  __device__ __forceinline__ void take(const float (&d)[H / 2], int used) {
     const int row = threadIdx.x % 32 / 4;
-    const int used = walk.groups == 0 ? 0 : max(0, min(kRows, walk.rows - tile * kRows));
-    const bool one = row < used, two = row + 8 < used;
+    const bool one = kWhole || row < used, two = kWhole || row + 8 < used;
     const int all = count + used;
     const float each = used > 0 ? 1.0f / static_cast<float>(used) : 0.0f;
     const float part = used > 0 ? static_cast<float>(used) / static_cast<float>(all) : 0.0f;
     const float both = static_cast<float>(count) * part;
     count = all;
-    uint4* to = static_cast<uint4*>(before) + (first + tile * kRows + row) * (H / 8) + threadIdx.x % 4;
 #pragma unroll
     for (int b = 0; b < H / 32; b++) {
       const float* from = d + 16 * b;
-      if (one) {
-        to[4 * b] = {Two<T>::of(from[0], from[1]), Two<T>::of(from[4], from[5]), Two<T>::of(from[8], from[9]),
-                     Two<T>::of(from[12], from[13])};
-      }
-      if (two) {
-        to[H + 4 * b] = {Two<T>::of(from[2], from[3]), Two<T>::of(from[6], from[7]),
-                         Two<T>::of(from[10], from[11]), Two<T>::of(from[14], from[15])};
-      }
       float sum[8], square[8];
 #pragma unroll
       for (int j = 0; j < 8; j++) {
@@ -166,9 +180,9 @@ struct Statistics {
   // Those of the whole block, in the order of its warps; `room`: floats [warps, 2, H] and [warps], which
   // nobody else uses by then.
   __device__ __forceinline__ void store(float* room, float* means, float* spreads, float* counts) const {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
     const int channel = lane % 4 * 8 + lane / 16 * 4 + lane / 8 % 2 * 2 + lane / 4 % 2;
-    float* const sizes = room + kWarps * 2 * H;
+    float* const sizes = room + warps * 2 * H;
     __syncthreads();
 #pragma unroll
     for (int b = 0; b < H / 32; b++) {
@@ -179,7 +193,7 @@ struct Statistics {
     __syncthreads();
     for (int i = threadIdx.x; i < H; i += blockDim.x) {
       float all = 0, total = 0, squares = 0;
-      for (int w = 0; w < kWarps; w++) {
+      for (int w = 0; w < warps; w++) {
         if (sizes[w] == 0) break;
         const float part = sizes[w] / (all + sizes[w]), delta = room[w * 2 * H + i] - total;
         total = __fmaf_rn(delta, part, total);
@@ -218,14 +232,15 @@ __device__ __forceinline__ void apply_unit(const uint32_t (&h)[H / 16][4], const
   }
 }
 
-// y1 = x W1' + b1 after kDone units.
-template <int C, int H, int kDone, typename T>
-__global__ void __launch_bounds__(kWarps * 32, 1)
+// y1 = x W1' + b1 after kDone units, perhaps with its statistics. Without a unit before, rows are built while
+// the products of those before run.
+template <int C, int H, int kDone, bool kStatistics, typename T>
+__global__ void __launch_bounds__(kProjectTeams<C, kDone> * 128, 1)
     project_kernel(const __grid_constant__ HopperProject args, const Part part) {
   extern __shared__ __align__(1024) char room[];
   constexpr int kWeight = C * H * 2, kPairs = C / 64;
   char* const features = room + (1 + kDone) * kWeight;
-  float* const bias = reinterpret_cast<float*>(features + kTeams * Feed<C>::kBytes);
+  float* const bias = reinterpret_cast<float*>(features + kProjectTeams<C, kDone> * Feed<C>::kBytes);
   float* const frequency = bias + H;
   float* const scale = frequency + C / 6;          // of the unit that is done, and its shift
   float* const done_bias = scale + kDone * 2 * H;  // of the unit that is done
@@ -253,22 +268,24 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
       pin(d);
       feed.wait();
       const Rows current = rows;
+      constexpr int kAhead = H < 192 ? 2 : 1;  // as many as there are registers for
+      Channels x[kAhead];
 #pragma unroll
       for (int p = 0; p < kPairs; p++) {
-        Channels x;
-        feed.load(current, p, x);
+        feed.load(current, p, x[p % kAhead]);
         if (p == kLastNear<C>) rows = feed.next(tile + 1);
-        add_encoding<C, T>(current, frequency, p, x);
+        add_encoding<C, T>(current, frequency, p, x[p % kAhead]);
         wgmma_fence();
 #pragma unroll
         for (int k = 0; k < 4; k++) {
           uint32_t a[4];
-          operand(x, k, a);
+          operand(x[p % kAhead], k, a);
           wgmma<H, T>(d, a, descriptor(room + (2 * p + k / 2) * H * kBlockBytes + k % 2 * 32));
         }
         wgmma_commit();
-        wgmma_wait<0>();
+        if (p + 1 < kPairs) wgmma_wait<kAhead - 1>();
       }
+      wgmma_wait<0>();
     } else {
       const Before<H> before(args.done[0].before, walk, first, tile);
       Channels x[kPairs];
@@ -298,9 +315,19 @@ __global__ void __launch_bounds__(kWarps * 32, 1)
       wgmma_wait<0>();
     }
     pin(d);
-    statistics.template take<T>(d, walk, first, tile, args.before);
+    const int used = used_rows(walk, tile);
+    store_before<H, T>(d, first + tile * kRows, used, args.before);
+    if constexpr (kStatistics) {
+      if (used == kRows) {
+        statistics.template take<true>(d, used);
+      } else {
+        statistics.template take<false>(d, used);
+      }
+    }
   }
-  statistics.store(reinterpret_cast<float*>(room), args.mean, args.spread, args.count);
+  if constexpr (kStatistics) {
+    statistics.store(reinterpret_cast<float*>(room), args.mean, args.spread, args.count);
+  }
 }
 
 // The largest value of a group so far, and the rows (of the group) that have it: of two channels. Values are
@@ -510,24 +537,28 @@ __global__ void join_kernel(const HopperMaximum args, const Part part, const Hea
 }
 
 template <typename Kernel, typename... Args>
-int launch(Kernel kernel, int64_t blocks, size_t shared, cudaStream_t stream, const Args&... args) {
+int launch(Kernel kernel, int64_t blocks, int teams, size_t shared, cudaStream_t stream,
+           const Args&... args) {
   const int bytes = static_cast<int>(shared);
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
-  kernel<<<static_cast<unsigned>(blocks), kWarps * 32, bytes, stream>>>(args...);
+  kernel<<<static_cast<unsigned>(blocks), teams * 128, bytes, stream>>>(args...);
   return cudaGetLastError();
 }
 
 // What kernels keep beside weights.
 template <int C>
-constexpr size_t around(int floats) {
-  return kTeams * Feed<C>::kBytes + 4 * (C / 6 + floats) + sizeof(Group) * kGroups * kWarps;
+constexpr size_t around(int teams, int floats) {
+  return teams * (Feed<C>::kBytes + 4 * sizeof(Group) * kGroups) + 4 * (C / 6 + floats);
 }
 
 template <int C, int H, int kDone, typename T>
 int project(const HopperProject& args, const Part& part, int64_t blocks, cudaStream_t stream) {
-  const size_t shared = (1 + kDone) * 2 * C * H + around<C>(H + kDone * (2 * H + C));
-  return launch(project_kernel<C, H, kDone, T>, blocks, shared, stream, args, part);
+  constexpr int kOwn = kProjectTeams<C, kDone>;
+  const size_t shared = (1 + kDone) * 2 * C * H + around<C>(kOwn, H + kDone * (2 * H + C));
+  const auto kernel =
+      args.mean ? project_kernel<C, H, kDone, true, T> : project_kernel<C, H, kDone, false, T>;
+  return launch(kernel, blocks, kOwn, shared, stream, args, part);
 }
 
 template <typename T>
@@ -544,11 +575,15 @@ int project_of(const HopperProject& args, int64_t width, const Part& part, int64
   }
 }
 
+int64_t project_warps(int64_t width, int units) {
+  return 4 * (width == 192 && units == 0 ? kProjectTeams<192, 0> : kProjectTeams<384, 0>);
+}
+
 template <int C, int H, typename T>
 int maximum(const HopperMaximum& args, const Part& part, const Heads& heads, int64_t blocks,
             cudaStream_t stream) {
-  const size_t shared = 2 * C * H + around<C>(C + 2 * H);
-  return launch(maximum_kernel<C, H, T>, blocks, shared, stream, args, part, heads);
+  const size_t shared = 2 * C * H + around<C>(kTeams, C + 2 * H);
+  return launch(maximum_kernel<C, H, T>, blocks, kTeams, shared, stream, args, part, heads);
 }
 
 template <typename T>
@@ -556,8 +591,8 @@ int maximum_of(const HopperMaximum& args, int64_t width, const Part& part, const
                cudaStream_t stream) {
   switch (width) {
     case 192:
-      return launch(maximum_of_two_kernel<192, 96, T>, blocks, 4 * 192 * 96 + around<192>(2 * 192 + 4 * 96),
-                    stream, args, part, heads);
+      return launch(maximum_of_two_kernel<192, 96, T>, blocks, kTeams,
+                    4 * 192 * 96 + around<192>(kTeams, 2 * 192 + 4 * 96), stream, args, part, heads);
     case 384:
       return maximum<384, 192, T>(args, part, heads, blocks, stream);
     default:
@@ -572,20 +607,20 @@ Part part_of(const HopperAggregate& rows, const Plan& plan, float4* scales, cuda
 
 }  // namespace
 
-int64_t hopper_train_parts(int64_t groups, int64_t neighbors, int processors) {
-  return Plan(groups, neighbors, processors).blocks;
+int64_t hopper_project_parts(int64_t width, int units, int64_t groups, int64_t neighbors, int processors) {
+  return Plan(groups, neighbors, processors, project_warps(width, units)).blocks;
 }
 
 int64_t hopper_train_scratch(int64_t width, int64_t groups, int64_t neighbors, int processors) {
   return groups * static_cast<int64_t>(sizeof(float4)) +
-         Plan(groups, neighbors, processors).warps() * width * 8;
+         Plan(groups, neighbors, processors, kWarps).warps * width * 8;
 }
 
 int hopper_project(const HopperProject& args, int64_t width, int64_t, int processors, void* scratch,
                    void* stream_) {
   if (args.rows.groups == 0) return 0;
   const cudaStream_t stream = static_cast<cudaStream_t>(stream_);
-  const Plan plan(args.rows.groups, args.rows.neighbors, processors);
+  const Plan plan(args.rows.groups, args.rows.neighbors, processors, project_warps(width, args.units));
   const Part part = part_of(args.rows, plan, static_cast<float4*>(scratch), stream);
   return args.rows.bfloat16 ? project_of<__nv_bfloat16>(args, width, part, plan.blocks, stream)
                             : project_of<__half>(args, width, part, plan.blocks, stream);
@@ -595,17 +630,17 @@ int hopper_maximum(const HopperMaximum& args, int64_t width, int64_t, int proces
                    void* stream_) {
   if (args.rows.groups == 0) return 0;
   const cudaStream_t stream = static_cast<cudaStream_t>(stream_);
-  const Plan plan(args.rows.groups, args.rows.neighbors, processors);
+  const Plan plan(args.rows.groups, args.rows.neighbors, processors, kWarps);
   float4* const scales = static_cast<float4*>(scratch);
   const Part part = part_of(args.rows, plan, scales, stream);
   float* const values = reinterpret_cast<float*>(scales + args.rows.groups);
-  const Heads heads{values, reinterpret_cast<int32_t*>(values + plan.warps() * width)};
+  const Heads heads{values, reinterpret_cast<int32_t*>(values + plan.warps * width)};
   const int error = args.rows.bfloat16
                         ? maximum_of<__nv_bfloat16>(args, width, part, heads, plan.blocks, stream)
                         : maximum_of<__half>(args, width, part, heads, plan.blocks, stream);
   if (error) return error;
-  join_kernel<<<static_cast<unsigned>(plan.warps()), static_cast<unsigned>(width), 0, stream>>>(
-      args, part, heads, plan.warps());
+  join_kernel<<<static_cast<unsigned>(plan.warps), static_cast<unsigned>(width), 0, stream>>>(
+      args, part, heads, plan.warps);
   return cudaGetLastError();
 }
 

@@ -2,6 +2,10 @@
 // and without atomics, and through W1. As neighbour by an inverse list of the neighbours, as centre first
 // over a group's rows and then by an inverse list of the centres. Entries that come through a maximum are
 // added up in shared memory, where a thread has a channel. Products are in TF32.
+//
+// H200, 32 clouds, K = 81, us of the tokenizer's three stages, which give dense rows of du, entries and
+// entries:
+//   rows 288, 128, 41 (178, 60 and 5 for every byte once); entries -, 51, 37; products 47, 72, 21
 #include <type_traits>
 
 #include "local_aggregate/hopper_rows.cuh"
@@ -11,12 +15,14 @@ namespace any2point {
 namespace {
 
 constexpr int kThreads = 256;
-constexpr int kSparse = 8;           // channels of a block of entries,
-constexpr int kSlices = 4;           // slices of the groups
-constexpr int kSparsePoints = 1024;  // and points, at most
-constexpr int kPoints = 64;          // of a block of products
-constexpr int kChannels = 96;        // of one
-constexpr int kDepth = 32;           // rows of W1 at a time
+constexpr int kShares = 4;                  // threads that share a sum of rows,
+constexpr int kItems = kThreads / kShares;  // and sums of a block
+constexpr int kSparse = 8;                  // channels of a block of entries,
+constexpr int kSlices = 4;                  // slices of the groups
+constexpr int kSparsePoints = 1024;         // and points, at most
+constexpr int kPoints = 32;                 // of a block of products
+constexpr int kChannels = 96;               // of one
+constexpr int kDepth = 64;                  // rows of W1 at a time
 constexpr int kWeightRow = kChannels + 8;
 
 __global__ void resolve_kernel(const int64_t* center, const int64_t* neighbor, int64_t rows,
@@ -38,20 +44,24 @@ struct Sum {
       v[2 * q + 1] += two.y;
     }
   }
+  __device__ __forceinline__ void add(const Sum& other) {
+#pragma unroll
+    for (int i = 0; i < 8; i++) v[i] += other.v[i];
+  }
   __device__ __forceinline__ void store(float* to) const {
     reinterpret_cast<float4*>(to)[0] = {v[0], v[1], v[2], v[3]};
     reinterpret_cast<float4*>(to)[1] = {v[4], v[5], v[6], v[7]};
   }
 };
 
-// A thread has eight channels of a group or of a point; blocks of a cloud come after each other, so that what
-// both read stays in the cache.
+// Some threads share eight channels of a group or of a point; blocks of a cloud come after each other, so
+// that what both read stays in the cache.
 template <typename T>
 __global__ void __launch_bounds__(kThreads) rows_kernel(const HopperPoints args, int64_t blocks) {
   const int64_t cloud = blockIdx.x / blocks;
-  const int own = static_cast<int>(args.hidden / 8);
+  const int own = static_cast<int>(args.hidden / 8), part = threadIdx.x / kItems;
   const int half = args.dense ? static_cast<int>(args.width / 16) : 0, chunks = own + half;
-  int64_t item = (blockIdx.x % blocks) * kThreads + threadIdx.x;
+  int64_t item = (blockIdx.x % blocks) * kItems + threadIdx.x % kItems;
   const int chunk = static_cast<int>(item % chunks);
   item /= chunks;
   const bool by_center = item < args.centers;
@@ -65,21 +75,30 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(const HopperPoints args,
     stride = 2 * half;
   }
   Sum<T> sum;
+  float* to = nullptr;
   if (by_center) {
     const int64_t group = cloud * args.centers + item;
     const uint4* row = from + group * args.neighbors * stride;
 #pragma unroll 8
-    for (int64_t k = 0; k < args.neighbors; k++) sum.add(__ldg(row + k * stride));
-    sum.store(args.groups + (group * chunks + chunk) * 8);
+    for (int64_t k = part; k < args.neighbors; k += kShares) sum.add(__ldg(row + k * stride));
+    to = args.groups + (group * chunks + chunk) * 8;
   } else if (item - args.centers < args.points) {
     const int64_t point = item - args.centers, at = cloud * args.points + point;
     const uint32_t* start = args.near + cloud * (args.points + 1) + point;
     const uint32_t end = start[1];
 #pragma unroll 4
-    for (uint32_t i = start[0]; i < end; i++) sum.add(__ldg(from + int64_t{args.pairs[i]} * stride));
-    sum.store(chunk < own ? args.by_neighbor + (at * own + chunk) * 8
-                          : args.direct + (at * half + chunk - own) * 8);
+    for (uint32_t i = start[0] + part; i < end; i += kShares) {
+      sum.add(__ldg(from + int64_t{args.pairs[i]} * stride));
+    }
+    to =
+        chunk < own ? args.by_neighbor + (at * own + chunk) * 8 : args.direct + (at * half + chunk - own) * 8;
   }
+  __shared__ Sum<T> shares[kShares][kItems];
+  shares[part][threadIdx.x % kItems] = sum;
+  __syncthreads();
+  if (part > 0 || !to) return;
+  for (int i = 1; i < kShares; i++) sum.add(shares[i][threadIdx.x]);
+  sum.store(to);
 }
 
 // direct = the entries of neighbours, of the points [first, first + each) of a cloud. A thread has a channel
@@ -126,6 +145,12 @@ __device__ __forceinline__ uint32_t tf32(float value) {
   return d;
 }
 
+__device__ __forceinline__ float2 plus(float2 a, float2 b) { return {a.x + b.x, a.y + b.y}; }
+__device__ __forceinline__ float4 plus(float4 a, float4 b) {
+  return {a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w};
+}
+__device__ __forceinline__ uint4 tf32(float4 v) { return {tf32(v.x), tf32(v.y), tf32(v.z), tf32(v.w)}; }
+
 // The groups whose centre is a point: mostly none or one.
 struct Owned {
   uint32_t begin, end, first;
@@ -138,24 +163,25 @@ struct Owned {
     first = begin < end ? args.owned[begin] : 0;
   }
   // The sum of from[group] over them.
-  __device__ __forceinline__ float sum(const HopperPoints& args, const float* from, int64_t stride) const {
-    float sum = begin < end ? from[first * stride] : 0.0f;
-    for (uint32_t i = begin + 1; i < end; i++) sum += from[int64_t{args.owned[i]} * stride];
+  template <typename T>
+  __device__ __forceinline__ T sum(const HopperPoints& args, const T* from, int64_t stride) const {
+    T sum = begin < end ? from[first * stride] : T{};
+    for (uint32_t i = begin + 1; i < end; i++) sum = plus(sum, from[int64_t{args.owned[i]} * stride]);
     return sum;
   }
 };
 
 // Rows [k, k + kDepth) of [W1 of neighbours; W1 of centres], the block's channels.
 __device__ __forceinline__ void bring_weight(const HopperPoints& args, int k, float* to) {
-  const int hidden = static_cast<int>(args.hidden), part = k / hidden;
-  const float* from = args.weight + (k - part * hidden) * args.width + part * (args.width / 2) +
-                      int64_t{blockIdx.y} * kChannels;
+  const int hidden = static_cast<int>(args.hidden);
+  const float* from = args.weight + int64_t{blockIdx.y} * kChannels;
   const uint32_t at = static_cast<uint32_t>(__cvta_generic_to_shared(to));
   constexpr int kChunks = kChannels / 4;
   for (int i = threadIdx.x; i < kDepth * kChunks; i += kThreads) {
-    const int row = i / kChunks, chunk = i % kChunks;
+    const int row = i / kChunks, chunk = i % kChunks, part = k + row >= hidden;
+    const float* own = from + (k + row - part * hidden) * args.width + part * (args.width / 2) + 4 * chunk;
     asm volatile("cp.async.ca.shared.global [%0], [%1], 16;" ::"r"(at + (row * kWeightRow + 4 * chunk) * 4),
-                 "l"(from + row * args.width + 4 * chunk));
+                 "l"(own));
   }
   asm volatile("cp.async.commit_group;");
 }
@@ -176,24 +202,27 @@ __global__ void __launch_bounds__(kThreads) features_kernel(const HopperPoints a
     owned_by[threadIdx.x] = Owned(args, min(first + static_cast<int64_t>(threadIdx.x), total - 1));
   }
   __syncthreads();
+  const int chunks = hidden / 4;
 #pragma unroll 4
-  for (int i = threadIdx.x; i < kPoints * hidden; i += kThreads) {
-    const int64_t point = min(first + i / hidden, total - 1);
-    const int column = i % hidden;
-    uint32_t* to = sums + i / hidden * row + column;
-    to[0] = tf32(args.by_neighbor[point * hidden + column]);
-    to[hidden] = tf32(owned_by[i / hidden].sum(args, args.groups + column, columns));
+  for (int i = threadIdx.x; i < kPoints * chunks; i += kThreads) {
+    const int slot = i / chunks, chunk = i % chunks;
+    const int64_t point = min(first + slot, total - 1);
+    uint4* to = reinterpret_cast<uint4*>(sums + slot * row) + chunk;
+    const float4* near = reinterpret_cast<const float4*>(args.by_neighbor) + point * chunks + chunk;
+    to[0] = tf32(*near);
+    to[chunks] =
+        tf32(owned_by[slot].sum(args, reinterpret_cast<const float4*>(args.groups) + chunk, columns / 4));
   }
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
-  constexpr int kTiles = kChannels / 2 / 8;
-  const uint32_t* a = sums + (warp / 2 * 16 + g) * row + t;
-  const int64_t column = int64_t{blockIdx.y} * kChannels + warp % 2 * (kChannels / 2);
+  constexpr int kAcross = kThreads / 32 * 16 / kPoints, kOwn = kChannels / kAcross, kTiles = kOwn / 8;
+  const uint32_t* a = sums + (warp / kAcross * 16 + g) * row + t;
+  const int64_t column = int64_t{blockIdx.y} * kChannels + warp % kAcross * kOwn;
   float d[kTiles][4] = {};
   for (int k = 0, turn = 0; k < 2 * hidden; k += kDepth, turn ^= 1) {
     asm volatile("cp.async.wait_group 0;" ::: "memory");
     __syncthreads();
     if (k + kDepth < 2 * hidden) bring_weight(args, k + kDepth, staged + (turn ^ 1) * kDepth * kWeightRow);
-    const float* weight = staged + (turn * kDepth + t) * kWeightRow + warp % 2 * (kChannels / 2) + g;
+    const float* weight = staged + (turn * kDepth + t) * kWeightRow + warp % kAcross * kOwn + g;
 #pragma unroll
     for (int s = 0; s < kDepth; s += 8, a += 8) {
       const uint32_t a0 = a[0], a1 = a[8 * row], a2 = a[4], a3 = a[8 * row + 4];
@@ -214,21 +243,21 @@ __global__ void __launch_bounds__(kThreads) features_kernel(const HopperPoints a
   const int64_t stride = args.dense ? columns : args.width;
 #pragma unroll
   for (int i = 0; i < 2; i++) {
-    const int64_t point = first + warp / 2 * 16 + g + 8 * i;
+    const int64_t point = first + warp / kAcross * 16 + g + 8 * i;
     if (point >= total) continue;
     const Owned owned = owned_by[point - first];
 #pragma unroll
     for (int n = 0; n < kTiles; n++) {
       const int64_t channel = column + 8 * n + 2 * t;
       const float2 direct = *reinterpret_cast<const float2*>(args.direct + point * half + channel);
-      float v[2] = {d[n][2 * i] + direct.x, d[n][2 * i + 1] + direct.y};
-#pragma unroll
-      for (int e = 0; e < 2; e++) v[e] += past ? owned.sum(args, from + channel + e, stride) : 0.0f;
+      float2 middle = {0, 0};
+      if (past) middle = owned.sum(args, reinterpret_cast<const float2*>(from + channel), stride / 2);
+      const float low = d[n][2 * i] + direct.x + middle.x, high = d[n][2 * i + 1] + direct.y + middle.y;
       const int64_t to = (point * half + channel) / 2;
       if constexpr (std::is_same_v<T, float>) {
-        static_cast<float2*>(args.features)[to] = {v[0] * factor, v[1] * factor};
+        static_cast<float2*>(args.features)[to] = {low * factor, high * factor};
       } else {
-        static_cast<uint32_t*>(args.features)[to] = Two<T>::of(v[0] * factor, v[1] * factor);
+        static_cast<uint32_t*>(args.features)[to] = Two<T>::of(low * factor, high * factor);
       }
     }
   }
@@ -262,7 +291,7 @@ int hopper_points(const HopperPoints& args, void* stream_) {
   if (args.clouds * args.points == 0) return 0;
   const cudaStream_t stream = static_cast<cudaStream_t>(stream_);
   const int64_t columns = args.hidden + (args.dense ? args.width / 2 : 0);
-  const int64_t blocks = blocks_of((args.centers + args.points) * (columns / 8));
+  const int64_t blocks = divided((args.centers + args.points) * (columns / 8), kItems);
   const unsigned grid = static_cast<unsigned>(blocks * args.clouds);
   if (args.bfloat16) {
     rows_kernel<__nv_bfloat16><<<grid, kThreads, 0, stream>>>(args, blocks);

@@ -243,7 +243,7 @@ def test_graph(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.gpu
 def test_memory() -> None:
-    """[M, H] once, two chunks of rows and what is not rows."""
+    """[M, H] once, chunks of rows and what is not rows."""
     kwargs = on_hopper(192, torch.float16, (24, 1024, 512, 81))
     kwargs["features"] = kwargs["features"].half().requires_grad_()
 
@@ -257,4 +257,4 @@ def test_memory() -> None:
     before = torch.cuda.memory_allocated()
     step()
     hidden = kwargs["neighbor"].numel() * 96 * 2
-    assert torch.cuda.max_memory_allocated() - before < hidden + 1.3 * _local_aggregate_recompute.ROOM + 60e6
+    assert torch.cuda.max_memory_allocated() - before < hidden + 2 * _local_aggregate_recompute.ROOM + 50e6
