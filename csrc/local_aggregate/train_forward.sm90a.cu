@@ -4,9 +4,9 @@
 //
 // H200, 32 clouds, K = 81, float16, us:
 //   points, centres, channels, hidden    y1, first unit   second   Gram matrix of each   maximum
-//     1024      512       192      96               198      311                    94       485
-//      512      256       384     192               250                            101       419
-//      256      128       768      32               122                             10       331
+//     1024      512       192      96               215      315                    94       486
+//      512      256       384     192               252                            100       413
+//      256      128       768      32               122                             10       340
 // Floors of y1 and the maximum are 61 us of sines and cosines each, and products of 62, 124 and 21 us a
 // layer; y1 of the first two stages takes 60 us to write and as much for each time that it is read.
 #include "local_aggregate/hopper_rows.cuh"

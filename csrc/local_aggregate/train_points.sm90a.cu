@@ -3,9 +3,8 @@
 // over a group's rows and then by an inverse list of the centres. Entries that come through a maximum are
 // added up in shared memory, where a thread has a channel. Products are in TF32.
 //
-// H200, 32 clouds, K = 81, us of the tokenizer's three stages, which give dense rows of du, entries and
-// entries:
-//   rows 288, 128, 41 (178, 60 and 5 for every byte once); entries -, 51, 37; products 47, 72, 21
+// H200, 32 clouds, K = 81, us of the tokenizer's three stages in all: rows 411 (243 for every byte once),
+// entries 89, products 142.
 #include <type_traits>
 
 #include "local_aggregate/hopper_rows.cuh"
