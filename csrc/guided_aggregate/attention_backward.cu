@@ -1,5 +1,6 @@
-// Gradient of the attention among the tokens of each cell: a block per cloud and view, all that it reads in
-// shared memory (or what is too much for it, in workspace), fetched at once; a thread per token and head.
+// Gradient of the attention among the tokens of each cell: a block per cloud, view and part of the heads, all
+// that it reads in shared memory (or what is too much for it, in workspace), fetched at once; a thread per
+// token and head.
 #include <type_traits>
 
 #include "guided_aggregate/device.cuh"
@@ -9,7 +10,10 @@ namespace any2point {
 namespace guided {
 namespace {
 
-constexpr int kMostThreads = 384;  // so that two blocks have room on a processor
+constexpr int kMostThreads = 384;  // so that three blocks have room on a processor
+
+// Parts of the heads that blocks share: two or three, if they are equal.
+__host__ __device__ inline int parts_of(int64_t heads) { return heads % 2 == 0 ? 2 : heads % 3 == 0 ? 3 : 1; }
 
 // Offsets into the memory of a block.
 struct Layout {
@@ -18,13 +22,14 @@ struct Layout {
   int end;    // int [S]
   int row;    // int [S]: of a token's gradient
   int keep;   // float [S]
-  int qkv;    // float [S, 3M]
+  int qkv;    // float [S, 3M], here and below of the part's heads
   int grad;   // float [S, M], by row
   int sums;   // float2 [S, H]: log of the softmax's sum; product of the heads with their gradient
   int bytes = 0;
 
   __host__ __device__ explicit Layout(const Guided& args) {
-    const int tokens = static_cast<int>(args.tokens), inner = static_cast<int>(args.inner);
+    const int tokens = static_cast<int>(args.tokens), parts = parts_of(args.heads);
+    const int inner = static_cast<int>(args.inner) / parts;
     order = take(4 * tokens);
     begin = take(4 * tokens);
     end = take(4 * tokens);
@@ -32,7 +37,7 @@ struct Layout {
     keep = take(4 * tokens);
     qkv = take(12 * tokens * inner);
     grad = take(4 * tokens * inner);
-    sums = take(8 * tokens * static_cast<int>(args.heads));
+    sums = take(8 * tokens * (static_cast<int>(args.heads) / parts));
   }
   __host__ __device__ int take(int size) {
     const int at = bytes;
@@ -43,12 +48,13 @@ struct Layout {
 
 // kHead: width of a head, 0 for any.
 template <typename Q, int kHead, bool kShared>
-__global__ void __launch_bounds__(kMostThreads)
+__global__ void __launch_bounds__(kMostThreads, kHead > 0 ? 3 : 1)
     attention_kernel(GuidedBackward args, const float* __restrict__ parts,  // [slices, V, R, K]
                      int slices, bool by_token, char* workspace) {
   extern __shared__ float4 room[];
   const Layout layout(args);
-  char* shared = kShared ? reinterpret_cast<char*>(room) : workspace + int64_t(blockIdx.x) * layout.bytes;
+  const int64_t block = int64_t(blockIdx.y) * gridDim.x + blockIdx.x;
+  char* shared = kShared ? reinterpret_cast<char*>(room) : workspace + block * layout.bytes;
   int32_t* order = reinterpret_cast<int32_t*>(shared + layout.order);
   int32_t* begins = reinterpret_cast<int32_t*>(shared + layout.begin);
   int32_t* ends = reinterpret_cast<int32_t*>(shared + layout.end);
@@ -57,26 +63,34 @@ __global__ void __launch_bounds__(kMostThreads)
   float* qkv = reinterpret_cast<float*>(shared + layout.qkv);
   float* grads = reinterpret_cast<float*>(shared + layout.grad);
   float2* sums = reinterpret_cast<float2*>(shared + layout.sums);
-  const int tokens = static_cast<int>(args.tokens), inner = static_cast<int>(args.inner);
-  const int heads = static_cast<int>(args.heads), width = kHead > 0 ? kHead : inner / heads;
-  const int pad = static_cast<int>(coefficients(inner)), wide = 3 * inner;
+  const int tokens = static_cast<int>(args.tokens), all = static_cast<int>(args.inner);
+  const int heads = static_cast<int>(args.heads) / gridDim.y;
+  const int width = kHead > 0 ? kHead : all / static_cast<int>(args.heads);
+  const int inner = heads * width, pad = static_cast<int>(coefficients(all)), wide = 3 * inner;
   const int64_t view = blockIdx.x % args.views, cloud = blockIdx.x / args.views;
-  const int64_t rows = args.clouds * args.tokens, base = cloud * args.tokens, stride = args.views * wide;
-  const Q* from = static_cast<const Q*>(args.qkv) + base * stride + view * wide;
+  const int64_t rows = args.clouds * args.tokens, base = cloud * args.tokens, stride = args.views * 3 * all;
+  const int64_t own_at = base * stride + view * 3 * all + blockIdx.y * inner;
+  constexpr int kChannels = kHead > 0 ? kHead : 1;  // read at once
+  constexpr int kSums = kHead > 0 ? kHead : 4;      // summed up at once
 
+  const Q* const from = static_cast<const Q*>(args.qkv) + own_at;
+  const int pieces = wide / kChannels, of_each = inner / kChannels;
 #pragma unroll 4
-  for (int i = threadIdx.x; i < tokens * wide; i += blockDim.x) {
-    const int token = i / wide, k = i - token * wide;
-    qkv[i] = widen(from[token * stride + k]);
+  for (int i = threadIdx.x; i < tokens * pieces; i += blockDim.x) {
+    const int token = i / pieces, piece = i - token * pieces, which = piece / of_each;
+    const int k = which * all + (piece - which * of_each) * kChannels;
+    store(qkv + i * kChannels, load<kChannels>(from + token * stride + k));
   }
   const int own = by_token ? tokens : args.count[view * args.clouds + cloud];
-  parts += (view * rows + base) * pad;
-  for (int i = threadIdx.x; i < own * inner; i += blockDim.x) {
-    const int row = i / inner, k = i - row * inner;
-    float sum = 0.0f;
+  parts += (view * rows + base) * pad + blockIdx.y * inner;
+  for (int i = threadIdx.x; i < own * of_each; i += blockDim.x) {
+    const int row = i / of_each, k = (i - row * of_each) * kChannels;
+    Lane<kChannels> sum = zero<kChannels>();
 #pragma unroll 12
-    for (int s = 0; s < slices; s++) sum += parts[s * args.views * rows * pad + row * pad + k];
-    grads[i] = sum;
+    for (int s = 0; s < slices; s++) {
+      add(&sum, 1.0f, load<kChannels>(parts + s * args.views * rows * pad + row * pad + k));
+    }
+    store(grads + i * kChannels, sum);
   }
   for (int i = threadIdx.x; i < tokens; i += blockDim.x) {
     const int64_t cell = args.segment[view * rows + base + i];
@@ -91,8 +105,11 @@ __global__ void __launch_bounds__(kMostThreads)
 
   const auto dot = [&](const float* a, const float* b) {
     float sum = 0.0f;
+    for (int d = 0; d < width; d += kChannels) {
+      const Lane<kChannels> left = load<kChannels>(a + d), right = load<kChannels>(b + d);
 #pragma unroll
-    for (int d = 0; d < (kHead > 0 ? kHead : width); d++) sum = fmaf(a[d], b[d], sum);
+      for (int n = 0; n < kChannels; n++) sum = fmaf(left.at[n], right.at[n], sum);
+    }
     return sum;
   };
   for (int i = threadIdx.x; i < tokens * heads; i += blockDim.x) {
@@ -112,8 +129,7 @@ __global__ void __launch_bounds__(kMostThreads)
     sums[i] = make_float2(most + logf(sum), delta / sum * keep[token]);
   }
   __syncthreads();
-  Q* out = static_cast<Q*>(args.grad_qkv) + base * stride + view * wide;
-  constexpr int kChannels = kHead > 0 ? kHead : 4;  // at once
+  Q* const out = static_cast<Q*>(args.grad_qkv) + own_at;
   for (int i = threadIdx.x; i < tokens * heads; i += blockDim.x) {
     const int token = i / heads, number = i - token * heads, head = number * width;
     const float *query = qkv + token * wide + head, *key = query + inner, *value = key + inner;
@@ -121,8 +137,14 @@ __global__ void __launch_bounds__(kMostThreads)
     const int begin = begins[token], end = ends[token];
     const float2 mine = sums[i];
     const float kept = keep[token];
-    for (int first = 0; first < width; first += kChannels) {
-      float dq[kChannels] = {}, dk[kChannels] = {}, dv[kChannels] = {};
+    for (int first = 0; first < width; first += kSums) {
+      const auto each = [&](const auto& function) {
+#pragma unroll
+        for (int d = 0; d < kSums; d += kChannels) {
+          if (kHead > 0 || first + d < width) function(d / kChannels, first + d);
+        }
+      };
+      Lane<kChannels> dq[kSums / kChannels] = {}, dk[kSums / kChannels] = {}, dv[kSums / kChannels] = {};
       for (int j = begin; j < end; j++) {
         const int other = order[j];
         const float *far_query = qkv + other * wide + head, *far_key = far_query + inner;
@@ -133,22 +155,18 @@ __global__ void __launch_bounds__(kMostThreads)
         const float ds = p * (kept * dot(far_key + inner, grad) - mine.y) * args.scale;
         const float far_p = __expf(args.scale * dot(far_query, key) - far.x);
         const float far_ds = far_p * (far_kept * dot(value, far_grad) - far.y) * args.scale;
-#pragma unroll
-        for (int d = 0; d < kChannels; d++) {
-          if (kHead == 0 && first + d >= width) continue;
-          dq[d] = fmaf(ds, far_key[first + d], dq[d]);
-          dk[d] = fmaf(far_ds, far_query[first + d], dk[d]);
-          dv[d] = fmaf(far_p * far_kept, far_grad[first + d], dv[d]);
-        }
+        each([&](int i, int d) {
+          add(&dq[i], ds, load<kChannels>(far_key + d));
+          add(&dk[i], far_ds, load<kChannels>(far_query + d));
+          add(&dv[i], far_p * far_kept, load<kChannels>(far_grad + d));
+        });
       }
-      Q* row = out + token * stride + head + first;
-#pragma unroll
-      for (int d = 0; d < kChannels; d++) {
-        if (kHead == 0 && first + d >= width) continue;
-        narrow(dq[d], row + d);
-        narrow(dk[d], row + inner + d);
-        narrow(dv[d], row + 2 * inner + d);
-      }
+      each([&](int i, int d) {
+        Q* const row = out + token * stride + head + d;
+        store(row, dq[i]);
+        store(row + all, dk[i]);
+        store(row + 2 * all, dv[i]);
+      });
     }
   }
 }
@@ -157,13 +175,14 @@ __global__ void __launch_bounds__(kMostThreads)
 
 int64_t attention_backward_workspace(const Guided& args) {
   const int64_t bytes = Layout(args).bytes;
-  return bytes <= shared_limit(kOptIn) ? 0 : args.clouds * args.views * bytes;
+  return bytes <= shared_limit(kOptIn) ? 0 : args.clouds * args.views * parts_of(args.heads) * bytes;
 }
 
 int attention_backward(const GuidedBackward& args, const float* parts, int64_t slices, bool by_token,
                        void* workspace, cudaStream_t stream) {
-  const int blocks = static_cast<int>(args.clouds * args.views), bytes = Layout(args).bytes;
-  const int64_t needed = (args.tokens * args.heads + kWarp - 1) / kWarp * kWarp;
+  const int heads = parts_of(args.heads), bytes = Layout(args).bytes;
+  const dim3 blocks(static_cast<unsigned>(args.clouds * args.views), static_cast<unsigned>(heads));
+  const int64_t needed = (args.tokens * (args.heads / heads) + kWarp - 1) / kWarp * kWarp;
   const int threads = static_cast<int>(needed < kMostThreads ? needed : kMostThreads);
   char* const memory = static_cast<char*>(workspace);
   const bool fits = attention_backward_workspace(args) == 0;

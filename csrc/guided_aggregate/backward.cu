@@ -1,17 +1,17 @@
 // Guided aggregation backward on CUDA; kernel.h has the formulas. Rows are pooled again instead of kept.
 // Then, where views are blended by how they agree with space and a slice of a cloud fits in shared memory,
-// the passes of gradient.cuh: how G pulls at the views of every token (pull.cu), dy of the rows of views and
-// voxels with the sums that batch normalisation's gradient needs (gradient.cu), dz and its products
-// (products.cu). Else the walks below: a block per token for the factors of its views, dy, dz as what each
-// token gets of it, its products with the projection, the sum over views. At last attention
-// (attention_backward.cu); after all of it autograd takes LayerNorm and its product (product_backward.cu).
+// the passes of gradient.cuh: how G pulls at the views of every token (pull.cu; for 16-bit features
+// pull_matrix.cu, that pools too), dy of the rows of views and voxels with the sums that batch
+// normalisation's gradient needs (gradient.cu), dz and its products (products.cu). Else the walks below: a
+// block per token for the factors of its views, dy, dz as what each token gets of it, its products with the
+// projection, the sum over views. At last attention (attention_backward.cu); after all of it autograd takes
+// LayerNorm and its product (product_backward.cu).
 //
-// H200, B = 32, S = 128, C = 768, V = 6, M = 12, bfloat16, 12 blocks in a CUDA graph: 3.5 ms with 39
-// cells, 5.7 with 400. The floor, tokens and their gradient read and written once, is 0.05 ms. Of a block's
-// 290 us products take 67, rows 45, pooling 32, pull 29, LayerNorm and product 32, attention 20, voxels 20,
-// factors 7, sums 6, torch's additions and zeros 16. Products (26 M instructions, 0.43 a cycle and
-// scheduler), rows (23 M, 0.45) and pull (15 M, 0.57) wait for memory half of the time and are bound by their
-// instructions for the rest: all of them know 64 or 192 channels of a row at once, no more would fit.
+// H200, B = 32, S = 128, C = 768, V = 6, M = 12, bfloat16, 12 blocks in a CUDA graph: 3.0 ms with 39
+// cells, 5.3 with 400. The floor, tokens and their gradient read and written once, is 0.05 ms. Of a block's
+// 252 us products take 66, pooling and pull 55, rows 42, LayerNorm and product 32, voxels 17, attention 14,
+// torch's additions 10, factors 6, sums 5. Rows and products wait for memory half of the time, of which there
+// is too little on its way: what they keep in registers and shared memory leaves room for 36 and 24 warps.
 #include "guided_aggregate/gradient.cuh"
 #include "guided_aggregate/passes.h"
 #include "guided_aggregate/rows.cuh"
@@ -45,7 +45,8 @@ struct Workspace {
   float2* pairs;
   float* gammas;
   uint32_t* won;
-  float* dy;          // [L, R, C]
+  float* dy;          // [L, R, C], or in the features' 16 bits
+  uint16_t* normed;   // [L, R, C]: rows, if they wait in 16 bits
   float2* parts;      // [B, L, C]: sums of dy and of dy z^
   float2* sums;       // [L, C]: their means over all rows
   float* grads;       // [V, R, C]: dz per token of a segment, or by token with maxima
@@ -58,20 +59,23 @@ struct Workspace {
     Room room(memory);
     const int64_t rows = args.clouds * args.tokens, pad = coefficients(args.inner);
     const bool adaptive = args.ensemble == Ensemble::adaptive, sliced = is_sliced(args);
-    z = room.take<float>(args.layers * rows * args.channels);
+    z = room.take<float>(sliced && pulls_by_matrix(args) ? 0 : args.layers * rows * args.channels);
     heads = room.take<float>(args.maximum ? args.views * rows * pad : 0);
     inner = room.take<float>(args.maximum ? args.views * rows * pad : 0);
     tokens.factors = room.take<float>(sliced ? 0 : 3 * args.views * rows);
-    tokens.space = room.take<float>(adaptive ? (rows + 1) * args.channels : 0);
+    tokens.space = room.take<float>(adaptive ? (rows + 1) * args.channels : 0);  // or in 16 bits
     tokens.grad_space = room.take<float>(adaptive ? rows * args.channels : 0);
     tokens.shares = room.take<float>(args.ensemble == Ensemble::max ? args.views * rows * args.channels : 0);
-    pulls = room.take<float>(sliced ? slices_of(args, kPulled) * args.views * rows : 0);
+    pulls = room.take<float>(sliced ? pull_slices(args) * args.views * rows : 0);
     factors = room.take<float4>(sliced ? args.views * rows : 0);
     pairs = room.take<float2>(sliced ? args.views * rows : 0);
     bents = room.take<float>(sliced ? args.views * rows : 0);
     gammas = room.take<float>(sliced ? rows : 0);
     won = room.take<uint32_t>(sliced ? 2 * rows * slices_of(args, kSlice) : 0);
-    dy = room.take<float>(args.layers * rows * args.channels);
+    const bool narrow = sliced && is_narrow(args);
+    const int64_t numbers = args.layers * rows * args.channels;
+    dy = room.take<float>(narrow ? (numbers + 1) / 2 : numbers);
+    normed = room.take<uint16_t>(narrow ? numbers : 0);
     parts = room.take<float2>(args.clouds * args.layers * args.channels);
     sums = room.take<float2>(args.layers * args.channels);
     grads = args.maximum ? room.take<float>(args.views * rows * args.channels) : dy;
@@ -80,9 +84,10 @@ struct Workspace {
     proj_parts = room.take<float>(args.clouds * args.views * (args.inner + 1) * args.channels);
     bytes = room.used;
   }
-  GradientWork sliced() const {
-    return {z,  pulls, tokens.space, factors, bents,      pairs,     gammas, tokens.grad_space,
-            dy, parts, sums,         won,     grad_parts, proj_parts};
+  GradientWork sliced(const Guided& args) const {
+    void* const rows = is_narrow(args) ? static_cast<void*>(normed) : z;
+    return {z,  rows,  pulls, tokens.space, factors,    bents,     pairs, gammas, tokens.grad_space,
+            dy, parts, sums,  won,          grad_parts, proj_parts};
   }
 };
 
@@ -464,10 +469,12 @@ int backward(const GuidedBackward& args, const Workspace& work, cudaStream_t str
   if (args.maximum) {
     if (const int error = attention_forward(args, work.heads, work.inner, stream)) return error;
   }
-  const Rows rows_args{work.heads, args.inner_means, work.z, nullptr};
-  if (const int error = pool_rows(args, rows_args, false, stream)) return error;
   const bool sliced = is_sliced(args);
-  const GradientWork passes = work.sliced();
+  if (!sliced || !pulls_by_matrix(args)) {
+    const Rows rows_args{work.heads, args.inner_means, work.z, nullptr};
+    if (const int error = pool_rows(args, rows_args, false, stream)) return error;
+  }
+  const GradientWork passes = work.sliced(args);
   if (sliced) {
     if (const int error = pull_views(args, passes, stream)) return error;
     if (const int error = row_gradients(args, passes, stream)) return error;

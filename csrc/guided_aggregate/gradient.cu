@@ -10,27 +10,22 @@ namespace guided {
 namespace {
 
 constexpr int kRowThreads = kRowWarps * kWarp;
-constexpr int kVoxelWarps = 8;
-constexpr int kAhead = 3;  // rows on their way
+constexpr int kVoxelWarps = 12;
+constexpr int kAhead = 3;     // rows on their way
+constexpr int kTogether = 3;  // tokens of a row likewise
+constexpr int kPair = 2;      // tokens whose voxels are fetched at once
 
 // Activations wait for the tokens in 16 bits of more digits than the features' if those have 16.
 template <typename T>
 using Kept = std::conditional_t<std::is_same_v<T, float>, float, Half>;
-
-__device__ inline void keep(float* to, const Lane<2>& lane) { store(to, lane); }
-__device__ inline void keep(Half* to, const Lane<2>& lane) {
-  Lane<2> bound;
-#pragma unroll
-  for (int n = 0; n < 2; n++) bound.at[n] = fminf(fmaxf(lane.at[n], -65504.0f), 65504.0f);
-  store(to, bound);
-}
 
 __device__ inline float bits(uint32_t value) { return __uint_as_float(value); }
 
 // What all channels agreed on, as factors of each token: of G and of s in dg_v, of g_v in ds; and where in
 // memory the rows are that they belong to. A block takes tokens of a cloud, a thread a token and view.
 __global__ void __launch_bounds__(kThreads)
-    factors_kernel(GuidedBackward args, GradientWork work, int kept, int element, int row_bytes, int each) {
+    factors_kernel(GuidedBackward args, GradientWork work, int kept, int slices, int element, int space,
+                   int row_bytes, int each) {
   extern __shared__ float4 room[];
   float4* const before = room;  // [each, V]: weight, pull, part of s in ds
   int32_t* const held = reinterpret_cast<int32_t*>(before + each * args.views);  // [V]: rows
@@ -40,12 +35,11 @@ __global__ void __launch_bounds__(kThreads)
   const int first = blockIdx.y * each, mine = min(each, tokens - first), all = mine * views;
   const float* agreement = args.agreement + base;
   const auto norm_of = [&](int64_t at) { return fmaxf(sqrtf(agreement[at]), kNorm); };
-  const int slices = slices_of(args, kPulled);
   for (int i = threadIdx.x; i < views; i += kThreads) held[i] = args.count[i * args.clouds + blockIdx.x];
   for (int i = threadIdx.x; i < all; i += kThreads) {
     const int view = i / mine, token = first + i - view * mine;
     float pull = 0.0f;
-#pragma unroll 4
+#pragma unroll 12
     for (int s = 0; s < slices; s++) pull += work.pulls[(int64_t(s) * views + view) * rows + base + token];
     const float norm = norm_of((views + view) * rows + token), length = norm_of(2 * views * rows + token);
     const float cosine = agreement[view * rows + token] / (norm * length);
@@ -76,7 +70,7 @@ __global__ void __launch_bounds__(kThreads)
     const uint32_t channels = static_cast<uint32_t>(args.channels);
     work.tokens[view * rows + base + token] =
         make_float4(args.coefficient * before[own + view].x / total, alpha, bits(token * channels * element),
-                    bits(uint32_t(voxel >= 0 ? voxel : rows) * channels * 4));
+                    bits(uint32_t(voxel >= 0 ? voxel : rows) * channels * space));
     work.bents[view * rows + base + token] = norm > kNorm ? bent / norm / norm : 0.0f;
     const int row = static_cast<int>(args.segment[view * rows + base + token] - base) + firsts[view];
     work.pairs[(base + token) * views + view] = make_float2(alpha, bits(row * row_bytes));
@@ -121,11 +115,14 @@ struct Layout {
   }
 };
 
-template <typename T>
+template <typename Format>
 __global__ void __launch_bounds__(kRowThreads, 3)
     rows_kernel(GuidedBackward args, GradientWork work, int kept) {
   extern __shared__ float4 room[];
+  using T = typename Format::T;
   using Row = Kept<T>;
+  using Pooled = typename Format::Row;
+  using Gradient = typename Format::Gradient;
   char* shared = reinterpret_cast<char*>(room);
   const Layout layout(args, kept, sizeof(Row));
   float4* place = reinterpret_cast<float4*>(shared + layout.place);
@@ -173,55 +170,76 @@ __global__ void __launch_bounds__(kRowThreads, 3)
   __syncthreads();
 
   const char* grad = reinterpret_cast<const char*>(static_cast<const T*>(args.grad) + base * channels + c);
-  const char* space = reinterpret_cast<const char*>(work.space + c);
+  const Pooled* const spaces = static_cast<const Pooled*>(work.space) + c;
+  const char* space = reinterpret_cast<const char*>(spaces);
   float* grad_space = work.grad_space + base * channels + c;
   char* kept_g = shared + layout.rows + 2 * lane * sizeof(Row);
   for (int view = 0, last; view < views; view = last) {
     last = last_of_group(held, view, views, kept, kRowWarps);
     const int parts = kRowWarps / (last - view), part = warp % parts, v = view + warp / parts;
     if (v < last) {
-      const Norm<2> norm(args, args.mean, args.deviation, v, c);
-      const Lane<2> inverse = load<2>(args.deviation + v * channels + c);
+      const Activation<2, Format::kNarrow> activation(args, args.mean, args.deviation, v, c);
       const float4* places = place + v * tokens;
       const float2* cell = cells + v * tokens + part;
       const float2* const end = cells + v * tokens + held[v];
       const int64_t at = (v * rows + base + part) * channels + c, step = int64_t(parts) * channels;
-      const float* z = work.z + at;
-      float* out = work.dy + at;
+      const Pooled* pooled = static_cast<const Pooled*>(work.rows) + at;
+      Gradient* out = static_cast<Gradient*>(work.dy) + at;
       int row_at = part;
       for (int u = view; u < v; u++) row_at += held[u];
       char* g_at = kept_g + row_at * kSlice * sizeof(Row);
       Lane<2> plain = zero<2>(), scaled = zero<2>(), ahead[kAhead];
 #pragma unroll
       for (int i = 0; i < kAhead; i++) {
-        if (cell + i * parts < end) ahead[i] = load<2>(z);
-        z += step;
+        if (cell + i * parts < end) ahead[i] = load<2>(pooled);
+        pooled += step;
       }
       for (; cell < end; cell += parts) {
         const Lane<2> row = ahead[0];
 #pragma unroll
         for (int i = 0; i + 1 < kAhead; i++) ahead[i] = ahead[i + 1];
-        if (cell + kAhead * parts < end) ahead[kAhead - 1] = load<2>(z);
-        z += step;
+        if (cell + kAhead * parts < end) ahead[kAhead - 1] = load<2>(pooled);
+        pooled += step;
         Lane<2> dg = zero<2>();
         const float2 mine = *cell;
         const uint32_t range = __float_as_uint(mine.y);
         const float4 *p = places + (range & 0xffff), *stop = places + (range >> 16);
-#pragma unroll 2
-        for (; p < stop; p++) {
-          const float4 factors = *p;
-          add(&dg, factors.x, load<2>(reinterpret_cast<const T*>(grad + __float_as_uint(factors.z))));
-          add(&dg, factors.y, load<2>(reinterpret_cast<const float*>(space + __float_as_uint(factors.w))));
+        // kCount tokens, all of them fetched before any is added; the last one again if there are fewer.
+        const auto collect = [&](auto constant) {
+          constexpr int kCount = decltype(constant)::value;
+          float2 factor[kCount];
+          Lane<2> g[kCount], s[kCount];
+#pragma unroll
+          for (int j = 0; j < kCount; j++) {
+            const bool inside = p + j < stop;
+            const float4 factors = inside ? p[j] : *p;
+            factor[j] = inside ? make_float2(factors.x, factors.y) : make_float2(0.0f, 0.0f);
+            g[j] = load<2>(reinterpret_cast<const T*>(grad + __float_as_uint(factors.z)));
+            s[j] = load<2>(reinterpret_cast<const Pooled*>(space + __float_as_uint(factors.w)));
+          }
+#pragma unroll
+          for (int j = 0; j < kCount; j++) {
+            add(&dg, factor[j].x, g[j]);
+            add(&dg, factor[j].y, s[j]);
+          }
+          p += kCount;
+        };
+        while (p < stop) {
+          if (p + 1 == stop) {
+            collect(std::integral_constant<int, 1>{});
+          } else {
+            collect(std::integral_constant<int, kTogether>{});
+          }
         }
         Lane<2> g, dy;
 #pragma unroll
         for (int n = 0; n < 2; n++) {
-          const float centered = row.at[n] - norm.center.at[n];
-          const Gelu both = gelu(fmaf(centered, norm.scale.at[n], norm.bias.at[n]));
+          const float normed = activation.normed(n, row.at[n]);
+          const Gelu both = activation(n, normed);
           g.at[n] = both.value;
           dy.at[n] = fmaf(mine.x, both.value, dg.at[n]) * both.slope;
           plain.at[n] += dy.at[n];
-          scaled.at[n] = fmaf(dy.at[n], centered * inverse.at[n], scaled.at[n]);
+          scaled.at[n] = fmaf(dy.at[n], normed, scaled.at[n]);
         }
         keep(reinterpret_cast<Row*>(g_at), g);
         g_at += parts * kSlice * sizeof(Row);
@@ -245,98 +263,148 @@ __global__ void __launch_bounds__(kRowThreads, 3)
         work.parts[(blockIdx.x * args.layers + view + of) * channels + channel] = sum;
       }
     }
-#pragma unroll 2
-    for (int token = warp; token < tokens; token += kRowWarps) {
-      const int voxel = voxels[token];
-      float* to = grad_space + token * channels;
-      Lane<2> ds = zero<2>();
-      if (view > 0) {
-        ds = load<2>(to);
-      } else if (voxel >= 0) {
-        add(&ds, gamma[token], load<2>(work.space + int64_t(voxel) * channels + c));
+    for (int first = warp; first < tokens; first += kPair * kRowWarps) {
+      Lane<2> ds[kPair];
+#pragma unroll
+      for (int i = 0; i < kPair; i++) {
+        const int token = min(first + i * kRowWarps, tokens - 1), voxel = voxels[token];
+        ds[i] = zero<2>();
+        if (view > 0) {
+          ds[i] = load<2>(grad_space + token * channels);
+        } else if (voxel >= 0) {
+          ds[i] = load<2>(spaces + voxel * channels);
+        }
       }
-      const float2* pairs = pair + token * views;
-#pragma unroll 6
-      for (int w = view; w < last; w++) {
-        const float2 factor = pairs[w];
-        add(&ds, factor.x, load<2>(reinterpret_cast<const Row*>(kept_g + __float_as_uint(factor.y))));
+#pragma unroll
+      for (int i = 0; i < kPair; i++) {
+        const int token = first + i * kRowWarps;
+        if (token >= tokens) break;
+        if (view == 0) {
+          const float factor = gamma[token];
+#pragma unroll
+          for (int n = 0; n < 2; n++) ds[i].at[n] *= factor;
+        }
+        const float2* const pairs = pair + token * views;
+        const auto collect = [&](int w) {
+          const float2 factor = pairs[w];
+          add(&ds[i], factor.x, load<2>(reinterpret_cast<const Row*>(kept_g + __float_as_uint(factor.y))));
+        };
+        if (last - view == kViews) {
+#pragma unroll
+          for (int w = 0; w < kViews; w++) collect(view + w);
+        } else {
+          for (int w = view; w < last; w++) collect(w);
+        }
+        if (active) store(grad_space + token * channels, ds[i]);
       }
-      if (active) store(to, ds);
     }
     __syncthreads();
   }
 }
 
 // What the tokens of a voxel want of it, and which of them have its maximum. Voxels are dealt to the clouds
-// in turn: they need not belong to one.
-template <typename T>
-__global__ void __launch_bounds__(kVoxelWarps* kWarp) voxels_kernel(GuidedBackward args, GradientWork work) {
-  __shared__ float2 sums[kVoxelWarps][kSlice];
+// in turn: they need not belong to one. A block takes two slices, a lane two channels of each.
+template <typename Format>
+__global__ void __launch_bounds__(kVoxelWarps* kWarp, 2)
+    voxels_kernel(GuidedBackward args, GradientWork work) {
+  using T = typename Format::T;
+  using Pooled = typename Format::Row;
+  using Gradient = typename Format::Gradient;
+  __shared__ float2 sums[kVoxelWarps][2][kSlice];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int tokens = static_cast<int>(args.tokens), channels = static_cast<int>(args.channels);
+  const int clouds = static_cast<int>(args.clouds), slices = slices_of(args, kSlice);
   const int64_t rows = args.clouds * args.tokens, layer = args.views;
-  const int own = blockIdx.y * kSlice + 2 * lane, c = own < channels ? own : 0;
-  const bool active = own < channels;
   const int32_t *order = args.order + layer * rows, *start = args.start + layer * (rows + 1);
-  const Norm<2> norm(args, args.mean, args.deviation, layer, c);
-  const Lane<2> inverse = load<2>(args.deviation + layer * channels + c);
-  const T* x = static_cast<const T*>(args.features) + c;
-  const float* wanted = work.grad_space + c;
-  const int words = 2 * gridDim.y;
-  Lane<2> plain = zero<2>(), scaled = zero<2>();
+  int c[2];
+  bool active[2];
+#pragma unroll
+  for (int h = 0; h < 2; h++) {
+    c[h] = (2 * blockIdx.y + h) * kSlice + 2 * lane;
+    active[h] = c[h] < channels;
+    c[h] = active[h] ? c[h] : 0;
+  }
+  const Activation<2, Format::kNarrow> activation[2] = {{args, args.mean, args.deviation, layer, c[0]},
+                                                        {args, args.mean, args.deviation, layer, c[1]}};
+  const T* const x = static_cast<const T*>(args.features);
+  const Pooled* const pooled = static_cast<const Pooled*>(work.rows) + layer * rows * channels;
+  Gradient* const out = static_cast<Gradient*>(work.dy) + layer * rows * channels;
+  uint2* const all_won = reinterpret_cast<uint2*>(work.won) + 2 * blockIdx.y;
+  Lane<2> plain[2] = {}, scaled[2] = {};
   for (int k = warp; k < tokens; k += kVoxelWarps * kWarp) {
-    const int mine = k + lane * kVoxelWarps;
-    const int64_t voxel = mine * args.clouds + blockIdx.x;
+    const int mine = k + lane * kVoxelWarps, voxel = mine * clouds + blockIdx.x;
     const int begin = mine < tokens ? start[voxel] : 0, end = mine < tokens ? start[voxel + 1] : 0;
-    const int token = begin < end ? order[begin] : 0;
+    const int earliest = begin < end ? order[begin] : 0;
     unsigned held = __ballot_sync(kAll, begin < end);
     for (; held; held &= held - 1) {
-      const int from = __ffs(held) - 1, stop = __shfl_sync(kAll, end, from);
-      const int64_t at = (layer * rows + __shfl_sync(kAll, voxel, from)) * channels + c;
-      const int place = __shfl_sync(kAll, begin, from);
-      int next = __shfl_sync(kAll, token, from), first[2] = {next, next};
-      const Lane<2> row = load<2>(work.z + at);
-      Lane<2> most = load<2>(x + int64_t(next) * channels), dg = load<2>(wanted + int64_t(next) * channels);
+      const int from = __ffs(held) - 1, at = __shfl_sync(kAll, voxel, from) * channels;
+      const int place = __shfl_sync(kAll, begin, from), stop = __shfl_sync(kAll, end, from);
+      int next = __shfl_sync(kAll, earliest, from);
+      Lane<2> row[2], most[2], dg[2];
+      int first[2][2];
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        row[h] = load<2>(pooled + at + c[h]);
+        most[h] = load<2>(x + next * channels + c[h]);
+        dg[h] = load<2>(work.grad_space + next * channels + c[h]);
+        first[h][0] = first[h][1] = next;
+      }
       for (int p = place + 1; p < stop; p++) {
         next = order[p];
-        const Lane<2> value = load<2>(x + int64_t(next) * channels);
-        add(&dg, 1.0f, load<2>(wanted + int64_t(next) * channels));
 #pragma unroll
-        for (int n = 0; n < 2; n++) {
-          if (!exceeds(value.at[n], most.at[n])) continue;
-          most.at[n] = value.at[n];
-          first[n] = next;
+        for (int h = 0; h < 2; h++) {
+          const Lane<2> value = load<2>(x + next * channels + c[h]);
+          add(&dg[h], 1.0f, load<2>(work.grad_space + next * channels + c[h]));
+#pragma unroll
+          for (int n = 0; n < 2; n++) {
+            if (!exceeds(value.at[n], most[h].at[n])) continue;
+            most[h].at[n] = value.at[n];
+            first[h][n] = next;
+          }
         }
       }
       for (int p = place; p < stop; p++) {
         next = order[p];
+        uint2 won[2];
 #pragma unroll
-        for (int n = 0; n < 2; n++) {
-          const unsigned bits = __ballot_sync(kAll, first[n] == next);
-          if (lane == 0) work.won[int64_t(next) * words + 2 * blockIdx.y + n] = bits;
+        for (int h = 0; h < 2; h++) {
+          won[h].x = __ballot_sync(kAll, first[h][0] == next);
+          won[h].y = __ballot_sync(kAll, first[h][1] == next);
+        }
+        if (lane < 2 && 2 * blockIdx.y + lane < slices) {
+          all_won[next * slices + lane] = lane == 0 ? won[0] : won[1];
         }
       }
-      Lane<2> dy;
 #pragma unroll
-      for (int n = 0; n < 2; n++) {
-        const float centered = row.at[n] - norm.center.at[n];
-        dy.at[n] = dg.at[n] * gelu(fmaf(centered, norm.scale.at[n], norm.bias.at[n])).slope;
-        plain.at[n] += dy.at[n];
-        scaled.at[n] = fmaf(dy.at[n], centered * inverse.at[n], scaled.at[n]);
+      for (int h = 0; h < 2; h++) {
+        Lane<2> dy;
+#pragma unroll
+        for (int n = 0; n < 2; n++) {
+          const float normed = activation[h].normed(n, row[h].at[n]);
+          dy.at[n] = dg[h].at[n] * activation[h](n, normed).slope;
+          plain[h].at[n] += dy.at[n];
+          scaled[h].at[n] = fmaf(dy.at[n], normed, scaled[h].at[n]);
+        }
+        if (active[h]) store(out + at + c[h], dy);
       }
-      if (active) store(work.dy + at, dy);
     }
   }
 #pragma unroll
-  for (int n = 0; n < 2; n++) sums[warp][2 * lane + n] = make_float2(plain.at[n], scaled.at[n]);
+  for (int h = 0; h < 2; h++) {
+#pragma unroll
+    for (int n = 0; n < 2; n++) {
+      sums[warp][h][2 * lane + n] = make_float2(plain[h].at[n], scaled[h].at[n]);
+    }
+  }
   __syncthreads();
-  const int channel = blockIdx.y * kSlice + threadIdx.x;
-  if (threadIdx.x >= kSlice || channel >= channels) return;
+  const int column = threadIdx.x % kSlice, half = threadIdx.x / kSlice;
+  const int channel = (2 * blockIdx.y + half) * kSlice + column;
+  if (half > 1 || channel >= channels) return;
   float2 sum = make_float2(0.0f, 0.0f);
 #pragma unroll
   for (int w = 0; w < kVoxelWarps; w++) {
-    sum.x += sums[w][threadIdx.x].x;
-    sum.y += sums[w][threadIdx.x].y;
+    sum.x += sums[w][half][column].x;
+    sum.y += sums[w][half][column].y;
   }
   work.parts[(blockIdx.x * args.layers + layer) * channels + channel] = sum;
 }
@@ -357,14 +425,17 @@ int row_gradients(const GuidedBackward& args, const GradientWork& work, cudaStre
   const dim3 blocks(grid.x, static_cast<unsigned>((args.tokens + each - 1) / each));
   int error = allow_shared(factors_kernel, factors);
   if (error) return error;
-  with_type(args.dtype, [&](auto type) {
-    using T = decltype(type);
-    error = allow_shared(rows_kernel<T>, bytes);
+  with_format(args, [&](auto format) {
+    using Format = decltype(format);
+    using T = typename Format::T;
+    error = allow_shared(rows_kernel<Format>, bytes);
     if (error) return;
-    factors_kernel<<<blocks, kThreads, factors, stream>>>(args, work, kept, static_cast<int>(sizeof(T)),
-                                                          static_cast<int>(kSlice * sizeof(Kept<T>)), each);
-    rows_kernel<T><<<grid, kRowThreads, bytes, stream>>>(args, work, kept);
-    voxels_kernel<T><<<grid, kVoxelWarps * kWarp, 0, stream>>>(args, work);
+    factors_kernel<<<blocks, kThreads, factors, stream>>>(
+        args, work, kept, pull_slices(args), static_cast<int>(sizeof(T)),
+        static_cast<int>(sizeof(typename Format::Row)), static_cast<int>(kSlice * sizeof(Kept<T>)), each);
+    rows_kernel<Format><<<grid, kRowThreads, bytes, stream>>>(args, work, kept);
+    const dim3 pairs(grid.x, (grid.y + 1) / 2);
+    voxels_kernel<Format><<<pairs, kVoxelWarps * kWarp, 0, stream>>>(args, work);
   });
   return error ? error : cudaGetLastError();
 }

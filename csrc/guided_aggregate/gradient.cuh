@@ -17,20 +17,22 @@ constexpr int kPulled = 3 * kSlice;  // channels of a block that sums over all o
 constexpr int kPullWarps = 24;
 constexpr int kRowWarps = 12;
 constexpr int kProductWarps = 8;
+constexpr int kViews = 6;     // that a token collects without a loop
 constexpr int kRowTile = 16;  // rows of a product
 constexpr int kRows = 256;    // rows of a slice in shared memory, if a view has no more
 
 // Workspace. Rows of voxels are those of layer V.
 struct GradientWork {
-  const float* z;     // [L, R, C]
-  float* pulls;       // [slices of kPulled, V, R]: parts of G g_v by token
-  float* space;       // [R + 1, C]: activations of voxels, zeros at last
+  float* z;           // [L, R, C]
+  void* rows;         // the same in the format's type, normalised if it is narrow
+  float* pulls;       // [pull_slices, V, R]: parts of G g_v by token
+  void* space;        // [R + 1, C] like rows: activations of voxels, zeros at last
   float4* tokens;     // [V, R]: factors of G and s in dg_v, offsets in bytes of G in the cloud and of s
   float* bents;       // [V, R]: factor of g_v in dg_v
   float2* pairs;      // [R, V]: factor of g_v in ds, offset in bytes of its row among those kept
   float* gammas;      // [R]: factor of s in ds
   float* grad_space;  // [R, C]: ds by token; later what rounds before the last one add to dx
-  float* dy;          // [L, R, C]
+  void* dy;           // [L, R, C] in the format's type
   float2* parts;      // [B, L, C]: sums of dy and of dy z^
   float2* sums;       // [L, C]: their means over all rows
   uint32_t* won;      // [R, 2 * slices]: by bits whether a token has its voxel's maximum
@@ -57,29 +59,94 @@ __device__ inline int last_of_group(const int32_t* held, int view, int views, in
   return last;
 }
 
-// dz of rows.
+// How rows wait between the passes. Those of 16-bit features do so normalised, as binary16, and their
+// gradient in the features' type: half the bytes, of which there are more than the second cache holds.
+// Others, and those of maxima, which walks take, are as they were pooled.
+template <typename Feature, bool kNarrow_>
+struct Format {
+  static constexpr bool kNarrow = kNarrow_;
+  using T = Feature;
+  using Row = std::conditional_t<kNarrow, Half, float>;
+  using Gradient = std::conditional_t<kNarrow, T, float>;
+};
+inline bool is_narrow(const Guided& args) { return args.dtype != Dtype::f32 && !args.maximum; }
+
+template <typename F>
+inline void with_format(const Guided& args, const F& function) {
+  with_type(args.dtype, [&](auto type) {
+    using T = decltype(type);
+    if constexpr (sizeof(T) == 2) {
+      if (is_narrow(args)) return function(Format<T, true>{});
+    }
+    function(Format<T, false>{});
+  });
+}
+
+// Into what binary16 can hold; NaN stays.
+__device__ inline float bounded(float value) {
+#if __CUDA_ARCH__ >= 800
+  asm("max.NaN.f32 %0, %0, 0fC77FE000; min.NaN.f32 %0, %0, 0f477FE000;" : "+f"(value));
+  return value;
+#else
+  return value > 65504.0f ? 65504.0f : value < -65504.0f ? -65504.0f : value;
+#endif
+}
+template <int N>
+__device__ inline void keep(float* to, const Lane<N>& lane) {
+  store(to, lane);
+}
+template <int N>
+__device__ inline void keep(Half* to, Lane<N> lane) {
+#pragma unroll
+  for (int n = 0; n < N; n++) lane.at[n] = bounded(lane.at[n]);
+  store(to, lane);
+}
+
+// Activation of rows, from what waits or, with another format, from what was pooled.
+template <int N, bool kNarrow>
+struct Activation {
+  Lane<N> center, inverse, weight, bias;
+
+  __device__ Activation(const Guided& args, const float* mean, const float* deviation, int64_t layer,
+                        int64_t c) {
+    const bool voxels = layer == args.views;
+    const int64_t at = layer * args.channels + c;
+    center = load<N>(mean + at);
+    inverse = load<N>(deviation + at);
+    weight = load<N>(voxels ? args.space_weight + c : args.view_weight + at);
+    bias = load<N>(voxels ? args.space_bias + c : args.view_bias + at);
+  }
+  __device__ float normed(int n, float row) const {
+    return kNarrow ? row : (row - center.at[n]) * inverse.at[n];
+  }
+  __device__ Gelu operator()(int n, float normed) const {
+    return gelu(fmaf(normed, weight.at[n], bias.at[n]));
+  }
+};
+
+// dz of rows. The mean of dy is subtracted before all else: of rows that are all alike nothing is left.
+template <bool kNarrow>
 struct RowGradient {
-  Lane<2> factor, center, inverse, plain, scaled;
+  Lane<2> center, factor, plain, slope;
 
   __device__ RowGradient(const GuidedBackward& args, const float2* sums, int64_t layer, int64_t c) {
     const int64_t at = layer * args.channels + c;
     const float* weight = layer == args.views ? args.space_weight : args.view_weight + layer * args.channels;
-    const Lane<2> weights = load<2>(weight + c);
+    const Lane<2> weights = load<2>(weight + c), inverse = load<2>(args.deviation + at);
     center = load<2>(args.mean + at);
-    inverse = load<2>(args.deviation + at);
 #pragma unroll
     for (int n = 0; n < 2; n++) {
       factor.at[n] = weights.at[n] * inverse.at[n];
       plain.at[n] = sums[at + n].x;
-      scaled.at[n] = sums[at + n].y;
+      slope.at[n] = kNarrow ? -sums[at + n].y : -inverse.at[n] * sums[at + n].y;
     }
   }
-  __device__ Lane<2> operator()(const Lane<2>& dy, const Lane<2>& z) const {
+  __device__ Lane<2> operator()(const Lane<2>& dy, const Lane<2>& row) const {
     Lane<2> dz;
 #pragma unroll
     for (int n = 0; n < 2; n++) {
-      const float normed = (z.at[n] - center.at[n]) * inverse.at[n];
-      dz.at[n] = factor.at[n] * fmaf(-normed, scaled.at[n], dy.at[n] - plain.at[n]);
+      const float away = kNarrow ? row.at[n] : row.at[n] - center.at[n];
+      dz.at[n] = factor.at[n] * fmaf(away, slope.at[n], dy.at[n] - plain.at[n]);
     }
     return dz;
   }
@@ -90,7 +157,14 @@ int64_t rows_shared(const Guided& args);
 int64_t products_shared(const Guided& args);
 
 // Each takes what those before it have written.
-int pull_views(const GuidedBackward& args, const GradientWork& work, cudaStream_t stream);  // pulls, space
+int pull_views(const GuidedBackward& args, const GradientWork& work,
+               cudaStream_t stream);  // pulls, space, rows
+// The same as products of matrices, for what this is made for.
+bool pulls_by_matrix(const Guided& args);
+int pull_by_matrix(const GuidedBackward& args, const GradientWork& work, cudaStream_t stream);
+inline int pull_slices(const Guided& args) {
+  return slices_of(args, pulls_by_matrix(args) ? kSlice : kPulled);
+}
 int row_gradients(const GuidedBackward& args, const GradientWork& work,
                   cudaStream_t stream);  // dy, parts, won
 int row_products(const GuidedBackward& args, const GradientWork& work, cudaStream_t stream);  // the rest

@@ -3,7 +3,8 @@
 //
 // A block takes a cloud and 64 channels. The rows of the views stay in shared memory; from there tokens
 // collect theirs, and tensor cores take them: in TF32 as three products of high and low parts, so that
-// nothing of float32 is lost that matters. Views whose rows do not fit at once are taken in turn.
+// nothing of float32 is lost that matters. Views whose rows do not fit at once are taken in turn. What comes
+// from other memory is fetched for several rows or tokens at once, since stores in between would hold it up.
 #include "guided_aggregate/gradient.cuh"
 #include "guided_aggregate/tf32.cuh"
 
@@ -12,29 +13,31 @@ namespace guided {
 namespace {
 
 constexpr int kProductThreads = kProductWarps * kWarp;
-constexpr int kAhead = 2;          // rows on their way
+constexpr int kBatch = 4;          // rows fetched at once
+constexpr int kPair = 2;           // tokens likewise
+constexpr int kTiles = 3;          // of rows that share a piece of the projection
 constexpr int kHalf = kSlice / 2;  // channels of a warp in the projection's gradient
 
 // Offsets into the shared memory of a block.
 struct Layout {
-  int index;  // int [S, V]: where a token's rows are
+  int rows;   // float [kept, channels]: dz / tokens
+  int index;  // int [S, V]: where a token's rows are, in bytes
   int count;  // float [V, S]: tokens of a row
   int first;  // int [V]: where a view's rows begin
   int held;   // int [V]: rows
   int voxel;  // int [S]
   int share;  // float [S]: 1 / tokens of the voxel
-  int rows;   // float [kept, channels]: dz / tokens
   int bytes = 0;
 
   __host__ __device__ Layout(const Guided& args, int kept) {
     const int tokens = static_cast<int>(args.tokens), views = static_cast<int>(args.views);
+    rows = take(4 * kept * kSlice);
     index = take(4 * views * tokens);
     count = take(4 * views * tokens);
     first = take(4 * views);
     held = take(4 * views);
     voxel = take(4 * tokens);
     share = take(4 * tokens);
-    rows = take(4 * kept * kSlice);
   }
   __host__ __device__ int take(int size) {
     const int at = bytes;
@@ -43,15 +46,18 @@ struct Layout {
   }
 };
 
-// Where a row has its channel: such that 8 rows of 4 channels, or 4 rows of 8, lie in different banks.
-__device__ inline int place_of(int row, int channel) {
-  return row * kSlice + (channel ^ ((row & 3) << 3 | (row & 4)));
-}
+// Where a row has its channel, in bytes: such that 8 rows of 4 channels, or 4 rows of 8, lie in different
+// banks. The channel may be added to that of channel 0 by exclusive or.
+__device__ inline int place_of(int row) { return (row * kSlice | (row & 3) << 3 | (row & 4)) * 4; }
 
-template <typename T>
+template <typename Format>
 __global__ void __launch_bounds__(kProductThreads, 3)
     products_kernel(GuidedBackward args, GradientWork work, int kept) {
   extern __shared__ float4 room[];
+  using T = typename Format::T;
+  using Gradient = RowGradient<Format::kNarrow>;
+  const auto* const all_rows = static_cast<const typename Format::Row*>(work.rows);
+  const auto* const all_dy = static_cast<const typename Format::Gradient*>(work.dy);
   char* shared = reinterpret_cast<char*>(room);
   const Layout layout(args, kept);
   int32_t* index = reinterpret_cast<int32_t*>(shared + layout.index);
@@ -60,7 +66,6 @@ __global__ void __launch_bounds__(kProductThreads, 3)
   int32_t* held = reinterpret_cast<int32_t*>(shared + layout.held);
   int32_t* voxels = reinterpret_cast<int32_t*>(shared + layout.voxel);
   float* voxel_shares = reinterpret_cast<float*>(shared + layout.share);
-  float* d_rows = reinterpret_cast<float*>(shared + layout.rows);
 
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int tokens = static_cast<int>(args.tokens), views = static_cast<int>(args.views);
@@ -93,13 +98,15 @@ __global__ void __launch_bounds__(kProductThreads, 3)
   for (int v = 0; v < views; v++) {
     const int32_t *segment = args.segment + v * rows + base, *start = args.start + v * (rows + 1) + base;
     for (int i = threadIdx.x; i < tokens; i += kProductThreads) {
-      index[i * views + v] = place_of(static_cast<int>(segment[i] - base) + firsts[v], 0);
+      index[i * views + v] = place_of(static_cast<int>(segment[i] - base) + firsts[v]);
       counts[v * tokens + i] = static_cast<float>(start[i + 1] - start[i]);
     }
   }
   __syncthreads();
 
-  const RowGradient voxel_gradient(args, work.sums, views, c);
+  const char* const row_memory = shared + layout.rows;
+  const auto at_place = [&](int place) { return *reinterpret_cast<const float*>(row_memory + place); };
+  const Gradient voxel_gradient(args, work.sums, views, c);
   for (int view = 0, last; view < views; view = last) {
     last = last_of_group(held, view, views, kept - kRowTile, views);
     int all = 0;
@@ -110,37 +117,28 @@ __global__ void __launch_bounds__(kProductThreads, 3)
       const int stop = min(end, first + held[v]);
       int row = max(begin, first);
       if (row >= stop) continue;
-      const RowGradient gradient(args, work.sums, v, c);
-      const int64_t at = (v * rows + base + row - first) * channels + c;
-      const float *z = work.z + at, *dy = work.dy + at, *count = counts + v * tokens - first;
-      Lane<2> ahead[kAhead], ahead_z[kAhead];
-      const auto fetch = [&](int i) {
-        if (row + i < stop) {
-          ahead[i] = load<2>(dy);
-          ahead_z[i] = load<2>(z);
-        }
-        dy += channels;
-        z += channels;
-      };
+      const Gradient gradient(args, work.sums, v, c);
+      const int64_t at = (v * rows + base - first) * channels + c;
+      const auto* const z = all_rows + at;
+      const auto* const dy = all_dy + at;
+      const float* const count = counts + v * tokens - first;
+      for (; row < stop; row += kBatch) {
+        Lane<2> dys[kBatch], zs[kBatch];
 #pragma unroll
-      for (int i = 0; i < kAhead; i++) fetch(i);
-      for (; row < stop; row++) {
-        Lane<2> d = gradient(ahead[0], ahead_z[0]);
-#pragma unroll
-        for (int i = 0; i + 1 < kAhead; i++) {
-          ahead[i] = ahead[i + 1];
-          ahead_z[i] = ahead_z[i + 1];
+        for (int i = 0; i < kBatch; i++) {
+          const int from = min(row + i, stop - 1) * channels;
+          dys[i] = load<2>(dy + from);
+          zs[i] = load<2>(z + from);
         }
-        if (row + kAhead < stop) {
-          ahead[kAhead - 1] = load<2>(dy);
-          ahead_z[kAhead - 1] = load<2>(z);
-        }
-        dy += channels;
-        z += channels;
-        const float share = active ? reciprocal(count[row]) : 0.0f;
 #pragma unroll
-        for (int n = 0; n < 2; n++) d.at[n] *= share;
-        store(d_rows + (place_of(row, 0) ^ 2 * lane), d);
+        for (int i = 0; i < kBatch; i++) {
+          if (row + i >= stop) break;
+          Lane<2> d = gradient(dys[i], zs[i]);
+          const float share = active ? reciprocal(count[row + i]) : 0.0f;
+#pragma unroll
+          for (int n = 0; n < 2; n++) d.at[n] *= share;
+          store(reinterpret_cast<float*>(shared + layout.rows + (place_of(row + i) ^ 8 * lane)), d);
+        }
       }
     }
     __syncthreads();
@@ -148,80 +146,117 @@ __global__ void __launch_bounds__(kProductThreads, 3)
     const T* grad = static_cast<const T*>(args.grad) + base * channels + c;
     T* out = static_cast<T*>(args.grad_features) + base * channels + c;
     float* waiting = work.grad_space + base * channels + c;
-#pragma unroll 2
-    for (int token = warp; token < tokens; token += kProductWarps) {
-      Lane<2> dx;
-      if (view > 0) {
-        dx = load<2>(waiting + token * channels);
-      } else {
-        dx = load<2>(grad + token * channels);
-        const int voxel = voxels[token];
-        if (voxel >= 0) {
-          const int64_t at = (views * rows + voxel) * channels + c;
-          const Lane<2> dz = voxel_gradient(load<2>(work.dy + at), load<2>(work.z + at));
-          const float share = voxel_shares[token];
-          const uint32_t* won = work.won + ((base + token) * gridDim.y + blockIdx.y) * 2;
+    const int64_t voxel_layer = views * rows * channels + c;
+    const auto* const voxel_z = all_rows + voxel_layer;
+    const auto* const voxel_dy = all_dy + voxel_layer;
+    const uint2* const all_won = reinterpret_cast<const uint2*>(work.won) + base * gridDim.y + blockIdx.y;
+    for (int next = warp; next < tokens; next += kPair * kProductWarps) {
+      Lane<2> dx[kPair], dys[kPair], zs[kPair];
+      uint2 won[kPair];
+      int voxel[kPair];
 #pragma unroll
-          for (int n = 0; n < 2; n++) {
-            dx.at[n] += dz.at[n] * share + (won[n] >> lane & 1 ? dz.at[n] : 0.0f);
-          }
+      for (int i = 0; i < kPair; i++) {
+        const int token = min(next + i * kProductWarps, tokens - 1);
+        if (view > 0) {
+          dx[i] = load<2>(waiting + token * channels);
+          continue;
         }
+        dx[i] = load<2>(grad + token * channels);
+        voxel[i] = voxels[token];
+        const int from = max(voxel[i], 0) * channels;
+        dys[i] = load<2>(voxel_dy + from);
+        zs[i] = load<2>(voxel_z + from);
+        won[i] = all_won[token * gridDim.y];
       }
-#pragma unroll 6
-      for (int v = view; v < last; v++) {
-        const Lane<2> d = load<2>(d_rows + (index[token * views + v] ^ 2 * lane));
-        dx.at[0] += d.at[0];
-        dx.at[1] += d.at[1];
-      }
-      if (!active) continue;
-      if (last < views) {
-        store(waiting + token * channels, dx);
-      } else {
-        store(out + token * channels, dx);
+#pragma unroll
+      for (int i = 0; i < kPair; i++) {
+        const int token = next + i * kProductWarps;
+        if (token >= tokens) break;
+        if (view == 0 && voxel[i] >= 0) {
+          const Lane<2> dz = voxel_gradient(dys[i], zs[i]);
+          const float share = voxel_shares[token];
+          dx[i].at[0] += dz.at[0] * share + (won[i].x >> lane & 1 ? dz.at[0] : 0.0f);
+          dx[i].at[1] += dz.at[1] * share + (won[i].y >> lane & 1 ? dz.at[1] : 0.0f);
+        }
+        const int32_t* const place = index + token * views;
+        const auto collect = [&](int v) {
+          add(&dx[i], 1.0f, load<2>(reinterpret_cast<const float*>(row_memory + (place[v] ^ 8 * lane))));
+        };
+        if (last - view == kViews) {
+#pragma unroll
+          for (int v = 0; v < kViews; v++) collect(view + v);
+        } else {
+          for (int v = view; v < last; v++) collect(v);
+        }
+        if (!active) continue;
+        if (last < views) {
+          store(waiting + token * channels, dx[i]);
+        } else {
+          store(out + token * channels, dx[i]);
+        }
       }
     }
 
-    // Tasks of the warps: a tile of rows times the projection, or rows times coefficients of a view.
+    // Tasks of the warps: tiles of rows times the projection, or rows times coefficients of a view.
     const int edge = channels - 1 - slice;  // beyond it rows are zero
     int task = 0;
     for (int v = view, first = 0; v < last; first += held[v++]) {
       const int64_t first_row = v * rows + base;
-      const int tiles = (held[v] + kRowTile - 1) / kRowTile;
       const float* proj = args.proj + int64_t(v) * (inner + 1) * channels;
       for (int columns = 0; columns < inner; columns += 16) {
-        for (int tile = 0; tile < tiles; tile++) {
+        for (int tile = 0; tile < held[v]; tile += kTiles * kRowTile) {
           if (task++ % kProductWarps != warp) continue;
-          const int row = first + tile * kRowTile + lane / 4;
-          const int near = place_of(row, 0), far = place_of(row + 8, 0);
+          const int tiles = min((held[v] - tile + kRowTile - 1) / kRowTile, kTiles);
+          int near[kTiles], far[kTiles];
+#pragma unroll
+          for (int t = 0; t < kTiles; t++) {
+            const int row = first + tile + min(t, tiles - 1) * kRowTile + lane / 4;
+            near[t] = place_of(row) ^ lane % 4 * 4;
+            far[t] = place_of(row + 8) ^ lane % 4 * 4;
+          }
           const float* column[2];
+          float next[2][2];
 #pragma unroll
           for (int n = 0; n < 2; n++) {
             column[n] = proj + int64_t(min(columns + 8 * n + lane / 4, inner)) * channels + slice;
           }
-          float sum[2][4] = {};
-#pragma unroll 4
-          for (int k = 0; k < kSlice; k += 8) {
-            float a[4];
-#pragma unroll
-            for (int i = 0; i < 4; i++) a[i] = d_rows[(i % 2 == 0 ? near : far) ^ (k + lane % 4 + i / 2 * 4)];
+          const auto fetch = [&](int k) {
 #pragma unroll
             for (int n = 0; n < 2; n++) {
-              float b[2];
 #pragma unroll
-              for (int i = 0; i < 2; i++) {
-                b[i] = column[n][min(k + lane % 4 + i * 4, edge)];
-              }
-              multiply(sum[n], a, b);
+              for (int i = 0; i < 2; i++) next[n][i] = column[n][min(k + lane % 4 + i * 4, edge)];
+            }
+          };
+          float sum[kTiles][2][4] = {};
+          fetch(0);
+#pragma unroll 2
+          for (int k = 0; k < kSlice; k += 8) {
+            uint32_t high[2][2], low[2][2];
+#pragma unroll
+            for (int n = 0; n < 2; n++) split(next[n], high[n], low[n]);
+            if (k + 8 < kSlice) fetch(k + 8);
+#pragma unroll
+            for (int t = 0; t < kTiles; t++) {
+              if (t >= tiles) break;
+              const float a[4] = {at_place(near[t] ^ 4 * k), at_place(far[t] ^ 4 * k),
+                                  at_place(near[t] ^ (4 * k + 16)), at_place(far[t] ^ (4 * k + 16))};
+              uint32_t high_a[4], low_a[4];
+              split(a, high_a, low_a);
+#pragma unroll
+              for (int n = 0; n < 2; n++) multiply(sum[t][n], high_a, low_a, high[n], low[n]);
             }
           }
           float* heads = work.grad_parts + (int64_t(blockIdx.y) * views * rows + first_row) * pad + columns;
 #pragma unroll
-          for (int n = 0; n < 2; n++) {
+          for (int t = 0; t < kTiles; t++) {
 #pragma unroll
-            for (int i = 0; i < 2; i++) {
-              const int r = row - first + i * 8, m = 8 * n + lane % 4 * 2;
-              if (r < held[v] && columns + m < pad) {
-                store(heads + r * pad + m, Lane<2>{{sum[n][2 * i], sum[n][2 * i + 1]}});
+            for (int n = 0; n < 2; n++) {
+#pragma unroll
+              for (int i = 0; i < 2; i++) {
+                const int r = tile + t * kRowTile + lane / 4 + i * 8, m = 8 * n + lane % 4 * 2;
+                if (r < held[v] && columns + m < pad) {
+                  store(heads + r * pad + m, Lane<2>{{sum[t][n][2 * i], sum[t][n][2 * i + 1]}});
+                }
               }
             }
           }
@@ -230,28 +265,44 @@ __global__ void __launch_bounds__(kProductThreads, 3)
       for (int columns = 0; columns <= inner; columns += 16) {
         for (int half = 0; half < kSlice; half += kHalf) {
           if (task++ % kProductWarps != warp) continue;
-          const float* coefficient = args.inner_means + first_row * pad;
-          const float* count = counts + v * tokens;
-          float sum[kHalf / 8][4] = {};
-#pragma unroll 2
-          for (int k = 0; k < held[v]; k += 8) {
-            float a[4];
+          const float* const coefficient = args.inner_means + first_row * pad + columns;
+          const float* const count = counts + v * tokens;
+          int place[2], offset[kHalf / 8];  // of rows; of channels
+#pragma unroll
+          for (int i = 0; i < 2; i++) {
+            const int row = first + lane % 4 + i * 4;
+            place[i] = (row * kSlice + (lane / 4 ^ (row & 4))) * 4;
+          }
+#pragma unroll
+          for (int n = 0; n < kHalf / 8; n++) offset[n] = ((half + 8 * n) ^ (first + lane % 4 & 3) << 3) * 4;
+          float next[4];
+          const auto fetch = [&](int k) {
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-              const int m = columns + lane / 4 + i % 2 * 8, r = k + lane % 4 + i / 2 * 4;
-              const bool inside = m <= inner && r < held[v];
-              a[i] = inside ? coefficient[r * pad + m] * count[r] : 0.0f;
+              const int m = lane / 4 + i % 2 * 8, r = k + lane % 4 + i / 2 * 4;
+              next[i] = 0.0f;
+              if (columns + m <= inner && r < held[v]) next[i] = coefficient[r * pad + m] * count[r];
             }
+          };
+          float sum[kHalf / 8][4] = {};
+          fetch(0);
+          for (int k = 0; k < held[v]; k += 8) {
+            uint32_t high[4], low[4];
+            split(next, high, low);
+            fetch(k + 8);
 #pragma unroll
             for (int n = 0; n < kHalf / 8; n++) {
               float b[2];
 #pragma unroll
               for (int i = 0; i < 2; i++) {
-                const int r = k + lane % 4 + i * 4;
-                b[i] = r < held[v] ? d_rows[place_of(first + r, half + 8 * n + lane / 4)] : 0.0f;
+                b[i] = k + lane % 4 + i * 4 < held[v] ? at_place(place[i] + offset[n]) : 0.0f;
               }
-              multiply(sum[n], a, b);
+              uint32_t high_b[2], low_b[2];
+              split(b, high_b, low_b);
+              multiply(sum[n], high, low, high_b, low_b);
             }
+#pragma unroll
+            for (int i = 0; i < 2; i++) place[i] += 8 * kSlice * 4;
           }
           float* to = work.proj_parts + (int64_t(blockIdx.x) * views + v) * (inner + 1) * channels;
 #pragma unroll
@@ -278,11 +329,10 @@ int row_products(const GuidedBackward& args, const GradientWork& work, cudaStrea
   const dim3 grid(static_cast<unsigned>(args.clouds), slices_of(args, kSlice));
   const int bytes = static_cast<int>(products_shared(args));
   int error = 0;
-  with_type(args.dtype, [&](auto type) {
-    using T = decltype(type);
-    error = allow_shared(products_kernel<T>, bytes);
-    if (error) return;
-    products_kernel<T><<<grid, kProductThreads, bytes, stream>>>(args, work, kept_rows(args));
+  with_format(args, [&](auto format) {
+    const auto kernel = products_kernel<decltype(format)>;
+    error = allow_shared(kernel, bytes);
+    if (!error) kernel<<<grid, kProductThreads, bytes, stream>>>(args, work, kept_rows(args));
   });
   return error ? error : cudaGetLastError();
 }

@@ -8,26 +8,10 @@ namespace {
 
 constexpr int kPairs = kPulled / kSlice;
 
-// Activations at three pairs of channels of a lane; zeros beyond the last channel.
-struct Activation {
-  Lane<2> center[kPairs], scale[kPairs], bias[kPairs];
-
-  __device__ Activation(const GuidedBackward& args, int64_t layer, const int (&c)[kPairs], int active) {
-#pragma unroll
-    for (int i = 0; i < kPairs; i++) {
-      const Norm<2> norm(args, args.mean, args.deviation, layer, c[i]);
-      center[i] = norm.center;
-      scale[i] = i < active ? norm.scale : zero<2>();  // GELU(0) = 0
-      bias[i] = i < active ? norm.bias : zero<2>();
-    }
-  }
-  __device__ float operator()(int i, int n, float z) const {
-    return gelu(fmaf(z - center[i].at[n], scale[i].at[n], bias[i].at[n])).value;
-  }
-};
-
-template <typename T>
+template <typename Format>
 __global__ void __launch_bounds__(kPullWarps* kWarp, 1) pull_kernel(GuidedBackward args, GradientWork work) {
+  using T = typename Format::T;
+  using Row = typename Format::Row;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int tokens = static_cast<int>(args.tokens), views = static_cast<int>(args.views);
   const int64_t rows = args.clouds * args.tokens, channels = args.channels, cloud = blockIdx.x;
@@ -40,6 +24,18 @@ __global__ void __launch_bounds__(kPullWarps* kWarp, 1) pull_kernel(GuidedBackwa
     c[i] = c[i] < channels ? c[i] : 0;
   }
   const T* grad = static_cast<const T*>(args.grad);
+  Row* const normed = static_cast<Row*>(work.rows);
+  // The activation of two channels of a row, which waits normalised for the passes to come.
+  const auto activate = [&](const auto& activation, int64_t at, bool inside, const Lane<2>& z) {
+    Lane<2> row, g;
+#pragma unroll
+    for (int n = 0; n < 2; n++) {
+      row.at[n] = activation.normed(n, z.at[n]);
+      g.at[n] = inside ? activation(n, row.at[n]).value : 0.0f;
+    }
+    if (Format::kNarrow && inside) keep(normed + at, row);
+    return g;
+  };
   const int chunks = (tokens + kWarp - 1) / kWarp;
   for (int task = warp; task < views * chunks; task += kPullWarps) {
     const int view = task / chunks, first = base + task % chunks * kWarp;
@@ -50,24 +46,24 @@ __global__ void __launch_bounds__(kPullWarps* kWarp, 1) pull_kernel(GuidedBackwa
     const int begin = start[segment], end = start[segment + 1];
     unsigned heads = __ballot_sync(kAll, inside && begin == first + lane);
     if (heads == 0) continue;
-    const Activation activation(args, view, c, active);
-    const float* z = work.z + view * rows * channels;
+    const Activation<2, false> activation[kPairs] = {{args, args.mean, args.deviation, view, c[0]},
+                                                     {args, args.mean, args.deviation, view, c[1]},
+                                                     {args, args.mean, args.deviation, view, c[2]}};
+    const int64_t layer = view * rows * channels;
     float* pulls = work.pulls + (int64_t(blockIdx.y) * views + view) * rows;
     Lane<2> next[kPairs];
+    int64_t at = 0;  // of the row that was fetched
     const auto fetch = [&](int head) {
-      const float* row = z + __shfl_sync(kAll, segment, head) * channels;
+      at = layer + __shfl_sync(kAll, segment, head) * channels;
 #pragma unroll
-      for (int i = 0; i < kPairs; i++) next[i] = load<2>(row + c[i]);
+      for (int i = 0; i < kPairs; i++) next[i] = load<2>(work.z + at + c[i]);
     };
     fetch(__ffs(heads) - 1);
     while (heads) {
       const int head = __ffs(heads) - 1, count = __shfl_sync(kAll, end, head) - (first + head);
       Lane<2> g[kPairs];
 #pragma unroll
-      for (int i = 0; i < kPairs; i++) {
-#pragma unroll
-        for (int n = 0; n < 2; n++) g[i].at[n] = activation(i, n, next[i].at[n]);
-      }
+      for (int i = 0; i < kPairs; i++) g[i] = activate(activation[i], at + c[i], i < active, next[i]);
       heads &= heads - 1;
       if (heads) fetch(__ffs(heads) - 1);
       // kCount tokens of the cell from place `from` on; the last one again if there are fewer.
@@ -110,35 +106,38 @@ __global__ void __launch_bounds__(kPullWarps* kWarp, 1) pull_kernel(GuidedBackwa
   }
   // Voxels are dealt to the clouds in turn, and those of a cloud to its warps.
   const int32_t* start = args.start + views * (rows + 1);
-  const Activation activation(args, views, c, active);
+  const Activation<2, false> activation[kPairs] = {{args, args.mean, args.deviation, views, c[0]},
+                                                   {args, args.mean, args.deviation, views, c[1]},
+                                                   {args, args.mean, args.deviation, views, c[2]}};
+  Row* const space = static_cast<Row*>(work.space);
   for (int k = warp; k < tokens; k += kPullWarps * kWarp) {
     const int own = k + lane * kPullWarps;
     const int64_t voxel = own * args.clouds + cloud;
     unsigned held = __ballot_sync(kAll, own < tokens && start[voxel] < start[voxel + 1]);
     for (; held; held &= held - 1) {
       const int64_t at = ((k + (__ffs(held) - 1) * kPullWarps) * args.clouds + cloud) * channels;
+      const int64_t row = views * rows * channels + at;
 #pragma unroll
       for (int i = 0; i < kPairs; i++) {
         if (i >= active) continue;
-        Lane<2> s = load<2>(work.z + views * rows * channels + at + c[i]);
-#pragma unroll
-        for (int n = 0; n < 2; n++) s.at[n] = activation(i, n, s.at[n]);
-        store(work.space + at + c[i], s);
+        const Lane<2> z = load<2>(work.z + row + c[i]);
+        keep(space + at + c[i], activate(activation[i], row + c[i], true, z));
       }
     }
   }
 #pragma unroll
   for (int i = 0; i < kPairs; i++) {
-    if (cloud == 0 && warp == 0 && i < active) store(work.space + rows * channels + c[i], zero<2>());
+    if (cloud == 0 && warp == 0 && i < active) store(space + rows * channels + c[i], zero<2>());
   }
 }
 
 }  // namespace
 
 int pull_views(const GuidedBackward& args, const GradientWork& work, cudaStream_t stream) {
+  if (pulls_by_matrix(args)) return pull_by_matrix(args, work, stream);
   const dim3 grid(static_cast<unsigned>(args.clouds), slices_of(args, kPulled));
-  with_type(args.dtype, [&](auto type) {
-    pull_kernel<decltype(type)><<<grid, kPullWarps * kWarp, 0, stream>>>(args, work);
+  with_format(args, [&](auto format) {
+    pull_kernel<decltype(format)><<<grid, kPullWarps * kWarp, 0, stream>>>(args, work);
   });
   return cudaGetLastError();
 }

@@ -103,23 +103,24 @@ def test_voxels_across_clouds_and_without_tokens() -> None:
     check(voxels_across_clouds())
 
 
-# Tokens, channels, inner width and heads: where 16-bit features take one kernel or another.
+# Tokens, channels, inner width, heads and cells: where 16-bit features take one kernel or another.
 LOW = {
-    "no multiple of eight channels": (30, 36, 12, 6),
-    "no multiple of four": (30, 42, 12, 6),
-    "one token": (1, 40, 12, 6),
-    "most tokens of a product": (128, 136, 12, 6),
-    "more tokens": (129, 136, 12, 6),
-    "widest attention of a product": (50, 64, 15, 5),
-    "wider attention": (50, 64, 16, 4),
-    "most channels in shared memory": (70, 1024, 12, 6),
-    "more channels": (20, 1032, 12, 6),
+    "no multiple of eight channels": (30, 36, 12, 6, 11),
+    "no multiple of four": (30, 42, 12, 6, 11),
+    "one token": (1, 40, 12, 6, 1),
+    "most tokens of a product": (128, 136, 12, 6, 43),
+    "more tokens": (129, 136, 12, 6, 44),
+    "widest attention of a product": (50, 64, 15, 5, 17),
+    "wider attention": (50, 64, 16, 4, 17),
+    "most channels in shared memory": (70, 1024, 12, 6, 24),
+    "more channels": (20, 1032, 12, 6, 7),
+    "more rows than at once": (128, 72, 12, 6, 300),
 }
 
 
 def make_low(name: str, dtype: torch.dtype) -> dict[str, Any]:
-    count, width, hidden, heads = LOW[name]
-    kwargs = make(batch=3, s=count, width=width, views=6, cells=count // 3 + 1, hidden=hidden)
+    count, width, hidden, heads, cells = LOW[name]
+    kwargs = make(batch=3, s=count, width=width, views=6, cells=cells, hidden=hidden)
     attention = kwargs["attention"]
     kwargs["attention"] = attention._replace(qkv_weight=attention.qkv_weight * width**-0.5)
     return on_cuda(kwargs | {"num_heads": heads, "features": kwargs["features"].to(dtype)})
