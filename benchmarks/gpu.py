@@ -36,6 +36,7 @@ def main() -> None:
     parser.add_argument("--peers", help="folder with peers.py")
     parser.add_argument("--commit", default="", help="revision to write into the rows (default: from git)")
     parser.add_argument("--only", nargs="+", choices=_OP_OF, help="default: all")
+    parser.add_argument("--match", default="", help="only shapes with this text, such as float16")
     parser.add_argument("--scaling", choices=SCALING, help="forward over the number of points or of clouds")
     parser.add_argument("--warmup", type=float, default=1.0, help="seconds at first, a tenth of it each time")
     parser.add_argument("--seconds", type=float, default=0.5, help="about how long a measurement takes")
@@ -62,7 +63,7 @@ def main() -> None:
             found = op_cases(names, "cuda", folder=args.peers)
         for case in found:
             longest = max(part.shape[1] for part in timing.flatten(case.inputs[0]) if part.dim() > 1)
-            if args.min_rows <= longest <= args.max_rows:
+            if args.match in case.shape and args.min_rows <= longest <= args.max_rows:
                 yield case
 
     rows, wrong = measure_cases(
