@@ -22,6 +22,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tempfile
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -37,11 +38,14 @@ TORCH_FLOOR = "0x020a000000000000"  # torch 2.10: symbols newer than this are co
 DEFAULT_ARCHS = "7.5;8.0;8.6;8.9;9.0;10.0;12.0+PTX"
 # One object per instruction set; csrc/common/isa.h picks among them at run time.
 SIMD_FLAGS = {"scalar": ""}
+BF16_FLAGS: dict[str, str] = {}  # the same for *.bf16.cpp, where the compiler knows these sets
 if platform.machine().lower() in ("x86_64", "amd64"):
     avx2 = "-mavx2 -mfma -mbmi -mbmi2 -mlzcnt -mpopcnt"
     # GCC warns about undefined values inside of its own AVX-512 header.
     avx512 = f"{avx2} -mavx512f -mavx512bw -mavx512dq -mavx512vl -Wno-maybe-uninitialized"
     SIMD_FLAGS |= {"avx2": avx2, "avx512": avx512}
+    BF16_FLAGS |= {"avx512bf16": f"{avx512} -mavx512bf16"}
+    BF16_FLAGS |= {"amx": f"{avx512} -mavx512bf16 -mamx-tile -mamx-bf16"}
 
 
 def environment_flag(name: str, default: str, allowed: tuple[str, ...]) -> str:
@@ -148,6 +152,8 @@ class Build(build_ext):
             f"-Wall -Wextra -I{ROOT / 'csrc'} -ffile-prefix-map={ROOT}/= "
             f"-ffile-prefix-map={torch_dir / 'include'}/="
         )
+        bf16 = BF16_FLAGS if self.knows_bf16(cxx) else {}
+        flags += " -DA2P_WITH_BF16" if bf16 else ""
         stable = f"-DTORCH_TARGET_VERSION={TORCH_FLOOR} -isystem {torch_dir / 'include'}"
         stable += " -DUSE_CUDA -DANY2POINT_WITH_CUDA" if cuda else ""
 
@@ -176,8 +182,9 @@ class Build(build_ext):
             name = source.relative_to(ROOT / "csrc").with_suffix("")
             if source.name == "numpy.cpp" or (source.name.endswith(".sm90a.cpp") and not hopper):
                 continue
-            if source.name.endswith(".simd.cpp"):
-                for isa, isa_flags in SIMD_FLAGS.items():
+            if source.name.endswith((".simd.cpp", ".bf16.cpp")):
+                levels = SIMD_FLAGS if source.name.endswith(".simd.cpp") else bf16
+                for isa, isa_flags in levels.items():
                     out = build / f"{name}.{isa}.o"
                     kernels.append(ninja.edge("cxx", out, [source], extra=f"-DA2P_ISA={isa} {isa_flags}"))
             elif source.name in ("cpu.cpp", "isa.cpp"):
@@ -221,7 +228,7 @@ class Build(build_ext):
                 shutil.copy2(built, temporary)
                 os.replace(temporary, target)
         record = {"cuda": bool(cuda), "archs": archs, "torch": torch.__version__, "debug": debug}
-        record |= {"simd": list(SIMD_FLAGS), "compiler": self.version_of(cxx)}
+        record |= {"simd": [*SIMD_FLAGS, *bf16], "compiler": self.version_of(cxx)}
         record["nvcc"] = self.version_of(str(cuda / "bin" / "nvcc")) if cuda else None
         target = Path(self.get_ext_fullpath("any2point._C")).parent / "_build.json"
         target.write_text(json.dumps(record, indent=1) + "\n")
@@ -233,6 +240,17 @@ class Build(build_ext):
         ask = [*compiler.split(), "-print-file-name=libstdc++.so"]
         answer = subprocess.run(ask, capture_output=True, text=True).stdout.strip()
         return "" if os.path.isabs(answer) or not answer else " -l:libstdc++.so.6"
+
+    @staticmethod
+    def knows_bf16(compiler: str) -> bool:
+        """Whether compiler and assembler know the last of BF16_FLAGS: GCC 11, Clang 12 and newer."""
+        if not BF16_FLAGS:
+            return False
+        program = "#include <immintrin.h>\nvoid release() { _tile_release(); }\n"
+        with tempfile.TemporaryDirectory() as folder:
+            command = [*compiler.split(), *BF16_FLAGS["amx"].split(), "-x", "c++", "-c", "-"]
+            command += ["-o", str(Path(folder) / "release.o")]
+            return not subprocess.run(command, input=program, capture_output=True, text=True).returncode
 
     @staticmethod
     def version_of(compiler: str) -> str:

@@ -168,6 +168,7 @@ STABLE_TORCH_LIBRARY(any2point, m) {
       "Tensor deviation, Tensor hidden_mean, Tensor hidden_sum, Tensor hidden_outer, int rows, bool "
       "transposed) -> (Tensor out_grad, Tensor q, Tensor constant, Tensor carried)");
 
-  // The SIMD level in use ("scalar", "avx2", "avx512"); a non-empty argument sets it, for tests.
+  // The SIMD level in use ("scalar", "avx2", "avx512", "avx512bf16", "amx"); a non-empty argument sets it,
+  // for tests.
   m.def("_simd(str level) -> str");
 }

@@ -88,7 +88,7 @@ def test_needs_no_cuda_libraries() -> None:
 
 def test_simd_objects_share_no_inline_functions() -> None:
     """A weak symbol in an AVX-512 object could become everybody's copy, and crash a CPU without AVX-512."""
-    objects = sorted((ROOT / "build").glob("*/**/*.avx*.o"))
+    objects = [file for isa in ("avx*", "amx") for file in (ROOT / "build").glob(f"*/**/*.{isa}.o")]
     nm = shutil.which("nm")
     if not objects or not nm:
         pytest.skip("no build folder here")

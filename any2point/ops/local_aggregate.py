@@ -66,7 +66,7 @@ def local_aggregate(
 
     Args:
         points: `[B, N, 3]` coordinates, float32 or float64 (float16 and bfloat16 are raised to float32).
-        features: `[B, N, C]`. On the CPU float16 and bfloat16 are computed in float32 and rounded at the end.
+        features: `[B, N, C]`; for what happens in float16 and bfloat16 see below.
         center: `[B, S]` int64 or int32, rows of the S centres.
         neighbor: `[B, S, K]`, rows of their neighbours; -1 (missing) counts as the centre itself.
         units: weights of the residual units on `2C` channels; see `ResidualUnit`.
@@ -108,7 +108,11 @@ def local_aggregate(
     bfloat16 round rows, hidden layers and weights to their own precision (float16 overflows beyond 65504);
     float32 is as accurate as float32 products, or TF32 where torch allows that for products
     (`torch.backends.cuda.matmul.fp32_precision`, `torch.set_float32_matmul_precision`). Offsets are float32.
-    Under autocast on CUDA float32 features are rounded to its dtype, which is then that of the result.
+    On the CPU bfloat16 is rounded in the same way in evaluation (without gradients to keep) where products of
+    it are the faster ones: with AMX, or with AVX512_BF16 on AMD's; results differ between such CPUs and
+    others. Elsewhere, and in training, float16 and bfloat16 are computed in float32 and rounded at the end.
+    Under autocast (on the CPU: in evaluation within `torch.no_grad()`) float32 features are rounded to its
+    dtype, which is then that of the result.
 
     Source: Point-NN / Point-PN (Zhang et al., CVPR 2023), LGA module; Any2Point (Tang et al., ECCV 2024).
 
@@ -129,8 +133,12 @@ def local_aggregate(
     if features.shape[:2] != points.shape[:2]:
         expected = f"[{points.shape[0]}, {points.shape[1]}, C]"
         raise ValueError(f"features: expected shape {expected} as in `points`, got {shape_text(features)}")
-    if features.is_cuda and features.dtype == torch.float32 and torch.is_autocast_enabled("cuda"):
-        features = features.to(torch.get_autocast_dtype("cuda"))
+    # On the CPU rounding has a use in evaluation alone.
+    evaluates = features.device.type == "cpu" and not (training or torch.is_grad_enabled())
+    if features.dtype == torch.float32 and (features.is_cuda or evaluates):
+        device = features.device.type
+        if torch.is_autocast_enabled(device):
+            features = features.to(torch.get_autocast_dtype(device))
     center = check_index("center", center, like=points, like_name="points")
     neighbor = check_index("neighbor", neighbor, like=points, like_name="points")
     if center.dim() != 2 or center.shape[0] != points.shape[0]:
@@ -155,7 +163,9 @@ def local_aggregate(
             offset = group_offsets(points, center, neighbor, group)
             divisor = offset_deviation(offset, guard=guard).expand(points.shape[0]).contiguous()
         wavelength = wavelengths(2 * features.shape[-1], alpha, like=points)
-        operand = features if features.is_cuda else features.float()
+        # On the CPU bfloat16 has kernels of its own in evaluation.
+        low = features.dtype == torch.bfloat16 and not training
+        operand = features if features.is_cuda or low else features.float()
         if half and not training:  # the op for training rounds float32 itself, for the sake of its gradient
             operand = features.half()
         rows = (points.contiguous(), operand.contiguous(), center, neighbor, divisor, wavelength)

@@ -1,7 +1,8 @@
 // One vector type for all CPU kernels. Included only by *.simd.cpp, which is compiled once per instruction
-// set with -DA2P_ISA=scalar|avx2|avx512. Two rules keep those objects safe to link together: nothing from the
-// C++ library (its inline functions would be emitted with this set's instructions and could be the copy that
-// the linker keeps for everybody), and everything inside namespace any2point::A2P_ISA.
+// set with -DA2P_ISA=scalar|avx2|avx512, and *.bf16.cpp, with avx512bf16|amx. Two rules keep those objects
+// safe to link together: nothing from the C++ library (its inline functions would be emitted with this set's
+// instructions and could be the copy that the linker keeps for everybody), and everything inside namespace
+// any2point::A2P_ISA.
 //
 // Float: kLanes floats. Int: kLanes int32. Words: kLanes uint32, each a set of bits. Masks are plain bit
 // sets, lane 0 in bit 0.

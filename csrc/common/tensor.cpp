@@ -81,7 +81,8 @@ void check_cuda(const char* op, int error) {
 namespace {
 std::string simd(std::string level) {
   A2P_CHECK(level.empty() || set_isa(level.c_str()),
-            "level: expected an instruction set of this CPU (scalar, avx2, avx512), got ", level);
+            "level: expected an instruction set of this CPU (scalar, avx2, avx512, avx512bf16, amx), got ",
+            level);
   return isa_name(isa());
 }
 }  // namespace

@@ -25,6 +25,12 @@ A2P_DECLARE_ISA(void project(const TrainedRows& rows, const PackedLinear& next, 
                                const float* dz, const InNorm& norm, const RowsGradOut& to, float* scratch,
                                int64_t begin, int64_t end))
 
+A2P_DECLARE_BF16(void pack_columns(const float* weight, const float* bias, int64_t out, int64_t in,
+                                   BFloat16* packed, float* packed_bias);
+                 int64_t groups_scratch(const LocalAggregateBf16& args);
+                 void aggregate_groups(const LocalAggregateBf16& args, void* scratch, int64_t begin,
+                                       int64_t end))
+
 // Of the widest instruction set, so that a layer takes the same room on all of them.
 int64_t packed_columns(int64_t out) { return (out + 15) / 16 * 16; }
 
@@ -38,8 +44,22 @@ int64_t local_aggregate_scratch(const LocalAggregate& args) {
   return rows * (packed_columns(args.from.width) + packed_columns(args.hidden) + 3);
 }
 
-void local_aggregate_cpu(const LocalAggregate& args, float* scratch, int64_t begin,
-                         int64_t end){A2P_DISPATCH_ISA(aggregate_groups, args, scratch, begin, end)}
+void local_aggregate_cpu(const LocalAggregate& args, float* scratch, int64_t begin, int64_t end) {
+  A2P_DISPATCH_ISA(aggregate_groups, args, scratch, begin, end)
+}
+
+bool multiplies_bf16() { return isa() >= Isa::avx512bf16; }
+
+void pack_linear_bf16(const float* weight, const float* bias, int64_t out, int64_t in, BFloat16* packed,
+                      float* packed_bias){
+    A2P_DISPATCH_BF16(pack_columns, weight, bias, out, in, packed, packed_bias)}
+
+int64_t local_aggregate_bf16_scratch(const LocalAggregateBf16& args) {
+  A2P_DISPATCH_BF16(groups_scratch, args)
+}
+
+void local_aggregate_bf16(const LocalAggregateBf16& args, void* scratch, int64_t begin,
+                          int64_t end){A2P_DISPATCH_BF16(aggregate_groups, args, scratch, begin, end)}
 
 int64_t train_scratch(const TrainedRows& rows) {
   const int64_t most = padded6(tile_groups(rows.from.neighbors) * rows.from.neighbors);

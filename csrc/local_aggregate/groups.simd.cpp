@@ -4,7 +4,7 @@
 // Floor: the products, 4 C H multiplications and additions per neighbour and unit. At the tokenizer's sizes
 // (1024 points, K = 81) that is 13.2 GFLOP per cloud, and 12 million pairs of sine and cosine beside it.
 // Measured on one AVX-512 core (AMD Zen 5): 56 ms per cloud, 235 GFLOP/s over all, of which the sines take 6
-// ms; the composition of torch ops takes 680 ms. What is left is half precision: products of bfloat16 pairs.
+// ms; the composition of torch ops takes 680 ms. groups.bf16.cpp is the same with products of bfloat16.
 #include "local_aggregate/tile.h"
 
 namespace any2point {

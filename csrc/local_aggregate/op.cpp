@@ -30,7 +30,7 @@ const int64_t* rows_below(const char* name, const Tensor& index, int64_t lowest,
 
 From neighborhoods(const Tensor& points, const Tensor& features, const Tensor& center_,
                    const Tensor& neighbor_, const OptionalTensor& divisor, const Tensor& wavelength,
-                   double beta, bool guard) {
+                   double beta, bool guard, bool low) {
   A2P_CHECK(features.dim() == 3 && center_.dim() == 2 && neighbor_.dim() == 3,
             "features, center, neighbor: expected [B, N, C / 2], [B, S] and [B, S, K]");
   const int64_t clouds = features.size(0), rows = features.size(1), width = 2 * features.size(2);
@@ -46,7 +46,7 @@ From neighborhoods(const Tensor& points, const Tensor& features, const Tensor& c
   from.wavelength.resize(packed_columns(width / 6), 1.0f);
   Neighborhoods& args = from.rows;
   args.points = floats("points", points, {clouds, rows, 3});
-  args.features = floats("features", features, {clouds, rows, width / 2});
+  args.features = low ? nullptr : floats("features", features, {clouds, rows, width / 2});
   args.center = rows_below("center", from.center, -1, rows);
   args.neighbor = rows_below("neighbor", from.neighbor, INT64_MIN, rows);
   args.divisor = divisor ? floats("divisor", *divisor, {clouds}) : nullptr;
@@ -70,26 +70,37 @@ Packed pack(const float* weight, const float* bias, int64_t to, int64_t from) {
 
 namespace {
 
-Tensor local_aggregate(const Tensor& points, const Tensor& features, const Tensor& center,
-                       const Tensor& neighbor, const OptionalTensor& divisor, const Tensor& wavelength,
-                       std::vector<Tensor> tensors, double beta, bool guard) {
+// The units' tensors, checked; pack(weight, bias, out, in) takes each layer.
+template <typename Unit, typename Pack>
+std::vector<Unit> fold_units(const std::vector<Tensor>& tensors, int64_t width, int64_t* most,
+                             const Pack& pack) {
   A2P_CHECK(tensors.size() % 4 == 0, "units: expected four tensors each");
+  std::vector<Unit> units;
+  for (size_t u = 0; u < tensors.size(); u += 4) {
+    const int64_t hidden = tensors[u].size(0);
+    const float* in = floats("units", tensors[u], {hidden, width});
+    const float* out = floats("units", tensors[u + 2], {width, hidden});
+    units.push_back({pack(in, floats("units", tensors[u + 1], {hidden}), hidden, width),
+                     pack(out, floats("units", tensors[u + 3], {width}), width, hidden), hidden});
+    *most = std::max(*most, hidden);
+  }
+  return units;
+}
+
+Tensor evaluate(const Tensor& points, const Tensor& features, const Tensor& center, const Tensor& neighbor,
+                const OptionalTensor& divisor, const Tensor& wavelength, const std::vector<Tensor>& tensors,
+                double beta, bool guard) {
   const From from = neighborhoods(points, features, center, neighbor, divisor, wavelength, beta, guard);
   const int64_t width = from.rows.width, groups = from.clouds * from.rows.centers;
   Tensor out = torch::stable::new_empty(features, {from.clouds, from.rows.centers, width});
   LocalAggregate args{from.rows, nullptr, 0, 0, static_cast<float*>(out.mutable_data_ptr())};
 
   std::vector<Packed> packed;
-  std::vector<FoldedUnit> units;
-  for (size_t u = 0; u < tensors.size(); u += 4) {
-    const int64_t hidden = tensors[u].size(0);
-    const float* in = floats("units", tensors[u], {hidden, width});
-    const float* out = floats("units", tensors[u + 2], {width, hidden});
-    packed.push_back(pack(in, floats("units", tensors[u + 1], {hidden}), hidden, width));
-    packed.push_back(pack(out, floats("units", tensors[u + 3], {width}), width, hidden));
-    units.push_back({packed[packed.size() - 2].linear, packed.back().linear, hidden});
-    args.hidden = std::max(args.hidden, hidden);
-  }
+  const auto units = fold_units<FoldedUnit>(
+      tensors, width, &args.hidden, [&](const float* weight, const float* bias, int64_t to, int64_t in) {
+        packed.push_back(pack(weight, bias, to, in));
+        return packed.back().linear;
+      });
   args.units = units.data();
   args.unit_count = static_cast<int64_t>(units.size());
 
@@ -99,6 +110,52 @@ Tensor local_aggregate(const Tensor& points, const Tensor& features, const Tenso
     local_aggregate_cpu(args, room.data(), begin, end);
   });
   return out;
+}
+
+Tensor evaluate_bf16(const Tensor& points, const Tensor& features, const Tensor& center,
+                     const Tensor& neighbor, const OptionalTensor& divisor, const Tensor& wavelength,
+                     const std::vector<Tensor>& tensors, double beta, bool guard) {
+  A2P_CHECK(!features.is_cuda() && features.is_contiguous(), "features: expected a contiguous CPU tensor");
+  const From from = neighborhoods(points, features, center, neighbor, divisor, wavelength, beta, guard, true);
+  const int64_t width = from.rows.width, groups = from.clouds * from.rows.centers;
+  Tensor out = torch::stable::new_empty(features, {from.clouds, from.rows.centers, width});
+  LocalAggregateBf16 args{from.rows, static_cast<const BFloat16*>(features.const_data_ptr()), nullptr, 0,
+                          0,         static_cast<BFloat16*>(out.mutable_data_ptr())};
+
+  std::vector<std::vector<BFloat16>> weights;
+  std::vector<std::vector<float>> biases;
+  const auto units = fold_units<FoldedUnitBf16>(
+      tensors, width, &args.hidden, [&](const float* weight, const float* bias, int64_t to, int64_t in) {
+        weights.emplace_back(packed_bf16(to) * packed_bf16(in) + 32);
+        biases.emplace_back(packed_bf16(to));
+        const auto start = (reinterpret_cast<uintptr_t>(weights.back().data()) + 63) / 64 * 64;
+        auto* packed = reinterpret_cast<BFloat16*>(start);  // whole cache lines for loads of tiles
+        pack_linear_bf16(weight, bias, to, in, packed, biases.back().data());
+        return PackedBf16{packed, biases.back().data()};
+      });
+  args.units = units.data();
+  args.unit_count = static_cast<int64_t>(units.size());
+
+  const int64_t scratch = local_aggregate_bf16_scratch(args);
+  torch::stable::parallel_for(0, groups, 8, [&](int64_t begin, int64_t end) {
+    std::vector<char> room(scratch);
+    local_aggregate_bf16(args, room.data(), begin, end);
+  });
+  return out;
+}
+
+Tensor local_aggregate(const Tensor& points, const Tensor& features, const Tensor& center,
+                       const Tensor& neighbor, const OptionalTensor& divisor, const Tensor& wavelength,
+                       std::vector<Tensor> units, double beta, bool guard) {
+  if (features.scalar_type() != ScalarType::BFloat16) {
+    return evaluate(points, features, center, neighbor, divisor, wavelength, units, beta, guard);
+  }
+  if (multiplies_bf16()) {
+    return evaluate_bf16(points, features, center, neighbor, divisor, wavelength, units, beta, guard);
+  }
+  const Tensor wide = torch::stable::to(features, ScalarType::Float);
+  const Tensor out = evaluate(points, wide, center, neighbor, divisor, wavelength, units, beta, guard);
+  return torch::stable::to(out, ScalarType::BFloat16);
 }
 
 }  // namespace

@@ -17,8 +17,10 @@ struct From {
   std::vector<float> wavelength;
 };
 
+// `low`: features are bfloat16, and left to the caller.
 From neighborhoods(const Tensor& points, const Tensor& features, const Tensor& center, const Tensor& neighbor,
-                   const OptionalTensor& divisor, const Tensor& wavelength, double beta, bool guard);
+                   const OptionalTensor& divisor, const Tensor& wavelength, double beta, bool guard,
+                   bool low = false);
 
 // A layer packed for the kernels.
 struct Packed {

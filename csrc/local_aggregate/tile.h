@@ -2,12 +2,10 @@
 // themselves. Included by *.simd.cpp only.
 #pragma once
 
-#include <float.h>
 #include <math.h>
 #include <string.h>
 
-#include "common/simd.h"
-#include "local_aggregate/kernel.h"
+#include "local_aggregate/offsets.h"
 
 namespace any2point {
 namespace A2P_ISA {
@@ -145,17 +143,6 @@ static void layer(const float* x, int64_t x_stride, const PackedLinear& weights,
   }
 }
 
-// The largest |offset| of each axis; NaN if there is one.
-A2P_INLINE void largest_offsets(const float* offset, int64_t count, float largest[3]) {
-  largest[0] = largest[1] = largest[2] = 0;
-  for (int64_t k = 0; k < count; k++) {
-    for (int axis = 0; axis < 3; axis++) {
-      const float size = fabsf(offset[3 * k + axis]);
-      if (size > largest[axis] || size != size) largest[axis] = size;
-    }
-  }
-}
-
 A2P_INLINE void add_lanes(float* to, Float value, int64_t lanes) {
   if (lanes >= kLanes) {
     store(to, add(load(to), value));
@@ -185,38 +172,23 @@ static void add_encoding(const Neighborhoods& args, const float* offset, float* 
 // x [K, stride] of one group: features of the neighbours beside those of the centre, and the encoding of the
 // offsets. offset: room for 3 K.
 static void build_rows(const Neighborhoods& args, int64_t group, float* offset, float* x, int64_t stride) {
-  const int64_t count = args.neighbors, half = args.width / 2;
-  const float origin[3] = {0, 0, 0};
-  const int64_t cloud = group / args.centers, base = cloud * args.rows, middle = args.center[group];
-  const float* here = middle < 0 ? origin : args.points + 3 * (base + middle);
-  const float* own = middle < 0 ? nullptr : args.features + half * (base + middle);
-  const int64_t* neighbor = args.neighbor + group * count;
-  for (int64_t k = 0; k < count; k++) {
-    const int64_t row = neighbor[k] < 0 ? middle : neighbor[k];
-    const float* there = row < 0 ? origin : args.points + 3 * (base + row);
-    for (int axis = 0; axis < 3; axis++) offset[3 * k + axis] = there[axis] - here[axis];
+  const int64_t half = args.width / 2;
+  const Members members = members_of(args, group);
+  for (int64_t k = 0; k < args.neighbors; k++) {
+    const int64_t row = member(members, k);
     float* to = x + k * stride;
     if (row < 0) {
       memset(to, 0, sizeof(float) * half);
     } else {
-      memcpy(to, args.features + half * (base + row), sizeof(float) * half);
+      memcpy(to, args.features + half * row, sizeof(float) * half);
     }
-    if (own) {
-      memcpy(to + half, own, sizeof(float) * half);
-    } else {
+    if (members.middle < 0) {
       memset(to + half, 0, sizeof(float) * half);
+    } else {
+      memcpy(to + half, args.features + half * members.middle, sizeof(float) * half);
     }
   }
-  float divisor[3];
-  if (args.divisor) {
-    divisor[0] = divisor[1] = divisor[2] = args.divisor[cloud];
-  } else {
-    largest_offsets(offset, count, divisor);
-    for (int axis = 0; axis < 3; axis++) {
-      if (args.guard && divisor[axis] <= FLT_MIN) divisor[axis] = 1;  // written so that NaN stays
-    }
-  }
-  for (int64_t i = 0; i < 3 * count; i++) offset[i] /= divisor[i % 3];
+  normalized_offsets(args, group, offset);
   add_encoding(args, offset, x, stride);
 }
 

@@ -14,11 +14,12 @@ def _levels() -> list[str]:
     import any2point.ops  # noqa: F401  (loads the ops)
 
     best = torch.ops.any2point._simd("")
-    names = ["scalar", "avx2", "avx512"]
+    names = ["scalar", "avx2", "avx512", "avx512bf16", "amx"]
     return names[: names.index(best) + 1]
 
 
-LEVELS = _levels()
+LEVELS = [level for level in _levels() if level in ("scalar", "avx2", "avx512")]
+BF16_LEVELS = [level for level in _levels() if level not in LEVELS]  # they only add products of bfloat16
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from neighbour_clouds import LEVELS, simd
 from op_contract import OpContract, Sample, assert_same
 
 from any2point import ops, reference
@@ -91,16 +92,12 @@ def test_16_bit_features_with_float32_weights(device: str, dtype: torch.dtype) -
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_every_instruction_set_gives_the_same_bits(dtype: torch.dtype) -> None:
     features, index = torch.randn(2, 9, 41).to(dtype), torch.randint(-1, 9, (2, 30, 5))
-    best = torch.ops.any2point._simd("")
     results = []
-    try:
-        for level in ("scalar", "avx2", "avx512")[: ("scalar", "avx2", "avx512").index(best) + 1]:
-            torch.ops.any2point._simd(level)
+    for level in LEVELS:
+        with simd(level):
             weight = torch.linspace(0, 1, 300, dtype=torch.float64).view(2, 30, 5).requires_grad_()
             got = ops.interpolate(features, index, weight)
             results.append([got, *torch.autograd.grad(got.sum(), weight)])
-    finally:
-        torch.ops.any2point._simd(best)
     for result in results[1:]:
         assert_same(result, results[0])
 

@@ -108,18 +108,34 @@ def test_empty() -> None:
         assert fused(kwargs).shape == (batch, centers, 6)
 
 
-def test_low_precision_and_threads() -> None:
+@pytest.mark.parametrize("level", LEVELS)
+def test_low_precision_and_threads(level: str) -> None:
+    """float16, and bfloat16 where there are no products of it: computed in float32."""
     kwargs = make(3, 29, 11, 5, 12, 2)
-    whole = fused(kwargs)
-    threads = torch.get_num_threads()
-    try:
-        torch.set_num_threads(3)
-        assert_same(fused(kwargs), whole)
-    finally:
-        torch.set_num_threads(threads)
-    low = kwargs | {"features": kwargs["features"].bfloat16()}
-    want = fused(kwargs | {"features": low["features"].float()})
-    assert_same(fused(low), want.bfloat16())
+    with simd(level):
+        whole = fused(kwargs)
+        threads = torch.get_num_threads()
+        try:
+            torch.set_num_threads(3)
+            assert_same(fused(kwargs), whole)
+        finally:
+            torch.set_num_threads(threads)
+        for dtype in (torch.float16, torch.bfloat16):
+            low = kwargs | {"features": kwargs["features"].to(dtype)}
+            want = fused(kwargs | {"features": low["features"].float()})
+            assert_same(fused(low), want.to(dtype))
+
+
+def test_autocast() -> None:
+    """In evaluation the features are rounded; training, which would gain nothing, keeps them."""
+    kwargs = make(3, 29, 11, 5, 12, 1)
+    low = fused(kwargs | {"features": kwargs["features"].bfloat16()})
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert_same(fused(kwargs), low)
+        with torch.no_grad():
+            assert local_aggregate(**kwargs, training=True).dtype == torch.float32
+        kwargs["features"].requires_grad_()
+        assert local_aggregate(**kwargs).dtype == torch.float32
 
 
 def test_when_it_may_run() -> None:

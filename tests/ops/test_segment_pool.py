@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from neighbour_clouds import LEVELS, simd
 from op_contract import OpContract, Sample, assert_same
 
 from any2point import ops, reference
@@ -163,14 +164,10 @@ def test_long_segments_in_16_bits(device: str, dtype: torch.dtype) -> None:
 def test_every_instruction_set_gives_the_same_bits(dtype: torch.dtype) -> None:
     features, segment = torch.randn(300, 41).to(dtype), torch.randint(-1, 9, (300,))
     features[7, 3], features[200, 4] = torch.nan, torch.inf
-    best = torch.ops.any2point._simd("")
     results = []
-    try:
-        for level in ("scalar", "avx2", "avx512")[: ("scalar", "avx2", "avx512").index(best) + 1]:
-            torch.ops.any2point._simd(level)
+    for level in LEVELS:
+        with simd(level):
             results.append([ops.segment_pool(features, segment, 9, r) for r in ("sum", "mean", "max")])
-    finally:
-        torch.ops.any2point._simd(best)
     for result in results[1:]:
         assert_same(result, results[0])
 
