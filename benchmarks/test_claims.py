@@ -29,7 +29,12 @@ OURS = "any2point"
 
 
 def compare(
-    functions: dict[str, Callable[[], Any]], required: float, rounds: int, shape: str, request: Any
+    functions: dict[str, Callable[[], Any]],
+    required: float,
+    rounds: int,
+    shape: str,
+    request: Any,
+    dtype: str = "float32",
 ) -> None:
     times = interleave(functions, rounds=rounds)
     op = request.node.originalname.removeprefix("test_")
@@ -38,6 +43,7 @@ def compare(
         rows = []
         for name, values in times.items():
             row = Row(op, name, shape, "forward, CPU time").times([1e6 * value for value in values])
+            row.dtype = dtype
             row.command = "pytest benchmarks/test_claims.py"
             rows.append(row.place(cpu()))
         write_csv(path, rows)
@@ -93,22 +99,34 @@ def test_knn(
     compare(functions, required, rounds, f"1,{queries},{rows},{k}", request)
 
 
-@pytest.mark.parametrize(("training", "batch", "required"), [(False, 8, 5.0), (True, 4, 2.5)])
-def test_local_aggregate(training: bool, batch: int, required: float, request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize(
+    ("training", "batch", "dtype", "required"),
+    [
+        (False, 8, torch.float32, 5.0),
+        (True, 4, torch.float32, 2.5),
+        (False, 8, torch.bfloat16, 10.0),
+    ],
+)
+def test_local_aggregate(
+    training: bool, batch: int, dtype: torch.dtype, required: float, request: pytest.FixtureRequest
+) -> None:
     """The three stages of the tokenizer on clouds of 1024 points; in training forward and backward."""
+    low = dtype == torch.bfloat16
+    if low and torch.ops.any2point._simd("") not in ("avx512bf16", "amx"):
+        pytest.skip("no products of bfloat16 on this CPU")
     stages = []
     for rows, centers, k, width, hidden, count in STAGES:
         points = torch.from_numpy(cloud("ball", batch, rows))
         neighbor = ops.knn(points[:, :centers], points, k, sorted=False).index
-        features = torch.randn(batch, rows, width, generator=torch.Generator().manual_seed(0))
+        features = torch.randn(batch, rows, width, generator=torch.Generator().manual_seed(0)).to(dtype)
         center = torch.arange(centers).expand(batch, -1).contiguous()
         weights = residual_units(2 * width, hidden, count, "cpu")
         stages.append((points, features.requires_grad_(training), center, neighbor, weights))
 
-    def encode(function: Callable[..., torch.Tensor]) -> list[torch.Tensor]:
+    def encode(function: Callable[..., torch.Tensor], autocast: bool = False) -> list[torch.Tensor]:
         results = []
         for stage in stages:
-            with torch.set_grad_enabled(training):
+            with torch.set_grad_enabled(training), torch.autocast("cpu", dtype, enabled=autocast):
                 out = function(*stage, training=training)
             leaves = [stage[1], *(w for unit in stage[4] for w in (unit.in_weight, unit.out_weight))]
             results.append(out.detach())
@@ -118,13 +136,16 @@ def test_local_aggregate(training: bool, batch: int, required: float, request: p
 
     for got, want in zip(encode(ops.local_aggregate), encode(reference.local_aggregate)):
         # Of many maxima and ReLUs a few go the other way, which outputs do not show but gradients do.
-        assert (got - want).norm() < (1e-2 if training else 1e-5) * want.norm()
+        assert (got - want).norm() < (1e-2 if training or low else 1e-5) * want.norm()
     functions = {
         OURS: lambda: encode(ops.local_aggregate),
         "torch": lambda: encode(reference.local_aggregate),
     }
-    what = "forward and backward" if training else "evaluation"
-    compare(functions, required, 3, f"{batch} clouds, three stages of the tokenizer, k=81, {what}", request)
+    if low:
+        functions["torch, autocast"] = lambda: encode(reference.local_aggregate, autocast=True)
+    what = "forward and backward" if training else "evaluation in bfloat16" if low else "evaluation"
+    shape = f"{batch} clouds, three stages of the tokenizer, k=81, {what}"
+    compare(functions, required, 3, shape, request, str(dtype).removeprefix("torch."))
 
 
 @pytest.mark.parametrize("training", [False, True])
