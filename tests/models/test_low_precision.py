@@ -33,8 +33,8 @@ QUIET = {"attention_dropout": 0.0, "drop_path": 0.0, "adapter_dropout": 0.0, "dr
 def reference_of(name: str) -> Callable[..., Any]:
     """The reference, with the arguments of the public function."""
     plain = getattr(reference, name)
-    if name == "local_aggregate":  # the type of operands is for kernels
-        return lambda *args, operand_dtype=None, **options: plain(*args, **options)
+    if name == "local_aggregate":  # the type of operands and what is kept are for kernels
+        return lambda *args, operand_dtype=None, recompute=False, **options: plain(*args, **options)
     if name != "guided_aggregate":
         return plain
     return lambda x, cell, cluster, attention, *rest, plan=None, **options: plain(
