@@ -178,7 +178,7 @@ __global__ void __launch_bounds__(kRowThreads, 3)
     last = last_of_group(held, view, views, kept, kRowWarps);
     const int parts = kRowWarps / (last - view), part = warp % parts, v = view + warp / parts;
     if (v < last) {
-      const Activation<2, Format::kNarrow> activation(args, args.mean, args.deviation, v, c);
+      const Activation<T, 2, Format::kNarrow> activation(args, args.mean, args.deviation, v, c);
       const float4* places = place + v * tokens;
       const float2* cell = cells + v * tokens + part;
       const float2* const end = cells + v * tokens + held[v];
@@ -324,8 +324,8 @@ __global__ void __launch_bounds__(kVoxelWarps* kWarp, 2)
     active[h] = c[h] < channels;
     c[h] = active[h] ? c[h] : 0;
   }
-  const Activation<2, Format::kNarrow> activation[2] = {{args, args.mean, args.deviation, layer, c[0]},
-                                                        {args, args.mean, args.deviation, layer, c[1]}};
+  const Activation<T, 2, Format::kNarrow> activation[2] = {{args, args.mean, args.deviation, layer, c[0]},
+                                                           {args, args.mean, args.deviation, layer, c[1]}};
   const T* const x = static_cast<const T*>(args.features);
   const Pooled* const pooled = static_cast<const Pooled*>(work.rows) + layer * rows * channels;
   Gradient* const out = static_cast<Gradient*>(work.dy) + layer * rows * channels;

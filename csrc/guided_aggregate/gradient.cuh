@@ -102,8 +102,24 @@ __device__ inline void keep(Half* to, Lane<N> lane) {
   store(to, lane);
 }
 
+// GELU and its slope, for bfloat16 through one approximate tanh: to what 11 bits of it leave.
+template <typename T>
+__device__ inline Gelu gelu_for(float y) {
+#if __CUDA_ARCH__ >= 800
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    const float square = fminf(y * y, 50.0f);  // beyond, tanh is 1
+    const float factor = fmaf(square, fmaf(square, -3.51516e-4f, 3.70056e-2f), 0.797507f);
+    float tail;
+    asm("tanh.approx.f32 %0, %1;" : "=f"(tail) : "f"(y * factor));
+    const float half = 0.5f * y, bell = power_of_two(square * -0.72134752f);
+    return {fmaf(half, tail, half), fmaf(y * 0.39894228f, bell, fmaf(0.5f, tail, 0.5f))};
+  }
+#endif
+  return gelu(y);
+}
+
 // Activation of rows, from what waits or, with another format, from what was pooled.
-template <int N, bool kNarrow>
+template <typename T, int N, bool kNarrow>
 struct Activation {
   Lane<N> center, inverse, weight, bias;
 
@@ -120,31 +136,31 @@ struct Activation {
     return kNarrow ? row : (row - center.at[n]) * inverse.at[n];
   }
   __device__ Gelu operator()(int n, float normed) const {
-    return gelu(fmaf(normed, weight.at[n], bias.at[n]));
+    return gelu_for<T>(fmaf(normed, weight.at[n], bias.at[n]));
   }
 };
 
 // dz of rows. The mean of dy is subtracted before all else: of rows that are all alike nothing is left.
-template <bool kNarrow>
+template <int N, bool kNarrow>
 struct RowGradient {
-  Lane<2> center, factor, plain, slope;
+  Lane<N> center, factor, plain, slope;
 
   __device__ RowGradient(const GuidedBackward& args, const float2* sums, int64_t layer, int64_t c) {
     const int64_t at = layer * args.channels + c;
     const float* weight = layer == args.views ? args.space_weight : args.view_weight + layer * args.channels;
-    const Lane<2> weights = load<2>(weight + c), inverse = load<2>(args.deviation + at);
-    center = load<2>(args.mean + at);
+    const Lane<N> weights = load<N>(weight + c), inverse = load<N>(args.deviation + at);
+    center = load<N>(args.mean + at);
 #pragma unroll
-    for (int n = 0; n < 2; n++) {
+    for (int n = 0; n < N; n++) {
       factor.at[n] = weights.at[n] * inverse.at[n];
       plain.at[n] = sums[at + n].x;
       slope.at[n] = kNarrow ? -sums[at + n].y : -inverse.at[n] * sums[at + n].y;
     }
   }
-  __device__ Lane<2> operator()(const Lane<2>& dy, const Lane<2>& row) const {
-    Lane<2> dz;
+  __device__ Lane<N> operator()(const Lane<N>& dy, const Lane<N>& row) const {
+    Lane<N> dz;
 #pragma unroll
-    for (int n = 0; n < 2; n++) {
+    for (int n = 0; n < N; n++) {
       const float away = kNarrow ? row.at[n] : row.at[n] - center.at[n];
       dz.at[n] = factor.at[n] * fmaf(away, slope.at[n], dy.at[n] - plain.at[n]);
     }

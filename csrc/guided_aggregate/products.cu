@@ -2,9 +2,10 @@
 // and of the projection by products.
 //
 // A block takes a cloud and 64 channels. The rows of the views stay in shared memory; from there tokens
-// collect theirs, and tensor cores take them: in TF32 as three products of high and low parts, so that
-// nothing of float32 is lost that matters. Views whose rows do not fit at once are taken in turn. What comes
-// from other memory is fetched for several rows or tokens at once, since stores in between would hold it up.
+// collect theirs, and tensor cores take them in TF32: of bfloat16 features rounded, of others as three
+// products of high and low parts, so that nothing of float32 is lost that matters. Half a warp takes a row or
+// a token, a lane four channels. Views whose rows do not fit at once are taken in turn. What comes from other
+// memory is fetched for several rows or tokens at once, since stores in between would hold it up.
 #include "guided_aggregate/gradient.cuh"
 #include "guided_aggregate/tf32.cuh"
 
@@ -13,8 +14,7 @@ namespace guided {
 namespace {
 
 constexpr int kProductThreads = kProductWarps * kWarp;
-constexpr int kBatch = 4;          // rows fetched at once
-constexpr int kPair = 2;           // tokens likewise
+constexpr int kPair = 2;           // tokens of half a warp fetched at once
 constexpr int kTiles = 3;          // of rows that share a piece of the projection
 constexpr int kHalf = kSlice / 2;  // channels of a warp in the projection's gradient
 
@@ -55,7 +55,11 @@ __global__ void __launch_bounds__(kProductThreads, 3)
     products_kernel(GuidedBackward args, GradientWork work, int kept) {
   extern __shared__ float4 room[];
   using T = typename Format::T;
-  using Gradient = RowGradient<Format::kNarrow>;
+  using Gradient = RowGradient<4, Format::kNarrow>;
+  using Dy = Pack<typename Format::Gradient, 4>;
+  using Row = Pack<typename Format::Row, 4>;
+  constexpr int kBatch = Format::kNarrow ? 4 : 2;  // rows of half a warp fetched at once
+  constexpr bool kSplit = !std::is_same_v<T, BFloat16>;
   const auto* const all_rows = static_cast<const typename Format::Row*>(work.rows);
   const auto* const all_dy = static_cast<const typename Format::Gradient*>(work.dy);
   char* shared = reinterpret_cast<char*>(room);
@@ -72,8 +76,9 @@ __global__ void __launch_bounds__(kProductThreads, 3)
   const int channels = static_cast<int>(args.channels), inner = static_cast<int>(args.inner);
   const int pad = static_cast<int>(coefficients(inner));
   const int64_t rows = args.clouds * args.tokens, base = blockIdx.x * args.tokens;
-  const int slice = blockIdx.y * kSlice, own = slice + 2 * lane, c = own < channels ? own : 0;
-  const bool active = own < channels;
+  const int half = lane / 16, column = lane % 16 * 4;
+  const int slice = blockIdx.y * kSlice, c = slice + column < channels ? slice + column : 0;
+  const bool active = slice + column < channels;
 
   for (int i = threadIdx.x; i < views; i += kProductThreads)
     held[i] = args.count[i * args.clouds + blockIdx.x];
@@ -106,7 +111,16 @@ __global__ void __launch_bounds__(kProductThreads, 3)
 
   const char* const row_memory = shared + layout.rows;
   const auto at_place = [&](int place) { return *reinterpret_cast<const float*>(row_memory + place); };
-  const Gradient voxel_gradient(args, work.sums, views, c);
+  const auto wide = [](const auto& pack) {
+    Lane<4> lane;
+#pragma unroll
+    for (int n = 0; n < 4; n++) lane.at[n] = widen(pack.at[n]);
+    return lane;
+  };
+  const auto fetched = [](const auto* from) {
+    using T4 = Pack<std::remove_const_t<std::remove_pointer_t<decltype(from)>>, 4>;
+    return *reinterpret_cast<const T4*>(from);
+  };
   for (int view = 0, last; view < views; view = last) {
     last = last_of_group(held, view, views, kept - kRowTile, views);
     int all = 0;
@@ -122,22 +136,24 @@ __global__ void __launch_bounds__(kProductThreads, 3)
       const auto* const z = all_rows + at;
       const auto* const dy = all_dy + at;
       const float* const count = counts + v * tokens - first;
-      for (; row < stop; row += kBatch) {
-        Lane<2> dys[kBatch], zs[kBatch];
+      for (row += half; row < stop; row += 2 * kBatch) {
+        Dy dys[kBatch];
+        Row zs[kBatch];
 #pragma unroll
         for (int i = 0; i < kBatch; i++) {
-          const int from = min(row + i, stop - 1) * channels;
-          dys[i] = load<2>(dy + from);
-          zs[i] = load<2>(z + from);
+          const int from = min(row + 2 * i, stop - 1) * channels;
+          dys[i] = fetched(dy + from);
+          zs[i] = fetched(z + from);
         }
 #pragma unroll
         for (int i = 0; i < kBatch; i++) {
-          if (row + i >= stop) break;
-          Lane<2> d = gradient(dys[i], zs[i]);
-          const float share = active ? reciprocal(count[row + i]) : 0.0f;
+          const int own = row + 2 * i;
+          if (own >= stop) break;
+          Lane<4> d = gradient(wide(dys[i]), wide(zs[i]));
+          const float share = active ? reciprocal(count[own]) : 0.0f;
 #pragma unroll
-          for (int n = 0; n < 2; n++) d.at[n] *= share;
-          store(reinterpret_cast<float*>(shared + layout.rows + (place_of(row + i) ^ 8 * lane)), d);
+          for (int n = 0; n < 4; n++) d.at[n] *= share;
+          store(reinterpret_cast<float*>(shared + layout.rows + (place_of(own) ^ 4 * column)), d);
         }
       }
     }
@@ -150,37 +166,44 @@ __global__ void __launch_bounds__(kProductThreads, 3)
     const auto* const voxel_z = all_rows + voxel_layer;
     const auto* const voxel_dy = all_dy + voxel_layer;
     const uint2* const all_won = reinterpret_cast<const uint2*>(work.won) + base * gridDim.y + blockIdx.y;
-    for (int next = warp; next < tokens; next += kPair * kProductWarps) {
-      Lane<2> dx[kPair], dys[kPair], zs[kPair];
+    const Gradient voxel_gradient(args, work.sums, views, c);
+    for (int next = 2 * warp + half; next < tokens; next += 2 * kPair * kProductWarps) {
+      Lane<4> dx[kPair];
+      Dy dys[kPair];
+      Row zs[kPair];
       uint2 won[kPair];
       int voxel[kPair];
 #pragma unroll
       for (int i = 0; i < kPair; i++) {
-        const int token = min(next + i * kProductWarps, tokens - 1);
+        const int token = min(next + 2 * i * kProductWarps, tokens - 1);
         if (view > 0) {
-          dx[i] = load<2>(waiting + token * channels);
+          dx[i] = load<4>(waiting + token * channels);
           continue;
         }
-        dx[i] = load<2>(grad + token * channels);
+        dx[i] = load<4>(grad + token * channels);
         voxel[i] = voxels[token];
         const int from = max(voxel[i], 0) * channels;
-        dys[i] = load<2>(voxel_dy + from);
-        zs[i] = load<2>(voxel_z + from);
+        dys[i] = fetched(voxel_dy + from);
+        zs[i] = fetched(voxel_z + from);
         won[i] = all_won[token * gridDim.y];
       }
 #pragma unroll
       for (int i = 0; i < kPair; i++) {
-        const int token = next + i * kProductWarps;
+        const int token = next + 2 * i * kProductWarps;
         if (token >= tokens) break;
         if (view == 0 && voxel[i] >= 0) {
-          const Lane<2> dz = voxel_gradient(dys[i], zs[i]);
+          const Lane<4> dz = voxel_gradient(wide(dys[i]), wide(zs[i]));
           const float share = voxel_shares[token];
-          dx[i].at[0] += dz.at[0] * share + (won[i].x >> lane & 1 ? dz.at[0] : 0.0f);
-          dx[i].at[1] += dz.at[1] * share + (won[i].y >> lane & 1 ? dz.at[1] : 0.0f);
+#pragma unroll
+          for (int n = 0; n < 4; n++) {
+            const uint32_t bits = n % 2 == 0 ? won[i].x : won[i].y;  // of a channel of two by lane
+            dx[i].at[n] += dz.at[n] * share + (bits >> (column / 2 + n / 2) & 1 ? dz.at[n] : 0.0f);
+          }
         }
         const int32_t* const place = index + token * views;
         const auto collect = [&](int v) {
-          add(&dx[i], 1.0f, load<2>(reinterpret_cast<const float*>(row_memory + (place[v] ^ 8 * lane))));
+          const int from = place[v] ^ 4 * column;
+          add(&dx[i], 1.0f, load<4>(reinterpret_cast<const float*>(row_memory + from)));
         };
         if (last - view == kViews) {
 #pragma unroll
@@ -231,19 +254,16 @@ __global__ void __launch_bounds__(kProductThreads, 3)
           fetch(0);
 #pragma unroll 2
           for (int k = 0; k < kSlice; k += 8) {
-            uint32_t high[2][2], low[2][2];
-#pragma unroll
-            for (int n = 0; n < 2; n++) split(next[n], high[n], low[n]);
+            const Fragment<2, kSplit> b[2] = {Fragment<2, kSplit>(next[0]), Fragment<2, kSplit>(next[1])};
             if (k + 8 < kSlice) fetch(k + 8);
 #pragma unroll
             for (int t = 0; t < kTiles; t++) {
               if (t >= tiles) break;
-              const float a[4] = {at_place(near[t] ^ 4 * k), at_place(far[t] ^ 4 * k),
-                                  at_place(near[t] ^ (4 * k + 16)), at_place(far[t] ^ (4 * k + 16))};
-              uint32_t high_a[4], low_a[4];
-              split(a, high_a, low_a);
+              const float values[4] = {at_place(near[t] ^ 4 * k), at_place(far[t] ^ 4 * k),
+                                       at_place(near[t] ^ (4 * k + 16)), at_place(far[t] ^ (4 * k + 16))};
+              const Fragment<4, kSplit> a(values);
 #pragma unroll
-              for (int n = 0; n < 2; n++) multiply(sum[t][n], high_a, low_a, high[n], low[n]);
+              for (int n = 0; n < 2; n++) multiply(sum[t][n], a, b[n]);
             }
           }
           float* heads = work.grad_parts + (int64_t(blockIdx.y) * views * rows + first_row) * pad + columns;
@@ -263,7 +283,7 @@ __global__ void __launch_bounds__(kProductThreads, 3)
         }
       }
       for (int columns = 0; columns <= inner; columns += 16) {
-        for (int half = 0; half < kSlice; half += kHalf) {
+        for (int left = 0; left < kSlice; left += kHalf) {
           if (task++ % kProductWarps != warp) continue;
           const float* const coefficient = args.inner_means + first_row * pad + columns;
           const float* const count = counts + v * tokens;
@@ -274,7 +294,7 @@ __global__ void __launch_bounds__(kProductThreads, 3)
             place[i] = (row * kSlice + (lane / 4 ^ (row & 4))) * 4;
           }
 #pragma unroll
-          for (int n = 0; n < kHalf / 8; n++) offset[n] = ((half + 8 * n) ^ (first + lane % 4 & 3) << 3) * 4;
+          for (int n = 0; n < kHalf / 8; n++) offset[n] = ((left + 8 * n) ^ (first + lane % 4 & 3) << 3) * 4;
           float next[4];
           const auto fetch = [&](int k) {
 #pragma unroll
@@ -287,19 +307,16 @@ __global__ void __launch_bounds__(kProductThreads, 3)
           float sum[kHalf / 8][4] = {};
           fetch(0);
           for (int k = 0; k < held[v]; k += 8) {
-            uint32_t high[4], low[4];
-            split(next, high, low);
+            const Fragment<4, kSplit> a(next);
             fetch(k + 8);
 #pragma unroll
             for (int n = 0; n < kHalf / 8; n++) {
-              float b[2];
+              float values[2];
 #pragma unroll
               for (int i = 0; i < 2; i++) {
-                b[i] = k + lane % 4 + i * 4 < held[v] ? at_place(place[i] + offset[n]) : 0.0f;
+                values[i] = k + lane % 4 + i * 4 < held[v] ? at_place(place[i] + offset[n]) : 0.0f;
               }
-              uint32_t high_b[2], low_b[2];
-              split(b, high_b, low_b);
-              multiply(sum[n], high, low, high_b, low_b);
+              multiply(sum[n], a, Fragment<2, kSplit>(values));
             }
 #pragma unroll
             for (int i = 0; i < 2; i++) place[i] += 8 * kSlice * 4;
@@ -309,7 +326,7 @@ __global__ void __launch_bounds__(kProductThreads, 3)
           for (int n = 0; n < kHalf / 8; n++) {
 #pragma unroll
             for (int i = 0; i < 2; i++) {
-              const int m = columns + lane / 4 + i * 8, channel = slice + half + 8 * n + lane % 4 * 2;
+              const int m = columns + lane / 4 + i * 8, channel = slice + left + 8 * n + lane % 4 * 2;
               if (m > inner || channel >= channels) continue;
               store(to + int64_t(m) * channels + channel, Lane<2>{{sum[n][2 * i], sum[n][2 * i + 1]}});
             }

@@ -46,9 +46,9 @@ __global__ void __launch_bounds__(kPullWarps* kWarp, 1) pull_kernel(GuidedBackwa
     const int begin = start[segment], end = start[segment + 1];
     unsigned heads = __ballot_sync(kAll, inside && begin == first + lane);
     if (heads == 0) continue;
-    const Activation<2, false> activation[kPairs] = {{args, args.mean, args.deviation, view, c[0]},
-                                                     {args, args.mean, args.deviation, view, c[1]},
-                                                     {args, args.mean, args.deviation, view, c[2]}};
+    const Activation<T, 2, false> activation[kPairs] = {{args, args.mean, args.deviation, view, c[0]},
+                                                        {args, args.mean, args.deviation, view, c[1]},
+                                                        {args, args.mean, args.deviation, view, c[2]}};
     const int64_t layer = view * rows * channels;
     float* pulls = work.pulls + (int64_t(blockIdx.y) * views + view) * rows;
     Lane<2> next[kPairs];
@@ -106,9 +106,9 @@ __global__ void __launch_bounds__(kPullWarps* kWarp, 1) pull_kernel(GuidedBackwa
   }
   // Voxels are dealt to the clouds in turn, and those of a cloud to its warps.
   const int32_t* start = args.start + views * (rows + 1);
-  const Activation<2, false> activation[kPairs] = {{args, args.mean, args.deviation, views, c[0]},
-                                                   {args, args.mean, args.deviation, views, c[1]},
-                                                   {args, args.mean, args.deviation, views, c[2]}};
+  const Activation<T, 2, false> activation[kPairs] = {{args, args.mean, args.deviation, views, c[0]},
+                                                      {args, args.mean, args.deviation, views, c[1]},
+                                                      {args, args.mean, args.deviation, views, c[2]}};
   Row* const space = static_cast<Row*>(work.space);
   for (int k = warp; k < tokens; k += kPullWarps * kWarp) {
     const int own = k + lane * kPullWarps;

@@ -7,7 +7,7 @@
 // - and are multiplied with all tokens of the cloud. Of a token's products, that with its own row is kept.
 //   The tokens' gradient is in 16 bits as it is; rows are two numbers of 16 bits that add up to them.
 //
-// Other blocks take the voxels.
+// Another kernel takes the voxels.
 #include "guided_aggregate/copy.cuh"
 #include "guided_aggregate/gradient.cuh"
 #include "guided_aggregate/matrix.cuh"
@@ -21,8 +21,9 @@ constexpr int kTokens = 128;
 constexpr int kChunk = 48;          // rows at once
 constexpr int kFactors = 16;        // M + 1 at most
 constexpr int kPitch = kSlice + 8;  // elements: rows lie in different banks
+constexpr int kStretch = 4;         // voxels of a warp
 constexpr int kMemberPitch = kTokens + 2 * kFactors + 8;
-static_assert(kTokens == 16 * kWarps && kSlice == 8 * kWarps && kChunk % 16 == 0, "whole tiles");
+static_assert(kTokens == 16 * kWarps && kSlice == 8 * kWarps && kChunk == 48, "whole tiles");
 
 struct Memory {
   uint16_t grad[kTokens][kPitch], x[kTokens][kPitch];
@@ -59,16 +60,16 @@ struct Ahead {
   float proj[4];  // of the warp's channels, as the fragments of a product have them
 };
 
-// A warp takes the voxels of a stretch, a lane two channels.
+// A warp takes the voxels of a stretch, a lane two channels. Grid: clouds, slices of channels, parts of S.
 template <typename T>
-__device__ void activate_voxels(const GuidedBackward& args, const GradientWork& work) {
+__global__ void __launch_bounds__(kThreads) voxels_kernel(GuidedBackward args, GradientWork work) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int64_t rows = args.clouds * args.tokens, channels = args.channels, layer = args.views;
   const int64_t own = int64_t(blockIdx.y) * kSlice + 2 * lane, base = blockIdx.x * args.tokens;
   const bool active = own < channels;
-  const int64_t c = active ? own : 0, each = (args.tokens + kWarps - 1) / kWarps;
-  const int64_t first = base + min(args.tokens, warp * each), last = min(base + args.tokens, first + each);
-  const Activation<2, false> activation(args, args.mean, args.deviation, layer, c);
+  const int64_t c = active ? own : 0, first = base + (int64_t(blockIdx.z) * kWarps + warp) * kStretch;
+  const int64_t last = min(base + args.tokens, first + kStretch);
+  const Activation<T, 2, false> activation(args, args.mean, args.deviation, layer, c);
   const T* const x = static_cast<const T*>(args.features) + c;
   Half* const normed = static_cast<Half*>(work.rows) + layer * rows * channels + c;
   Half* const space = static_cast<Half*>(work.space) + c;
@@ -87,14 +88,12 @@ __device__ void activate_voxels(const GuidedBackward& args, const GradientWork& 
         keep(normed + segment * channels, row);
         keep(space + segment * channels, s);
       });
-  if (active && blockIdx.x == 0 && warp == 0) store(space + rows * channels, zero<2>());
+  if (active && blockIdx.x == 0 && blockIdx.z == 0 && warp == 0) store(space + rows * channels, zero<2>());
 }
 
-// Grid: clouds, slices of channels, voxels and views.
 template <typename T>
 __global__ void __launch_bounds__(kThreads, 3) pull_matrix_kernel(GuidedBackward args, GradientWork work) {
   extern __shared__ float4 room[];
-  if (blockIdx.z == 0) return activate_voxels<T>(args, work);  // first: they wait for memory the longest
   Memory& memory = *reinterpret_cast<Memory*>(room);
   int32_t* const held = reinterpret_cast<int32_t*>(&memory + 1);  // [V]: rows
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp, g = lane / 4, q = lane % 4;
@@ -182,7 +181,7 @@ __global__ void __launch_bounds__(kThreads, 3) pull_matrix_kernel(GuidedBackward
       rest[i] = rounded(a - first_of(proj[i]), b - second_of(proj[i]));
     }
     __syncthreads();
-    const Activation<2, false> activation(args, args.mean, args.deviation, view, c);
+    const Activation<T, 2, false> activation(args, args.mean, args.deviation, view, c);
     const int count = min(held[view] - chunk, kChunk), tiles = (count + 15) / 16;
     Half* const normed = static_cast<Half*>(work.rows) + (view * rows + base + chunk) * channels + c;
     float* const pulls = work.pulls + (int64_t(blockIdx.y) * views + view) * rows + base;
@@ -253,16 +252,18 @@ __global__ void __launch_bounds__(kThreads, 3) pull_matrix_kernel(GuidedBackward
 #pragma unroll
     for (int i = 0; i < 2; i++) {
       const int token = 16 * warp + g + 8 * i, place = memory.segment[turn][token];
-      uint32_t mine = 0;
+      // By masks, bit by bit of the place: of a choice the compiler would make an array in memory.
+      const auto choose = [&](int bit, uint32_t set, uint32_t clear) {
+        const uint32_t mask = place & bit ? ~0u : 0u;
+        return (mask & set) | (~mask & clear);
+      };
+      uint32_t of[kChunk / 8];
 #pragma unroll
       for (int n = 0; n < kChunk / 8; n++) {
-#pragma unroll
-        for (int odd = 0; odd < 2; odd++) {
-          // By masks: of a choice the compiler would make an array in memory.
-          const uint32_t mask = place == 8 * n + 2 * q + odd ? ~0u : 0u;
-          mine |= mask & __float_as_uint(sum[n][2 * i + odd]);
-        }
+        of[n] = choose(1, __float_as_uint(sum[n][2 * i + 1]), __float_as_uint(sum[n][2 * i]));
       }
+      const uint32_t near = choose(16, choose(8, of[3], of[2]), choose(8, of[1], of[0]));
+      const uint32_t mine = choose(32, choose(8, of[5], of[4]), near);
       if (place >= 0 && place < kChunk && place / 2 % 4 == q) pulls[token] = __uint_as_float(mine);
     }
   }
@@ -273,13 +274,17 @@ __global__ void __launch_bounds__(kThreads, 3) pull_matrix_kernel(GuidedBackward
 bool pulls_by_matrix(const Guided& args) { return args.tokens <= kTokens && pools_by_matrix(args); }
 
 int pull_by_matrix(const GuidedBackward& args, const GradientWork& work, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>(args.clouds), slices_of(args, kSlice), 2);
+  const dim3 grid(static_cast<unsigned>(args.clouds), slices_of(args, kSlice));
   int error = 0;
   const auto launch = [&](auto type) {
     using T = decltype(type);
     const int bytes = static_cast<int>(sizeof(Memory) + 4 * args.views);
     error = allow_shared(pull_matrix_kernel<T>, bytes);
-    if (!error) pull_matrix_kernel<T><<<grid, kThreads, bytes, stream>>>(args, work);
+    if (error) return;
+    const int64_t each = kWarps * kStretch;
+    const dim3 stretches(grid.x, grid.y, static_cast<unsigned>((args.tokens + each - 1) / each));
+    voxels_kernel<T><<<stretches, kThreads, 0, stream>>>(args, work);
+    pull_matrix_kernel<T><<<grid, kThreads, bytes, stream>>>(args, work);
   };
   if (args.dtype == Dtype::f16) {
     launch(Half{});

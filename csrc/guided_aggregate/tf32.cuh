@@ -18,36 +18,50 @@ __device__ __forceinline__ void multiply_tf32(float (&sum)[4], const uint32_t (&
 #endif
 }
 
-// The parts of numbers that TF32 has, and what is left of them.
-template <int N>
-__device__ __forceinline__ void split(const float (&value)[N], uint32_t (&high)[N], uint32_t (&low)[N]) {
-#pragma unroll
-  for (int i = 0; i < N; i++) {
-    high[i] = __float_as_uint(value[i]) & 0xffffe000u;
-    low[i] = __float_as_uint(value[i] - __uint_as_float(high[i]));
-  }
-}
+// Numbers in TF32: rounded, or with kSplit what it has of them and what is left.
+template <int N, bool kSplit>
+struct Fragment {
+  uint32_t high[N], low[N];
 
-// sum += a b of what was split, the same as in float32, but for products of low parts. Lane l has rows l / 4
-// (+ 8) and columns l % 4 (+ 4) of a, rows l % 4 (+ 4) and column l / 4 of b.
-__device__ __forceinline__ void multiply(float (&sum)[4], const uint32_t (&high_a)[4],
-                                         const uint32_t (&low_a)[4], const uint32_t (&high_b)[2],
-                                         const uint32_t (&low_b)[2]) {
+  __device__ __forceinline__ explicit Fragment(const float (&value)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+      high[i] = __float_as_uint(value[i]);
+      low[i] = 0;
+      if constexpr (kSplit) {
+        high[i] &= 0xffffe000u;
+        low[i] = __float_as_uint(value[i] - __uint_as_float(high[i]));
+      } else {
 #if __CUDA_ARCH__ >= 800
-  multiply_tf32(sum, high_a, low_b);
-  multiply_tf32(sum, low_a, high_b);
-  multiply_tf32(sum, high_a, high_b);
+        asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(high[i]) : "f"(value[i]));
+#endif
+      }
+    }
+  }
+};
+
+// sum += a b; of what was split the same as in float32, but for products of low parts. Lane l has rows l / 4
+// (+ 8) and columns l % 4 (+ 4) of a, rows l % 4 (+ 4) and column l / 4 of b.
+template <bool kSplit>
+__device__ __forceinline__ void multiply(float (&sum)[4], const Fragment<4, kSplit>& a,
+                                         const Fragment<2, kSplit>& b) {
+#if __CUDA_ARCH__ >= 800
+  if constexpr (kSplit) {
+    multiply_tf32(sum, a.high, b.low);
+    multiply_tf32(sum, a.low, b.high);
+  }
+  multiply_tf32(sum, a.high, b.high);
 #else
   const int lane = threadIdx.x % 32;
   const auto whole = [](uint32_t high, uint32_t low) { return __uint_as_float(high) + __uint_as_float(low); };
 #pragma unroll
   for (int k = 0; k < 8; k++) {
     const int i = k / 4 * 2;
-    const float near = __shfl_sync(0xffffffff, whole(high_a[i], low_a[i]), lane / 4 * 4 + k % 4);
-    const float far = __shfl_sync(0xffffffff, whole(high_a[i + 1], low_a[i + 1]), lane / 4 * 4 + k % 4);
-    const float b = whole(high_b[k / 4], low_b[k / 4]);
-    const float left = __shfl_sync(0xffffffff, b, lane % 4 * 8 + k % 4);
-    const float right = __shfl_sync(0xffffffff, b, lane % 4 * 8 + 4 + k % 4);
+    const float near = __shfl_sync(0xffffffff, whole(a.high[i], a.low[i]), lane / 4 * 4 + k % 4);
+    const float far = __shfl_sync(0xffffffff, whole(a.high[i + 1], a.low[i + 1]), lane / 4 * 4 + k % 4);
+    const float column = whole(b.high[k / 4], b.low[k / 4]);
+    const float left = __shfl_sync(0xffffffff, column, lane % 4 * 8 + k % 4);
+    const float right = __shfl_sync(0xffffffff, column, lane % 4 * 8 + 4 + k % 4);
     sum[0] = fmaf(near, left, sum[0]);
     sum[1] = fmaf(near, right, sum[1]);
     sum[2] = fmaf(far, left, sum[2]);
