@@ -162,6 +162,7 @@ def virtual_project(device: str, shapes: Shapes | None = None) -> Iterator[Case]
 
 # points, centres, k, channels, bottleneck, residual units: the stages of the tokenizer
 STAGES = [(1024, 512, 81, 96, 96, 2), (512, 256, 81, 192, 192, 1), (256, 128, 81, 384, 32, 1)]
+_ANOTHER = (1024, 512, 16, 64, 48, 3)  # of a size that no kernel is written for
 
 
 def _norm(device: str, *shape: int) -> ops.BatchNorm:
@@ -197,7 +198,7 @@ def _each(function: Callable[..., Tensor], *stages: tuple[Any, ...], **options: 
 def local_aggregate(device: str, shapes: Shapes | None = None) -> Iterator[Case]:
     whole: list[tuple[Any, ...]] = []
     work = costs.Cost(0)
-    for stage in shapes or STAGES:
+    for stage in shapes or [*STAGES, _ANOTHER]:
         rows, centers, k, width, hidden, count = stage
         batch = 32 if device == "cuda" else 1
         points = clouds(batch, rows, sets=1)[0]
@@ -208,7 +209,6 @@ def local_aggregate(device: str, shapes: Shapes | None = None) -> Iterator[Case]
         inputs = [(points.to(device), features, center, neighbor, weights)]
         name = f"{batch},{rows},{width} -> {centers}x{k} H={hidden}x{count}"
         cost = costs.cost_local_aggregate(batch, rows, centers, k, width, hidden, count)
-        work = work + cost
         yield Case(
             "local_aggregate",
             name,
@@ -227,7 +227,9 @@ def local_aggregate(device: str, shapes: Shapes | None = None) -> Iterator[Case]
         if device == "cuda":  # products in float16
             half = features.detach().half().requires_grad_()
             low = [(points.to(device), half, center, neighbor, weights)]
-            whole += low
+            if stage in STAGES:
+                whole += low
+                work = work + cost
             yield Case(
                 "local_aggregate",
                 f"{name} float16",

@@ -1,8 +1,9 @@
 """The passes of local aggregation in training, and what lies between them.
 
 csrc/local_aggregate/train.h has the identities and the passes, train_algebra.h the kernels for what lies
-between. Rows, y1, gradients of rows and the operands of products are in the dtype of the features: float32 on
-the CPU, float16 or bfloat16 on CUDA.
+between on sm_90, and any2point/triton/local_aggregate_train.py the passes for other sizes and GPUs. Rows, y1,
+gradients of rows and the operands of products are in the dtype of the features: float32 on the CPU, 16 bits
+on sm_90, and either in Triton.
 """
 
 from __future__ import annotations
@@ -96,10 +97,14 @@ class Passes:
         """Sums of several chunks of rows, in a single part."""
         return [self.add_up(torch.stack(parts))[None].float() for parts in zip(*sums)]
 
+    def factor(self, weight: Tensor) -> Tensor:
+        """A weight as products take it."""
+        return weight.to(self.dtype).contiguous()
+
     def project(
         self, done: list[Tensor], weight: Tensor, bias: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        weight = weight.to(self.dtype)
+        weight = self.factor(weight)
         before, means, spreads, counts = _ops._local_aggregate_project(*self.rows, done, weight, bias)
         hidden = before.shape[1]
         return before, means[:, :hidden], spreads[:, :hidden], counts
@@ -138,7 +143,7 @@ class Passes:
         weight = layer[0].double()
         out_mean = weight @ mean + layer[1]
         deviation = torch.rsqrt(((weight @ cov) * weight).sum(1).clamp(min=0) + eps)
-        folded = (layer[0] * (layer[2] * deviation)[:, None]).to(self.dtype).contiguous()
+        folded = self.factor(layer[0] * (layer[2] * deviation)[:, None])
         bias = (layer[3] - folded.double() @ mean).float()
         single = torch.stack([out_mean, deviation]).float()
         outer = gram - mean[:, None] * total

@@ -22,14 +22,31 @@ from any2point.ops import _local_aggregate_recompute as again
 from any2point.ops._local_aggregate_passes import PER_UNIT, SAVED, CudaPasses, Passes, Unit
 from any2point.reference.batch_norm import are_shared, over_processes
 
+# Channels 2 C, hidden channels and number of units that csrc/local_aggregate/hopper.h has kernels for.
+HOPPER_SIZES = {(192, 96, 2), (384, 192, 1), (768, 32, 1)}
+if not torch._C._dispatch_has_kernel_for_dispatch_key("any2point::_local_aggregate_hopper", "CUDA"):
+    HOPPER_SIZES = set()  # built without sm_90
 
-def _passes(rows: tuple[Any, ...], *entry: Tensor) -> Passes:
-    return (CudaPasses if rows[0].is_cuda else Passes)(rows, *entry)
+
+def on_hopper(features: Tensor, hidden: list[int], dtype: torch.dtype) -> bool:
+    """Whether there are kernels for sm_90a for such features in that dtype and the units' hidden channels."""
+    width = 2 * features.shape[-1]
+    if not any(hidden == [size] * units for wide, size, units in HOPPER_SIZES if wide == width):
+        return False
+    device = torch.cuda.get_device_properties(features.device)
+    low = dtype in (torch.float16, torch.bfloat16)
+    return low and features.numel() < 1 << 33 and (device.major, device.minor) == (9, 0)
 
 
-def _operand(features: Tensor) -> Tensor:
-    """The features as products take them: on CUDA float32 has been allowed to be float16."""
-    return features.half() if features.is_cuda and features.dtype == torch.float32 else features
+def _kind(rows: tuple[Any, ...], parameters: list[Tensor]) -> type[Passes]:
+    """The passes for such rows and units."""
+    if not rows[0].is_cuda:
+        return Passes
+    if on_hopper(rows[1], [len(weight) for weight in parameters[::PER_UNIT]], rows[1].dtype):
+        return CudaPasses
+    from any2point.triton.local_aggregate_train import TritonPasses
+
+    return TritonPasses
 
 
 def _aligned(x: Any) -> Any:
@@ -42,7 +59,7 @@ def _exact(function: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]
 
     @functools.wraps(function)
     def call(*args: Any) -> list[Tensor]:
-        with torch.autocast(args[0].device.type, enabled=False):
+        with torch.autocast(args[0].device.type, enabled=False), torch.cuda.device_of(args[0]):
             return function(*(tree_map(_aligned, arg) for arg in args))
 
     return call
@@ -60,17 +77,20 @@ def forward(
     beta: float,
     guard: bool,
     eps: float,
+    half: bool,
     parameters: list[Tensor],
     recompute: bool,
 ) -> list[Tensor]:
-    """out [B, S, C], argmax [B, S, C] int32, and `SAVED` tensors per unit.
+    """out [B, S, C], argmax [B, S, C] int32, and `SAVED` tensors per unit. `half`: operands in float16.
 
     With `recompute` y1 is empty, and argmax, -1 where out is not positive, as small as it can be.
     """
-    rows = (points, _operand(features), center, neighbor, divisor, wavelength, beta, guard)
-    passes = _passes(rows)
+    operand = features.half() if half else features
+    rows = (points, operand, center, neighbor, divisor, wavelength, beta, guard)
+    kind = _kind(rows, parameters)
+    passes = kind(rows)
     if recompute:
-        chunks = [_passes(again.rows_of(rows, clouds)) for clouds in again.chunks_of(rows, parameters)]
+        chunks = [kind(again.rows_of(rows, clouds)) for clouds in again.chunks_of(rows, parameters)]
         out, argmax, *rest = again.results(passes, chunks, parameters, eps)
         return [out, torch.where(out > 0, argmax, -1).to(_index_dtype(neighbor)), *rest]
     done: list[Tensor] = []
@@ -96,10 +116,11 @@ def _(
     beta: float,
     guard: bool,
     eps: float,
+    half: bool,
     parameters: list[Tensor],
     recompute: bool,
 ) -> list[Tensor]:
-    features = _operand(features)
+    features = features.half() if half else features
     out = features.new_empty(*center.shape, 2 * features.shape[-1], dtype=torch.float32)
     rows = 0 if recompute else neighbor.shape[0] * neighbor.shape[1] * neighbor.shape[2]
     saved = []
@@ -132,6 +153,7 @@ def backward(
     wavelength: Tensor,
     beta: float,
     guard: bool,
+    half: bool,
     parameters: list[Tensor],
     results: list[Tensor],
     recompute: bool,
@@ -140,21 +162,22 @@ def backward(
 
     `results` are those of `forward`, with `recompute` without the first.
     """
-    operand = _operand(features)
+    operand = features.half() if half else features
     rows = (points, operand, center, neighbor, divisor, wavelength, beta, guard)
     out, argmax, *saved = [results[0] + 1.0, *results] if recompute else results
     units = [
         Unit(*parameters[PER_UNIT * u : PER_UNIT * (u + 1)], *saved[SAVED * u : SAVED * (u + 1)])
         for u in range(len(parameters) // PER_UNIT)
     ]
-    entries, factor = _entries(grad, out, units[-1], operand.dtype == torch.float16)
+    kind = _kind(rows, parameters)
+    entries, factor = _entries(grad, out, units[-1], operand.dtype == torch.float16, kind is CudaPasses)
     del out
     if recompute:
         argmax = argmax.clamp(min=0).int()
-    passes = _passes(rows, entries, argmax)
+    passes = kind(rows, entries, argmax)
     several = again.chunks_of(rows, parameters) if recompute else []
     if len(several) > 1:
-        parts = [_passes(again.rows_of(rows, clouds), entries[clouds], argmax[clouds]) for clouds in several]
+        parts = [kind(again.rows_of(rows, clouds), entries[clouds], argmax[clouds]) for clouds in several]
         chunks = [again.Chunk(part, units) for part in parts]
         found, features_grad = again.gradients(passes, chunks, factor, features.dtype)
     else:
@@ -193,13 +216,15 @@ def _index_dtype(neighbor: Tensor) -> torch.dtype:
     return torch.int16 if neighbor.shape[2] < 1 << 15 else torch.int32
 
 
-def _entries(grad: Tensor, out: Tensor, unit: Unit, scaled: bool) -> tuple[Tensor, Tensor | None]:
+def _entries(
+    grad: Tensor, out: Tensor, unit: Unit, scaled: bool, kernels: bool = True
+) -> tuple[Tensor, Tensor | None]:
     """The gradient below the last ReLU, perhaps times a size, and the factor that takes the size away again.
 
     The size is a power of two that brings the hidden layer's gradient into the middle of float16's range.
     The backward pass is linear in the gradient, so what is multiplied here is divided at the end.
     """
-    if grad.is_cuda and not are_shared():
+    if kernels and not are_shared():
         layer = (unit.out_weight, unit.out_scale, unit.out_deviation)
         entries, sizes = torch.ops.any2point._local_aggregate_entries(grad, out, *layer, scaled)
         return entries, sizes[1] if scaled else None
@@ -224,6 +249,7 @@ def _(
     wavelength: Tensor,
     beta: float,
     guard: bool,
+    half: bool,
     parameters: list[Tensor],
     results: list[Tensor],
     recompute: bool,
@@ -232,7 +258,7 @@ def _(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    *rows, ctx.beta, ctx.guard, _, parameters, ctx.recompute = inputs
+    *rows, ctx.beta, ctx.guard, _, ctx.half, parameters, ctx.recompute = inputs
     ctx.has_divisor = rows[4] is not None
     ctx.set_materialize_grads(False)  # of what is saved: zeros, and as large
     kept = [row for row in rows if row is not None]
@@ -247,10 +273,10 @@ def _backward(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
     if not ctx.has_divisor:
         inputs.insert(4, None)
     if grads[0] is None:
-        return (*[None] * 9, [None] * parameters, None)
+        return (*[None] * 10, [None] * parameters, None)
     grad = grads[0].contiguous()
-    found = backward(grad, *inputs, ctx.beta, ctx.guard, parameters_, results, ctx.recompute)
-    return None, found[0], None, None, None, None, None, None, None, found[1:], None
+    found = backward(grad, *inputs, ctx.beta, ctx.guard, ctx.half, parameters_, results, ctx.recompute)
+    return None, found[0], *[None] * 8, found[1:], None
 
 
 torch.library.register_autograd("any2point::_local_aggregate_train", _backward, setup_context=_setup)

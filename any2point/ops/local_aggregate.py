@@ -21,6 +21,7 @@ from any2point.ops._checks import (
 )
 from any2point.ops._local_aggregate_passes import SAVED
 from any2point.ops._local_aggregate_train import forward as train_forward
+from any2point.ops._local_aggregate_train import on_hopper
 from any2point.ops.group import checked, group
 from any2point.reference.batch_norm import BatchNorm, are_shared, over_processes
 from any2point.reference.local_aggregate import (
@@ -34,11 +35,6 @@ from any2point.reference.local_aggregate import local_aggregate as _composition
 __all__ = ["BatchNorm", "ResidualUnit", "local_aggregate"]
 
 _TRITON = importlib.util.find_spec("triton") is not None
-# Channels 2 C, hidden channels and number of units that csrc/local_aggregate/hopper.h has kernels for.
-_HOPPER_SIZES = {(192, 96, 2), (384, 192, 1), (768, 32, 1)}
-if not torch._C._dispatch_has_kernel_for_dispatch_key("any2point::_local_aggregate_hopper", "CUDA"):
-    _HOPPER_SIZES = set()  # built without sm_90
-_LOW = (torch.float16, torch.bfloat16)
 
 
 def local_aggregate(
@@ -100,9 +96,10 @@ def local_aggregate(
     With `recompute` kernels keep O(B S C) for backward, and go through the clouds in chunks of some 100 MB:
     O(B S K H) at a time (O(B S K C) from three units on). The composition needs what it would without while
     it differentiates, and in a graph of `torch.compile` `recompute` leaves it as it is.
-    On CUDA (sm_80 and newer, with Triton) kernels evaluate. On sm_90 they train, too, in float16 and
-    bfloat16 and in as much memory, units of (2C, H) = (192, 96) twice, (384, 192) or (768, 32); otherwise
-    training is the composition. Statistics may be shared by processes in all cases.
+    On CUDA (sm_80 and newer, with Triton) kernels evaluate, and train in as much memory; on sm_90 in float16
+    and bfloat16 faster ones do it for units of (2C, H) = (192, 96) twice, (384, 192) or (768, 32). On other
+    GPUs, and for a gradient of the points, training is the composition. Statistics may be shared by processes
+    in all cases.
 
     Precision: on CUDA the kernels multiply in the dtype of `features` and add up in float32. float16 and
     bfloat16 round rows, hidden layers and weights to their own precision (float16 overflows beyond 65504);
@@ -156,7 +153,7 @@ def local_aggregate(
             got = f"{shape_text(unit.in_weight)} and {shape_text(unit.out_weight)}"
             raise ValueError(f"units: expected weights [H, {width}] and [{width}, H], got {got}")
     half = operand_dtype is not None and features.is_cuda and features.dtype == torch.float32
-    half = half and _on_hopper(features, [len(unit.in_weight) for unit in units], torch.float16)
+    half = half and on_hopper(features, [len(unit.in_weight) for unit in units], torch.float16)
     if _is_fused(points, features, neighbor, units, training, half):
         divisor = None
         if normalize == "mn40":
@@ -170,7 +167,7 @@ def local_aggregate(
             operand = features.half()
         rows = (points.contiguous(), operand.contiguous(), center, neighbor, divisor, wavelength)
         if training:
-            return _train(rows, units, beta, guard, momentum, eps, recompute).to(features.dtype)
+            return _train(rows, units, beta, guard, half, momentum, eps, recompute).to(features.dtype)
         return _evaluate(rows, units, beta, guard, eps).to(features.dtype)
     # cuBLAS rounds otherwise for strided weights and biases; statistics are updated in place and stay.
     units = [
@@ -232,7 +229,9 @@ def _is_fused(
             hidden = [unit.in_weight.shape[0] for unit in units]
             # Rows of all groups are numbered in 32 bits, those of a group in 15 (of which some are infinite).
             small = neighbor.numel() < 1 << 31 and neighbor.shape[2] < 31744
-            if not small or not (half or _on_hopper(features, hidden, features.dtype)):
+            small = small and features[..., 0].numel() < 1 << 31
+            hopper = half or on_hopper(features, hidden, features.dtype)
+            if not small or not (hopper or (_TRITON and all((features.shape[-1], *hidden)))):
                 return False
         elif not units or not _TRITON:
             return False
@@ -250,17 +249,6 @@ def _is_fused(
     return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
 
 
-def _on_hopper(features: Tensor, hidden: list[int], dtype: torch.dtype) -> bool:
-    """Whether there are kernels for sm_90a for such features in that dtype and the units' hidden channels."""
-    device = torch.cuda.get_device_properties(features.device)
-    sizes = [
-        hidden == [size] * units for width, size, units in _HOPPER_SIZES if 2 * features.shape[-1] == width
-    ]
-    return (
-        any(sizes) and dtype in _LOW and features.numel() < 1 << 33 and (device.major, device.minor) == (9, 0)
-    )
-
-
 # points, features, center, neighbor, divisor, wavelength
 Rows = tuple[Tensor, Tensor, Tensor, Tensor, "Tensor | None", Tensor]
 
@@ -270,6 +258,7 @@ def _train(
     units: Sequence[ResidualUnit],
     beta: float,
     guard: bool,
+    half: bool,
     momentum: float,
     eps: float,
     recompute: bool,
@@ -282,7 +271,7 @@ def _train(
         ):
             bias = weight.new_zeros(len(weight)) if bias is None else bias
             parameters += [tensor.float().contiguous() for tensor in (weight, bias, norm.weight, norm.bias)]
-    out, _, *saved = checked(train_forward, *rows, beta, guard, eps, parameters, recompute)
+    out, _, *saved = checked(train_forward, *rows, beta, guard, eps, half, parameters, recompute)
     count: float | Tensor = rows[3].numel()
     if are_shared():
         (count,) = over_processes(out.new_full((), count, dtype=torch.float64))
@@ -390,7 +379,7 @@ def _cuda(
     beta: float,
     guard: bool,
 ) -> Tensor:
-    if _on_hopper(features, [len(bias) for bias in units[1::4]], features.dtype):
+    if on_hopper(features, [len(bias) for bias in units[1::4]], features.dtype):
         features = features.contiguous()
         if features.data_ptr() % 16:
             features = features.clone()

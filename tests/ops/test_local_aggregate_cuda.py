@@ -22,12 +22,14 @@ LOW = (torch.float16, torch.bfloat16)
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="needs Triton")
-def test_interpreted() -> None:
+@pytest.mark.parametrize("name", ["interpreted", "train_interpreted", "train_compiled"])
+def test_without_a_gpu(name: str, tmp_path: Path) -> None:
     here = Path(__file__).parent
     path = os.pathsep.join([str(here), str(here.parent), str(here.parents[1])])
+    options = {"TRITON_INTERPRET": "1"} if "interpreted" in name else {"TRITON_CACHE_DIR": str(tmp_path)}
     run = subprocess.run(
-        [sys.executable, str(here / "local_aggregate_interpreted.py")],
-        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
+        [sys.executable, str(here / f"local_aggregate_{name}.py")],
+        env=os.environ | options | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
     )
