@@ -243,9 +243,17 @@ def torch_virtual_project(*args: Any, **options: Any) -> Any:
 
 
 def torch_local_aggregate(
-    points: Tensor, features: Tensor, *args: Any, operand_dtype: torch.dtype | None = None, **options: Any
+    points: Tensor,
+    features: Tensor,
+    *args: Any,
+    operand_dtype: torch.dtype | None = None,
+    recompute: bool = False,
+    **options: Any,
 ) -> Tensor:
-    """The specification, with indexing; of 16-bit features under autocast. `operand_dtype` is for kernels."""
+    """The specification, with indexing; of 16-bit features under autocast.
+
+    `operand_dtype` and `recompute` are for kernels.
+    """
     if features.dtype == torch.float32:
         return reference.local_aggregate(points, features, *args, **options, group=torch_group)
     with torch.autocast(features.device.type, features.dtype):
