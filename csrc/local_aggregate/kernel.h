@@ -82,7 +82,7 @@ struct LocalAggregateBf16 {
 // Whether this CPU has products of bfloat16, which the functions below need.
 bool multiplies_bf16();
 // A number of rows or columns as it is when packed.
-constexpr int64_t packed_bf16(int64_t count) { return (count + 31) / 32 * 32; }
+A2P_ALWAYS_INLINE int64_t packed_bf16(int64_t count) { return (count + 31) / 32 * 32; }
 // weight [out, in] and bias [out] into packed [packed_bf16(in) * packed_bf16(out)] and packed_bias.
 void pack_linear_bf16(const float* weight, const float* bias, int64_t out, int64_t in, BFloat16* packed,
                       float* packed_bias);
