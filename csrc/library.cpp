@@ -116,13 +116,14 @@ STABLE_TORCH_LIBRARY(any2point, m) {
 
   // Training, pass by pass (csrc/local_aggregate/train.h). done: before [M, H], scale, shift [H], weight [C,
   // H] and bias [C] of each unit before. Sums come as one row per chunk, on the CPU padded as the kernels do.
-  // Without `statistics` _project may return none.
+  // Without `statistics` _project may return none. On CUDA before goes to `to` if that is there, which may be
+  // that of the last unit that is done, and is empty.
   // On CUDA features, before, dense, du, dz, dy1 and the weights of _project and _max have 16 bits,
   // everything else is float32.
   m.def(
       "_local_aggregate_project(Tensor points, Tensor features, Tensor center, Tensor neighbor, Tensor? "
       "divisor, Tensor wavelength, float beta, bool guard, Tensor[] done, Tensor weight, Tensor bias, bool "
-      "statistics=True) -> (Tensor before, Tensor mean, Tensor spread, Tensor count)");
+      "statistics=True, Tensor(a!)? to=None) -> (Tensor before, Tensor mean, Tensor spread, Tensor count)");
   m.def(
       "_local_aggregate_gram(Tensor before, Tensor scale, Tensor shift, int neighbors) -> (Tensor gram, "
       "Tensor "

@@ -104,6 +104,7 @@ class Passes:
     def project(
         self, done: list[Tensor], weight: Tensor, bias: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """y1 and its statistics."""
         weight = self.factor(weight)
         before, means, spreads, counts = _ops._local_aggregate_project(*self.rows, done, weight, bias)
         hidden = before.shape[1]
@@ -112,6 +113,12 @@ class Passes:
     def before(self, done: list[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
         """What `project` gives without its statistics."""
         return self.project(done, weight, bias)[0]
+
+    def project_to(self, to: Tensor, done: list[Tensor], weight: Tensor, bias: Tensor) -> list[Tensor]:
+        """`project` with y1 in `to`, which may be that of the last unit done; returns the statistics."""
+        before, *statistics = self.project(done, weight, bias)
+        to.copy_(before)
+        return statistics
 
     def in_statistics(
         self, means: Tensor, spreads: Tensor, counts: Tensor, scale: Tensor, shift: Tensor, eps: float
@@ -244,9 +251,13 @@ class CudaPasses(Passes):
         return part[0] if len(part) == 1 else part.sum(0)
 
     def before(self, done: list[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
-        weight = weight.to(self.dtype)
-        before: Tensor = _ops._local_aggregate_project(*self.rows, done, weight, bias, False)[0]
+        layer = (done, self.factor(weight), bias, False)
+        before: Tensor = _ops._local_aggregate_project(*self.rows, *layer)[0]
         return before
+
+    def project_to(self, to: Tensor, done: list[Tensor], weight: Tensor, bias: Tensor) -> list[Tensor]:
+        layer = (done, self.factor(weight), bias, True, to)
+        return [*_ops._local_aggregate_project(*self.rows, *layer)[1:]]
 
     def in_statistics(
         self, means: Tensor, spreads: Tensor, counts: Tensor, scale: Tensor, shift: Tensor, eps: float

@@ -1,19 +1,19 @@
-"""Local aggregation in training that keeps no rows: chunks of clouds, whose rows are made again in each pass.
+"""Local aggregation in training that keeps no rows: passes make them again, of some clouds at a time.
 
-Between forward and backward nothing of size [M, .] is kept. Inside either there is, beside the rows of one
-chunk, one tensor [M, H] at most (of three units or more, one [M, C]):
+Between forward and backward nothing of size [M, .] is kept. Inside either there is one tensor [M, H], and of
+three units or more one [M, C], beside the rows of a chunk of clouds:
 
     forward   y1 of the last unit so far
-    backward  y1 of the last unit, or its dz; then, of the first of several units, the part of dz that the
-              gradient du after it contributes, [h > 0] du p W2. The rest, [h > 0] (constant - h Q), needs
-              sums over all chunks, and is added when they are known.
+    backward  y1 of the last unit; then, of the first of several units, the part of dz that the gradient du
+              after it contributes, [h > 0] du p W2. The rest, [h > 0] (constant - h Q), needs sums over all
+              chunks, and is added when they are known.
 
 Sums go by chunks in a fixed order.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,24 +22,33 @@ from torch import Tensor
 
 from any2point.ops._local_aggregate_passes import PER_UNIT, SAVED, Passes, Unit
 
-# Bytes of the rows of a chunk. The first stage of the tokenizer, 32 clouds with K = 81 on an H200: 411 MB and
-# 12.0 ms, with half as much again 428 MB and 9.7 ms, and 3.5 ms where rows are kept: small chunks fill a GPU
-# badly.
+# Bytes of the rows of a chunk. The tokenizer's three stages, 32 clouds with K = 81 on an H200, take 403 MB
+# and 14.5 ms, with half as much again 437 MB and 12.9 ms; kept rows would take 1,622 MB and 6.5 ms.
 ROOM = 64 << 20
-
-
-def chunks_of(rows: tuple[Any, ...], parameters: Sequence[Tensor]) -> list[slice]:
-    """Which clouds go together."""
-    clouds, width, each = len(rows[3]), 2 * rows[1].shape[-1], rows[3][0].numel() * rows[1].element_size()
-    hidden = max(weight.shape[0] for weight in parameters[::PER_UNIT])
-    each *= 2 * hidden + (width if len(parameters) > PER_UNIT else 0)
-    step = max(1, ROOM // each)
-    return [slice(first, first + step) for first in range(0, clouds, step)]
 
 
 def rows_of(rows: tuple[Any, ...], clouds: slice) -> tuple[Any, ...]:
     """The rows of some clouds."""
     return *(row if row is None else row[clouds] for row in rows[:5]), *rows[5:]
+
+
+def chunks_of(rows: tuple[Any, ...], hidden: int, width: int = 0) -> list[slice]:
+    """Clouds that go together, where their rows are two tensors [., H] and one [., C]."""
+    each = rows[3][0].numel() * (2 * hidden + width) * rows[1].element_size()
+    step = max(1, ROOM // each)
+    return [slice(first, first + step) for first in range(0, len(rows[3]), step)]
+
+
+def is_large(rows: tuple[Any, ...], units: Sequence[Unit]) -> bool:
+    """Whether the gradient goes by several chunks."""
+    width, hidden = units[0].out_weight.shape
+    return len(chunks_of(rows, hidden, width if len(units) > 1 else 0)) > 1
+
+
+def _of_rows(whole: Passes, tensor: Tensor, clouds: slice) -> Tensor:
+    """The chunk's part of a tensor [M, .]."""
+    each = whole.number // len(whole.rows[3])
+    return tensor[clouds.start * each : clouds.stop * each]
 
 
 def filled(passes: Passes, units: Sequence[Unit], last: Tensor | None = None) -> list[Unit]:
@@ -55,139 +64,162 @@ def filled(passes: Passes, units: Sequence[Unit], last: Tensor | None = None) ->
     return found
 
 
-def results(whole: Passes, chunks: Sequence[Passes], parameters: list[Tensor], eps: float) -> list[Tensor]:
-    """What the forward pass of `whole` gives, with units whose y1 is empty."""
+def _above(
+    whole: Passes, part: Callable[[slice], Passes], units: Sequence[Unit], kept: Tensor
+) -> Iterator[tuple[slice, Passes, list[Tensor]]]:
+    """Chunks with what passes above these units take of them; `kept` is y1 of the last one."""
+    for clouds in chunks_of(whole.rows, kept.shape[1]):
+        passes = part(clouds)
+        done = [
+            tensor for unit in filled(passes, units, _of_rows(whole, kept, clouds)) for tensor in unit.done
+        ]
+        yield clouds, passes, done
+
+
+def _place(kept: Tensor, hidden: int) -> Tensor:
+    """Where rows of another unit go: over those that are kept, if they are as wide."""
+    return kept if kept.shape[1] == hidden else kept.new_empty(len(kept), hidden)
+
+
+def results(
+    whole: Passes, part: Callable[[slice], Passes], parameters: list[Tensor], eps: float
+) -> list[Tensor]:
+    """What the forward pass gives, with units whose y1 is empty. `part`: the passes over some clouds."""
     units: list[Unit] = []
     saved: list[Tensor] = []
-    kept: list[Tensor] = []
+    kept = parameters[0]
     for first in range(0, len(parameters), PER_UNIT):
         own = parameters[first : first + PER_UNIT]
-        parts = []
-        for i, chunk in enumerate(chunks):
-            before, *part = chunk.project(_done(chunk, units, kept[i:]), own[0], own[1])
-            kept[i : i + 1] = [before]
-            parts.append(part)
-        means, spreads, counts = (torch.cat(values) for values in zip(*parts))
-        found = whole.in_statistics(means, spreads, counts, own[2], own[3], eps)
-        if len(chunks) == 1:
-            gram, total = whole.gram(kept[0], *found[2][:2])
+        if not units:
+            kept, means, spreads, counts = whole.project([], own[0], own[1])
         else:
-            grams = (chunk.gram(before, *found[2][:2]) for chunk, before in zip(chunks, kept))
-            gram, total = whole.joined([[whole.add_up(part) for part in parts] for parts in grams])
-        saved += [kept[0].new_empty(0, len(own[0])), *found, *whole.out_statistics(gram, total, own[4:], eps)]
+            to = _place(kept, len(own[0]))
+            chunks = _above(whole, part, units, kept)
+            at = (own[0], own[1])
+            sums = [chunk.project_to(_of_rows(whole, to, rows), done, *at) for rows, chunk, done in chunks]
+            kept, (means, spreads, counts) = to, (torch.cat(parts) for parts in zip(*sums))
+        found = whole.in_statistics(means, spreads, counts, own[2], own[3], eps)
+        gram, total = whole.gram(kept, *found[2][:2])
+        saved += [kept.new_empty(0, len(own[0])), *found, *whole.out_statistics(gram, total, own[4:], eps)]
         units.append(Unit(*own, *saved[-SAVED:]))
-    maxima = [chunk.maximum(_done(chunk, units, [kept.pop(0)])) for chunk in chunks]
+    maxima = [chunk.maximum(done) for _, chunk, done in _above(whole, part, units, kept)]
     out, argmax = (torch.cat(values) for values in zip(*maxima))
     return [out, argmax, *saved]
 
 
-def _done(passes: Passes, units: Sequence[Unit], last: list[Tensor]) -> list[Tensor]:
-    """What passes take of units that are done; `last` begins with the last one's y1."""
-    return [tensor for unit in filled(passes, units, *last[:1]) for tensor in unit.done]
+class Backward:
+    """The backward passes, unit by unit from the last one.
 
+    Args:
+        whole: the passes over all clouds.
+        part: those over some clouds.
+        units: of which y1 is empty.
+        factor: of the gradient of the features, see `_entries`.
+        dtype: of the gradient of the features.
+    """
 
-class Chunk:
-    """The backward passes over the rows of some clouds."""
+    def __init__(
+        self,
+        whole: Passes,
+        part: Callable[[slice], Passes],
+        units: Sequence[Unit],
+        factor: Tensor | None,
+        dtype: torch.dtype,
+    ) -> None:
+        self.whole, self.part, self.units, self.factor, self.dtype = whole, part, units, factor, dtype
+        self.top = len(units) - 1
+        hidden, width = max(len(unit.in_weight) for unit in units), len(units[0].out_weight)
+        self.large = chunks_of(whole.rows, hidden)
+        self.small = chunks_of(whole.rows, hidden, width)
+        self.kept = whole.before([], units[0].in_weight, units[0].in_bias)
+        self.dense: list[Tensor] = []  # of each small chunk, after a unit between the first and the last
+        self.above: list[tuple[Tensor, ...]] = []  # sums of the part of dz
+        self.past: list[Tensor] = []  # gradient of the features past the first of several units
+        self.features: list[Tensor] = []
 
-    def __init__(self, passes: Passes, units: Sequence[Unit]) -> None:
-        self.passes, self.units = passes, units
-        self.last: Tensor | None = None  # y1 of the last unit
-        self.dense: Tensor | None = None  # gradient after a unit between the first and the last
-        self.part: Tensor | None = None  # of the dz of the first of several units
-        self.part_sums: tuple[Tensor, ...] = ()
-        self.past: Tensor | None = None  # gradient of the features past the first of several units
-        self.features = torch.empty(0)
+    def gradients(self) -> tuple[list[Tensor], Tensor]:
+        """Gradients of each unit's weights, as the passes give them, and of the features."""
+        whole, units = self.whole, self.units
+        for u, unit in enumerate(units[1:], 1):
+            to = _place(self.kept, len(unit.in_weight))
+            for rows, chunk, done in _above(whole, self.part, units[:u], self.kept):
+                chunk.project_to(_of_rows(whole, to, rows), done, unit.in_weight, unit.in_bias)
+            self.kept = to
+        whole.out_sums(replace(units[-1], before=self.kept))
+        whole.entry = (None, None)
+        found: list[Tensor] = []
+        for u in reversed(range(len(units))):
+            whole.dense = self.dense[0] if self.dense else None
+            (out_grad, normed, total), linear = whole.pull(units[u])
+            chunks = self.large if u in (0, self.top) else self.small
+            sums = [*self.above, *(self._hidden_grad(u, i, rows, linear) for i, rows in enumerate(chunks))]
+            plain, scaled = (torch.stack(values).sum(0) for values in zip(*sums))
+            means, to = whole.hidden_means(plain, scaled), self.kept
+            if u == 1:
+                to = _place(to, len(units[0].in_weight))
+            chunks = self.small if u else self.large
+            results = [self._rows_grad(u, i, rows, linear, means, to) for i, rows in enumerate(chunks)]
+            self.kept, self.dense = to, self.dense if u > 1 else []
+            in_weight = torch.stack([weight for weight, _ in results]).sum(0)
+            whole.sums = whole.joined([below for _, below in results])
+            found = [in_weight, scaled, plain, out_grad, normed, total, *found]
+        del self.kept, to
+        return found, torch.cat(self.features)
 
-    def out_sums(self) -> list[Tensor]:
-        """Sums of the last unit."""
-        unit = filled(self.passes, self.units)[-1]
-        self.last = unit.before
-        self.passes.out_sums(unit)
-        return self._take_sums()
+    def _entered(self, u: int, chunk: int, rows: slice) -> Passes:
+        passes = self.part(rows)
+        if u == 0 < self.top:  # what comes through the second layer is in the part of dz
+            zeros = self.units[0].in_weight.new_zeros(*passes.rows[2].shape, len(self.units[0].out_weight))
+            passes.entry = (zeros, zeros.int())
+        elif u < self.top:
+            passes.entry, passes.dense = (None, None), self.dense[chunk]
+        return passes
 
-    def hidden_grad(self, u: int, linear: list[Tensor]) -> tuple[Tensor, ...]:
+    def _hidden_grad(self, u: int, chunk: int, rows: slice, linear: list[Tensor]) -> tuple[Tensor, ...]:
         """Sums of a unit's dz."""
-        if self.last is not None:
-            unit = replace(self.units[u], before=self.last)
-        else:
-            unit = filled(self.passes, self.units[: u + 1])[-1]
-        sums = self._hidden_grad(unit, linear)
-        if self.part is not None:
-            assert self.passes.dz is not None
-            self.passes.dz, self.part = self.part.add_(self.passes.dz), None
-            return tuple(sum_ + part for sum_, part in zip(sums, self.part_sums))
-        if len(self.units) == 1:
-            self.last = None
-        else:
-            self.passes.dz = None
+        passes, kept = self._entered(u, chunk, rows), _of_rows(self.whole, self.kept, rows)
+        if u == self.top:
+            return passes.hidden_grad(replace(self.units[u], before=kept), linear)
+        sums = passes.hidden_grad(filled(passes, self.units[: u + 1])[-1], linear)
+        if u == 0:
+            assert passes.dz is not None
+            kept.add_(passes.dz)
         return sums
 
-    def rows_grad(
-        self, u: int, linear: list[Tensor], means: list[Tensor], factor: Tensor | None, dtype: torch.dtype
+    def _rows_grad(
+        self, u: int, chunk: int, rows: slice, linear: list[Tensor], means: list[Tensor], to: Tensor
     ) -> tuple[Tensor, list[Tensor]]:
         """Gradient of a unit's W1; and the sums of the unit below, if there is one."""
-        passes, units = self.passes, filled(self.passes, self.units[: u + 1], self.last)
-        self.last = None
-        if passes.dz is None:
-            self._hidden_grad(units[-1], linear)
-        self.dense = None
+        passes, kept = self._entered(u, chunk, rows), _of_rows(self.whole, self.kept, rows)
+        units = filled(passes, self.units[: u + 1], kept if u == self.top else None)
+        if u == 0 < self.top:
+            passes.dz = kept
+        else:
+            passes.hidden_grad(units[-1], linear)
         in_weight = passes.rows_grad(units, means)
         if u == 0:
-            self.features = self._features_grad(factor, dtype)
+            self.features.append(self._features_grad(passes, rows))
             return in_weight, []
-        self.dense, passes.dense = passes.dense, None
+        below = [passes.add_up(each) for each in passes.sums]
+        assert passes.dense is not None
         if u == 1:
-            self._split(units[0], factor)
-        return in_weight, self._take_sums()
-
-    def _take_sums(self) -> list[Tensor]:
-        sums, self.passes.sums = self.passes.sums, []
-        return [self.passes.add_up(part) for part in sums]
-
-    def _hidden_grad(self, unit: Unit, linear: list[Tensor]) -> tuple[Tensor, ...]:
-        self.passes.dense = self.dense
-        if self.part is not None:  # what comes through the second layer is in the part
-            shape = (*self.passes.rows[2].shape, len(unit.out_weight))
-            zeros = linear[0].new_zeros(shape)
-            self.passes.entry = (zeros, zeros.int())
-        return self.passes.hidden_grad(unit, linear)
-
-    def _split(self, unit: Unit, factor: Tensor | None) -> None:
-        """Of the first unit's gradient, after it, to what is kept of it."""
-        carried = ((unit.out_scale * unit.out_deviation)[:, None] * unit.out_weight).T.float().contiguous()
-        hidden = len(carried)
-        linear = [carried.new_zeros(hidden, hidden), carried.new_zeros(hidden), carried]
-        self.part_sums = self._hidden_grad(unit, linear)
-        self.part, self.passes.dz = self.passes.dz, None
-        self.past = self.passes.dense_grad(unit, factor)
-        self.dense = self.passes.dense = None
-
-    def _features_grad(self, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
-        unit, passes = self.units[0], self.passes
-        if self.past is None:
-            found = passes.features_grad(unit, factor, dtype)
+            self._divide(passes, units[0], _of_rows(self.whole, to, rows))
         else:
-            passes.entry = (None, None)
-            found = (passes.features_grad(unit, factor, torch.float32) + self.past).to(dtype)
-        passes.rest = []
-        return found
+            self.dense[chunk : chunk + 1] = [passes.dense]
+        return in_weight, below
 
+    def _divide(self, passes: Passes, unit: Unit, to: Tensor) -> None:
+        """The gradient after the first of several units to its part of dz and past the unit."""
+        carried = ((unit.out_scale * unit.out_deviation)[:, None] * unit.out_weight).T.float().contiguous()
+        zeros = carried.new_zeros(len(carried), len(carried))
+        self.above.append(passes.hidden_grad(unit, [zeros, zeros[0], carried]))
+        assert passes.dz is not None
+        to.copy_(passes.dz)
+        self.past += passes.dense_grad(unit, self.factor).split(1)
 
-def gradients(
-    whole: Passes, chunks: Sequence[Chunk], factor: Tensor | None, dtype: torch.dtype
-) -> tuple[list[Tensor], Tensor]:
-    """Gradients of each unit's weights, as the passes give them, and of the features."""
-    units = chunks[0].units
-    whole.sums = whole.joined([chunk.out_sums() for chunk in chunks])
-    found: list[Tensor] = []
-    for u in reversed(range(len(units))):
-        whole.dense = chunks[0].dense
-        (out_grad, normed, total), linear = whole.pull(units[u])
-        sums = [chunk.hidden_grad(u, linear) for chunk in chunks]
-        plain, scaled = (torch.stack(values).sum(0) for values in zip(*sums))
-        means = whole.hidden_means(plain, scaled)
-        rows = [chunk.rows_grad(u, linear, means, factor, dtype) for chunk in chunks]
-        in_weight = torch.stack([weight for weight, _ in rows]).sum(0)
-        whole.sums = whole.joined([below for _, below in rows])
-        found = [in_weight, scaled, plain, out_grad, normed, total, *found]
-    return found, torch.cat([chunk.features for chunk in chunks])
+    def _features_grad(self, passes: Passes, rows: slice) -> Tensor:
+        if self.top == 0:
+            return passes.features_grad(self.units[0], self.factor, self.dtype)
+        passes.entry = (None, None)
+        found = passes.features_grad(self.units[0], self.factor, torch.float32)
+        return (found + torch.cat(self.past[rows])).to(self.dtype)

@@ -90,8 +90,9 @@ def forward(
     kind = _kind(rows, parameters)
     passes = kind(rows)
     if recompute:
-        chunks = [kind(again.rows_of(rows, clouds)) for clouds in again.chunks_of(rows, parameters)]
-        out, argmax, *rest = again.results(passes, chunks, parameters, eps)
+        out, argmax, *rest = again.results(
+            passes, lambda clouds: kind(again.rows_of(rows, clouds)), parameters, eps
+        )
         return [out, torch.where(out > 0, argmax, -1).to(_index_dtype(neighbor)), *rest]
     done: list[Tensor] = []
     saved: list[Tensor] = []
@@ -172,18 +173,17 @@ def backward(
     kind = _kind(rows, parameters)
     entries, factor = _entries(grad, out, units[-1], operand.dtype == torch.float16, kind is CudaPasses)
     del out
-    if recompute:
-        argmax = argmax.clamp(min=0).int()
-    passes = kind(rows, entries, argmax)
-    several = again.chunks_of(rows, parameters) if recompute else []
-    if len(several) > 1:
-        parts = [kind(again.rows_of(rows, clouds), entries[clouds], argmax[clouds]) for clouds in several]
-        chunks = [again.Chunk(part, units) for part in parts]
-        found, features_grad = again.gradients(passes, chunks, factor, features.dtype)
+
+    def part(clouds: slice) -> Passes:
+        at = argmax[clouds].clamp(min=0).int() if recompute else argmax
+        return kind(again.rows_of(rows, clouds), entries[clouds], at)
+
+    passes = part(slice(None))
+    if recompute and again.is_large(rows, units):
+        found, features_grad = again.Backward(passes, part, units, factor, features.dtype).gradients()
     else:
-        found, features_grad = _gradients(
-            passes, again.filled(passes, units) if recompute else units, factor, features.dtype
-        )
+        units = again.filled(passes, units) if recompute else units
+        found, features_grad = _gradients(passes, units, factor, features.dtype)
     found = [x.float() for x in found]
     if factor is not None:
         found = list(torch._foreach_mul(found, factor))

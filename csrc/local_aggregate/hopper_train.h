@@ -15,8 +15,8 @@ struct HopperDone {
   const float* bias;   // [C]
 };
 
-// Sums come in parts, one for each block of warps that walk over rows. `units`: that are done.
-int64_t hopper_project_parts(int64_t width, int units, int64_t groups, int64_t neighbors, int processors);
+// Sums come in parts, one for each block of warps that walk over rows.
+int64_t hopper_train_parts(int64_t groups, int64_t neighbors, int processors);
 int64_t hopper_train_scratch(int64_t width, int64_t groups, int64_t neighbors, int processors);
 
 // `rows` without its units and out.
@@ -26,7 +26,7 @@ struct HopperProject {
   int units;           // that are done
   const void* weight;  // [H, C]
   const float* bias;   // [H]
-  void* before;        // [M, H]
+  void* before;        // [M, H], perhaps that of the last unit that is done
   float* mean;         // [parts, H], or null: without statistics
   float* spread;       // [parts, H]: sum of squares about it
   float* count;        // [parts]

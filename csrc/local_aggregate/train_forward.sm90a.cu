@@ -4,11 +4,14 @@
 //
 // H200, 32 clouds, K = 81, float16, us:
 //   points, centres, channels, hidden    y1, first unit   second   Gram matrix of each   maximum
-//     1024      512       192      96               215      315                    94       486
-//      512      256       384     192               252                            100       413
-//      256      128       768      32               122                             10       340
+//     1024      512       192      96               192      311                    96       504
+//      512      256       384     192               250                            100       406
+//      256      128       768      32               122                             10       312
 // Floors of y1 and the maximum are 61 us of sines and cosines each, and products of 62, 124 and 21 us a
 // layer; y1 of the first two stages takes 60 us to write and as much for each time that it is read.
+// Schedulers issue in 33 to 47 % of the cycles, as registers leave them three warps: a third of what these
+// wait for is memory (y1 where a tile begins, and the index of a neighbour that does not stay in registers),
+// a fifth the instruction before.
 #include "local_aggregate/hopper_rows.cuh"
 #include "local_aggregate/hopper_train.h"
 
@@ -17,21 +20,19 @@ namespace {
 
 constexpr int kTeams = 3;  // of four warps, in a block
 constexpr int kWarps = 4 * kTeams;
-// In a block that projects: as many as registers and shared memory allow.
-template <int C, int kDone>
-constexpr int kProjectTeams = C == 192 && kDone == 0 ? 4 : 3;
 
 // How the tiles of all rows are cut: so many a warp.
 struct Plan {
   int each;
   int64_t blocks, warps;
 
-  Plan(int64_t groups, int64_t neighbors, int processors, int64_t block_warps) {
+  Plan(int64_t groups, int64_t neighbors, int processors) {
     const int64_t tiles = divided(groups * neighbors, kRows);
     const int64_t most = std::max<int64_t>(1, (int64_t{kGroups - 1} * neighbors + 1) / kRows);
-    each = static_cast<int>(std::max<int64_t>(1, std::min(most, divided(tiles, block_warps * processors))));
-    blocks = divided(tiles, block_warps * each);
-    warps = blocks * block_warps;
+    each =
+        static_cast<int>(std::max<int64_t>(1, std::min(most, divided(tiles, int64_t{kWarps} * processors))));
+    blocks = divided(tiles, int64_t{kWarps} * each);
+    warps = blocks * kWarps;
   }
 };
 
@@ -70,7 +71,7 @@ __device__ void load_scales(const HopperDone& unit, float* to) {
   }
 }
 
-// Two rows of y1, as a thread reads them.
+// Two rows of y1, as a thread reads them: of those that it writes if a next unit's y1 takes their place.
 template <int H>
 struct Before {
   uint4 v[2][H / 32];
@@ -81,7 +82,7 @@ struct Before {
       const int place = min(tile * kRows + static_cast<int>(threadIdx.x % 32 / 4) + 8 * i, walk.rows - 1);
       const uint4* from = static_cast<const uint4*>(before) + (first + place) * (H / 8) + threadIdx.x % 4;
 #pragma unroll
-      for (int b = 0; b < H / 32; b++) v[i][b] = __ldg(from + 4 * b);
+      for (int b = 0; b < H / 32; b++) v[i][b] = from[4 * b];
     }
   }
 };
@@ -235,12 +236,12 @@ __device__ __forceinline__ void apply_unit(const uint32_t (&h)[H / 16][4], const
 // y1 = x W1' + b1 after kDone units, perhaps with its statistics. Without a unit before, rows are built while
 // the products of those before run.
 template <int C, int H, int kDone, bool kStatistics, typename T>
-__global__ void __launch_bounds__(kProjectTeams<C, kDone> * 128, 1)
+__global__ void __launch_bounds__(kWarps * 32, 1)
     project_kernel(const __grid_constant__ HopperProject args, const Part part) {
   extern __shared__ __align__(1024) char room[];
   constexpr int kWeight = C * H * 2, kPairs = C / 64;
   char* const features = room + (1 + kDone) * kWeight;
-  float* const bias = reinterpret_cast<float*>(features + kProjectTeams<C, kDone> * Feed<C>::kBytes);
+  float* const bias = reinterpret_cast<float*>(features + kTeams * Feed<C>::kBytes);
   float* const frequency = bias + H;
   float* const scale = frequency + C / 6;          // of the unit that is done, and its shift
   float* const done_bias = scale + kDone * 2 * H;  // of the unit that is done
@@ -537,28 +538,26 @@ __global__ void join_kernel(const HopperMaximum args, const Part part, const Hea
 }
 
 template <typename Kernel, typename... Args>
-int launch(Kernel kernel, int64_t blocks, int teams, size_t shared, cudaStream_t stream,
-           const Args&... args) {
+int launch(Kernel kernel, int64_t blocks, size_t shared, cudaStream_t stream, const Args&... args) {
   const int bytes = static_cast<int>(shared);
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
-  kernel<<<static_cast<unsigned>(blocks), teams * 128, bytes, stream>>>(args...);
+  kernel<<<static_cast<unsigned>(blocks), kWarps * 32, bytes, stream>>>(args...);
   return cudaGetLastError();
 }
 
 // What kernels keep beside weights.
 template <int C>
-constexpr size_t around(int teams, int floats) {
-  return teams * (Feed<C>::kBytes + 4 * sizeof(Group) * kGroups) + 4 * (C / 6 + floats);
+constexpr size_t around(int floats) {
+  return kTeams * Feed<C>::kBytes + 4 * (C / 6 + floats) + sizeof(Group) * kGroups * kWarps;
 }
 
 template <int C, int H, int kDone, typename T>
 int project(const HopperProject& args, const Part& part, int64_t blocks, cudaStream_t stream) {
-  constexpr int kOwn = kProjectTeams<C, kDone>;
-  const size_t shared = (1 + kDone) * 2 * C * H + around<C>(kOwn, H + kDone * (2 * H + C));
+  const size_t shared = (1 + kDone) * 2 * C * H + around<C>(H + kDone * (2 * H + C));
   const auto kernel =
       args.mean ? project_kernel<C, H, kDone, true, T> : project_kernel<C, H, kDone, false, T>;
-  return launch(kernel, blocks, kOwn, shared, stream, args, part);
+  return launch(kernel, blocks, shared, stream, args, part);
 }
 
 template <typename T>
@@ -575,15 +574,11 @@ int project_of(const HopperProject& args, int64_t width, const Part& part, int64
   }
 }
 
-int64_t project_warps(int64_t width, int units) {
-  return 4 * (width == 192 && units == 0 ? kProjectTeams<192, 0> : kProjectTeams<384, 0>);
-}
-
 template <int C, int H, typename T>
 int maximum(const HopperMaximum& args, const Part& part, const Heads& heads, int64_t blocks,
             cudaStream_t stream) {
-  const size_t shared = 2 * C * H + around<C>(kTeams, C + 2 * H);
-  return launch(maximum_kernel<C, H, T>, blocks, kTeams, shared, stream, args, part, heads);
+  const size_t shared = 2 * C * H + around<C>(C + 2 * H);
+  return launch(maximum_kernel<C, H, T>, blocks, shared, stream, args, part, heads);
 }
 
 template <typename T>
@@ -591,8 +586,8 @@ int maximum_of(const HopperMaximum& args, int64_t width, const Part& part, const
                cudaStream_t stream) {
   switch (width) {
     case 192:
-      return launch(maximum_of_two_kernel<192, 96, T>, blocks, kTeams,
-                    4 * 192 * 96 + around<192>(kTeams, 2 * 192 + 4 * 96), stream, args, part, heads);
+      return launch(maximum_of_two_kernel<192, 96, T>, blocks, 4 * 192 * 96 + around<192>(2 * 192 + 4 * 96),
+                    stream, args, part, heads);
     case 384:
       return maximum<384, 192, T>(args, part, heads, blocks, stream);
     default:
@@ -607,20 +602,20 @@ Part part_of(const HopperAggregate& rows, const Plan& plan, float4* scales, cuda
 
 }  // namespace
 
-int64_t hopper_project_parts(int64_t width, int units, int64_t groups, int64_t neighbors, int processors) {
-  return Plan(groups, neighbors, processors, project_warps(width, units)).blocks;
+int64_t hopper_train_parts(int64_t groups, int64_t neighbors, int processors) {
+  return Plan(groups, neighbors, processors).blocks;
 }
 
 int64_t hopper_train_scratch(int64_t width, int64_t groups, int64_t neighbors, int processors) {
   return groups * static_cast<int64_t>(sizeof(float4)) +
-         Plan(groups, neighbors, processors, kWarps).warps * width * 8;
+         Plan(groups, neighbors, processors).warps * width * 8;
 }
 
 int hopper_project(const HopperProject& args, int64_t width, int64_t, int processors, void* scratch,
                    void* stream_) {
   if (args.rows.groups == 0) return 0;
   const cudaStream_t stream = static_cast<cudaStream_t>(stream_);
-  const Plan plan(args.rows.groups, args.rows.neighbors, processors, project_warps(width, args.units));
+  const Plan plan(args.rows.groups, args.rows.neighbors, processors);
   const Part part = part_of(args.rows, plan, static_cast<float4*>(scratch), stream);
   return args.rows.bfloat16 ? project_of<__nv_bfloat16>(args, width, part, plan.blocks, stream)
                             : project_of<__half>(args, width, part, plan.blocks, stream);
@@ -630,7 +625,7 @@ int hopper_maximum(const HopperMaximum& args, int64_t width, int64_t, int proces
                    void* stream_) {
   if (args.rows.groups == 0) return 0;
   const cudaStream_t stream = static_cast<cudaStream_t>(stream_);
-  const Plan plan(args.rows.groups, args.rows.neighbors, processors, kWarps);
+  const Plan plan(args.rows.groups, args.rows.neighbors, processors);
   float4* const scales = static_cast<float4*>(scratch);
   const Part part = part_of(args.rows, plan, scales, stream);
   float* const values = reinterpret_cast<float*>(scales + args.rows.groups);

@@ -44,7 +44,8 @@ float* data(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_da
 
 Four project(const Tensor& points, const Tensor& features, const Tensor& center, const Tensor& neighbor,
              const OptionalTensor& divisor, const Tensor& wavelength, double beta, bool guard,
-             std::vector<Tensor> done, const Tensor& weight, const Tensor& bias, bool statistics) {
+             std::vector<Tensor> done, const Tensor& weight, const Tensor& bias, bool statistics,
+             const OptionalTensor& to) {
   const HopperFrom from = hopper_from(points, features, center, neighbor, divisor, wavelength, beta, guard);
   const int64_t hidden = weight.size(0);
   check_sizes(from.width, hidden, static_cast<int64_t>(done.size()) / 5 + 1);
@@ -55,12 +56,16 @@ Four project(const Tensor& points, const Tensor& features, const Tensor& center,
   args.bias = floats("bias", bias, features, {hidden});
   const OnDevice device(features);
   const int processors = hopper_processors();
-  const int64_t parts =
-      statistics ? hopper_project_parts(from.width, args.units, from.groups, from.neighbors, processors) : 0;
-  Tensor before = like(features, {from.groups * from.neighbors, hidden}, features.scalar_type());
+  const int64_t parts = statistics ? hopper_train_parts(from.groups, from.neighbors, processors) : 0;
+  const std::vector<int64_t> shape{to ? 0 : from.groups * from.neighbors, hidden};
+  Tensor before = like(features, shape, features.scalar_type());
   Tensor mean = like(features, {parts, hidden}, kSingle), spread = like(features, {parts, hidden}, kSingle);
   Tensor count = like(features, {parts}, kSingle);
   args.before = before.mutable_data_ptr();
+  if (to) {
+    hopper_aligned("to", *to, features, {from.groups * from.neighbors, hidden});
+    args.before = to->mutable_data_ptr();
+  }
   args.mean = statistics ? data(mean) : nullptr;
   args.spread = data(spread);
   args.count = data(count);

@@ -107,7 +107,9 @@ using Four = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 Four project(const Tensor& points, const Tensor& features, const Tensor& center, const Tensor& neighbor,
              const OptionalTensor& divisor, const Tensor& wavelength, double beta, bool guard,
-             std::vector<Tensor> done_, const Tensor& weight, const Tensor& bias, bool) {
+             std::vector<Tensor> done_, const Tensor& weight, const Tensor& bias, bool,
+             const OptionalTensor& to) {
+  A2P_CHECK(!to, "to: expected none");
   const From from = neighborhoods(points, features, center, neighbor, divisor, wavelength, beta, guard);
   const int64_t width = from.rows.width, groups = from.clouds * from.rows.centers;
   const int64_t total = groups * from.rows.neighbors, hidden = weight.size(0);
