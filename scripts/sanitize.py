@@ -201,9 +201,9 @@ def main() -> int:
             features = torch.randn(2, count, width, requires_grad=True)
             compare(f"guided C={width} V={views} S={count} {options}", guided, features, views, 6, options)
     for dtype in (torch.float16, torch.bfloat16):
-        for count in (29, 130):
-            features = torch.randn(2, count, 200).to(dtype).requires_grad_()
-            name = f"guided C=200 S={count} {dtype}"
+        for batch, count in ((2, 29), (2, 130), (40, 29)):
+            features = torch.randn(batch, count, 200).to(dtype).requires_grad_()
+            name = f"guided C=200 B={batch} S={count} {dtype}"
             compare(name, guided, features, 6, 6, {"training": True})
     for turn in (spread_lines(3), spread_rotations(6)):
         sizes = (11, 5) if turn.dim() == 2 else (5, 7, 4)

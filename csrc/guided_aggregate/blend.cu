@@ -50,22 +50,6 @@ Plan plan_of(const Guided& args, int64_t most) {
   return plan;
 }
 
-// GELU, for 16 bits through one approximate tanh: to 3e-5 and what 11 bits of it leave.
-template <typename T>
-__device__ inline float activate(float y) {
-#ifdef __CUDA_ARCH__
-  if constexpr (sizeof(T) == 2) {
-    const float square = fminf(y * y, 50.0f);  // beyond, tanh is 1
-    const float factor = fmaf(square, fmaf(square, -3.51516e-4f, 3.70056e-2f), 0.797507f);
-    float tail;
-    asm("tanh.approx.f32 %0, %1;" : "=f"(tail) : "f"(y * factor));
-    const float half = 0.5f * y;
-    return fmaf(half, tail, half);
-  }
-#endif
-  return gelu(y).value;
-}
-
 // Where rows of a cloud are: numbered layer by layer, in shared memory.
 struct Index {
   int* offsets;      // [L + 1]: first row of each layer; first voxel, or -1

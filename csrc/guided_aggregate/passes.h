@@ -35,6 +35,11 @@ int blend_tokens(const GuidedForward& args, const float* z, void* memory, cudaSt
 // The same with a block per token, for all that blend_tokens has no room for.
 int blend_each_token(const GuidedForward& args, const float* z, cudaStream_t stream);
 
+// All passes behind the attention, for what fits_clouds says.
+bool fits_clouds(const Guided& args);
+int64_t clouds_workspace(const Guided& args);
+int forward_of_clouds(const GuidedForward& args, void* memory, cudaStream_t stream);
+
 // What the gradient of the blend gives each token.
 struct Factors {
   float* factors;             // [3, V, R]: of G, of s and of g in dg

@@ -177,6 +177,53 @@ def _with_gradient(function: Callable[..., Tensor], kwargs: dict[str, Any]) -> t
     return out.detach(), torch.autograd.grad(out, leaf, eighths)[0]
 
 
+# Clouds, tokens, channels, views, cells and inner width. Where blocks of a cloud and 192 channels are as many
+# as processors, or half of them at least, there are kernels for them: here of 132.
+CLOUDS = {
+    "odd": (40, 29, 200, 3, 9, 6),
+    "one token": (70, 1, 40, 2, 5, 4),
+    "as in the model": (20, 128, 768, 6, 39, 12),
+    "more cells than a block has room for": (24, 128, 392, 6, 400, 12),
+    "more clouds than run at once": (140, 20, 72, 6, 7, 12),
+    "many views": (12, 50, 1536, 9, 20, 15),
+    "one view of one cell": (80, 60, 8, 1, 1, 4),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", CLOUDS)
+@pytest.mark.parametrize("option", ["plain", "mean of views", "empty cells count", "voxels across clouds"])
+def test_clouds_in_low_precision(dtype: torch.dtype, name: str, option: str) -> None:
+    """As far from what float32 gives for the same tokens as twice the rounding of the result."""
+    batch, count, width, views, cells, hidden = CLOUDS[name]
+    kwargs = make(batch=batch, s=count, width=width, views=views, cells=cells, hidden=hidden)
+    kwargs["attention"] = kwargs["attention"]._replace(
+        qkv_weight=kwargs["attention"].qkv_weight * width**-0.5
+    )
+    if option == "mean of views":
+        kwargs["ensemble"] = "mean"
+    kwargs["count_empty"] = option == "empty cells count"
+    if option == "voxels across clouds":  # and tokens without a voxel
+        kwargs["cluster"] = torch.arange(batch * count).view(batch, count) * 7 % (batch * count // 2 + 1)
+        kwargs["cluster"][:, ::3] = -1
+    kwargs = on_cuda(kwargs | {"num_heads": 1})
+    low = kwargs["features"].to(dtype)
+    for training in (False, True):
+        results = []
+        for features in (low, low.float(), low):
+            given = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, kwargs)
+            given |= {"features": features, "training": training}
+            out = guided_aggregate(**given)
+            results.append([out, *given["view_norm"][2:], *given["space_norm"][2:]])
+        got, want, again = results
+        assert_same(again, got)
+        rounding = float((want[0].to(dtype).double() - want[0].double()).norm())
+        error = float((got[0].double() - want[0].double()).norm())
+        assert error <= 2 * rounding + 1e-6, (error, rounding)
+        for x, y in zip(got[1:], want[1:], strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+
+
 def _floats(x: Any) -> bool:
     return isinstance(x, Tensor) and x.is_floating_point()
 
