@@ -93,7 +93,7 @@ def local_aggregate(
     Complexity: O(B S K (C H + C)) time, O(B S K C) memory. On the CPU, in float32 or less, kernels take over:
     evaluation without a gradient to keep needs O(B S C) memory, training O(B S K H) (with several units
     O(B S K C) for a while in backward), unless a gradient of the points is wanted; it differentiates once.
-    With `recompute` kernels keep O(B S C) for backward. Inside forward and backward they need one hidden layer
+    With `recompute` kernels keep O(B S C) for backward. Inside forward and backward they need a hidden layer
     of all rows, O(B S K H), and the rows of some clouds at a time, 64 MB or those of one cloud (from three
     units on O(B S K C)). The composition needs what it would without while it differentiates, and in a graph
     of `torch.compile` `recompute` leaves it as it is.
