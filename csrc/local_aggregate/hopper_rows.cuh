@@ -100,26 +100,6 @@ __device__ __forceinline__ void store_weight(const uint4& v, char* block, int n,
   }
 }
 
-template <int C, int H>
-__device__ void load_in_weight(const void* weight, char* to) {
-  const uint4* from = static_cast<const uint4*>(weight);
-  for (int i = threadIdx.x; i < H * C / 8; i += blockDim.x) {
-    const int n = i / (C / 8), b = i % (C / 8) / 4, t = i % 4;
-    const uint4 v = from[n * (C / 8) + Order<C>::block(b) * 4 + t];
-    store_weight(v, to + b * H * kBlockBytes, n, t);
-  }
-}
-
-template <int C, int H>
-__device__ void load_out_weight(const void* weight, char* to) {
-  const uint4* from = static_cast<const uint4*>(weight);
-  for (int i = threadIdx.x; i < C * H / 8; i += blockDim.x) {
-    const int n = i / (H / 8), k = i % (H / 8);
-    const uint32_t at = k / 4 * C * kBlockBytes + swizzle(n * kBlockBytes + k % 4 * 16);
-    *reinterpret_cast<uint4*>(to + at) = from[Order<C>::channel(n) * (H / 8) + k];
-  }
-}
-
 template <int C>
 __device__ void load_out_bias(const float* bias, float* to) {
   for (int n = threadIdx.x; n < C; n += blockDim.x) to[n] = bias[Order<C>::channel(n)];
@@ -190,46 +170,18 @@ struct Rows {
   int middle[2];       // where this thread's channels of the centre are, in 16 bytes; below 0: none
 };
 
-// Brings rows, a tile ahead of their use: an index is read two tiles ahead, and features of neighbours come
-// by asynchronous copies. What a thread copies only it reads.
+// Features of a tile's rows: those of neighbours come by asynchronous copies, and what a thread copies only
+// it reads.
 template <int C>
-class Feed {
+class Features {
  public:
   static constexpr int kBlocks = C / 64;                 // of a neighbour
   static constexpr int kBytes = 2 * kBlocks * 16 * 128;  // of a team of four warps
 
-  __device__ __forceinline__ Feed(const HopperAggregate& args, const Walk& walk, const Group* groups,
-                                  char* room)
-      : args_(args), walk_(walk), groups_(groups) {
+  __device__ __forceinline__ Features(const void* features, char* room)
+      : features_(static_cast<const uint4*>(features)) {
     room += threadIdx.x / 128 * kBytes + threadIdx.x % 128 * 16;
     room_ = static_cast<uint32_t>(__cvta_generic_to_shared(room));
-    find(0);
-  }
-
-  // The rows of a tile, the first one or the one after that of the last call, whose features are gone then.
-  __device__ __forceinline__ Rows next(int tile) {
-    Rows rows;
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-      const Group& group = groups_[(walk_.begin + place(tile, i)) / args_.neighbors];
-      const int64_t row = index_[i] < 0 ? group.middle : row_of(args_, index_[i], group.first);
-#pragma unroll
-      for (int axis = 0; axis < 3; axis++) {
-        const float from = coordinate(args_, row, axis) - group.center[axis];
-        rows.offset[i][axis] = from * group.scale[axis] * args_.beta;
-      }
-      rows.middle[i] = group.middle >= 0 ? static_cast<int>(group.middle * (C / 16) + threadIdx.x % 4) : -1;
-      const uint4* near =
-          static_cast<const uint4*>(args_.features) + (row >= 0 ? row * (C / 16) : 0) + threadIdx.x % 4;
-#pragma unroll
-      for (int b = 0; b < kBlocks; b++) {  // of no bytes: zeros
-        asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;" ::"r"(room_ + (2 * b + i) * 2048),
-                     "l"(near + 4 * b), "r"(row >= 0 ? 16 : 0));
-      }
-    }
-    asm volatile("cp.async.commit_group;");
-    find(tile + 1);
-    return rows;
   }
 
   __device__ __forceinline__ void wait() const { asm volatile("cp.async.wait_group 0;" ::: "memory"); }
@@ -246,8 +198,7 @@ class Feed {
                        : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                        : "r"(room_ + (2 * block + i) * 2048));
         } else {  // predicated: products want no branches between them
-          const uint4* from =
-              static_cast<const uint4*>(args_.features) + rows.middle[i] + (block - kBlocks) * 4;
+          const uint4* from = features_ + rows.middle[i] + (block - kBlocks) * 4;
           asm volatile(
               "{\n.reg .pred p;\nsetp.ge.s32 p, %5, 0;\n"
               "@p ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
@@ -262,10 +213,61 @@ class Feed {
     }
   }
 
+ protected:
+  // Begins to bring those of a neighbour, of row i of the thread's two; below 0: zeros.
+  __device__ __forceinline__ void bring(int i, int64_t row) const {
+    const uint4* near = features_ + (row >= 0 ? row * (C / 16) : 0) + threadIdx.x % 4;
+#pragma unroll
+    for (int b = 0; b < kBlocks; b++) {
+      asm volatile("cp.async.ca.shared.global [%0], [%1], 16, %2;" ::"r"(room_ + (2 * b + i) * 2048),
+                   "l"(near + 4 * b), "r"(row >= 0 ? 16 : 0));
+    }
+  }
+  __device__ __forceinline__ void commit() const { asm volatile("cp.async.commit_group;"); }
+
  private:
-  // Beyond the last row it is that row again.
+  const uint4* features_;
+  uint32_t room_;
+};
+
+// Beyond the last row of a walk it is that row again.
+__device__ __forceinline__ int row_of_tile(const Walk& walk, int tile, int row) {
+  return min(tile * kRows + row, walk.rows - 1);
+}
+
+// Brings rows, a tile ahead of their use; an index is read two tiles ahead.
+template <int C>
+class Feed : public Features<C> {
+ public:
+  __device__ __forceinline__ Feed(const HopperAggregate& args, const Walk& walk, const Group* groups,
+                                  char* room)
+      : Features<C>(args.features, room), args_(args), walk_(walk), groups_(groups) {
+    find(0);
+  }
+
+  // The rows of a tile, the first one or the one after that of the last call, whose features are gone then.
+  __device__ __forceinline__ Rows next(int tile) {
+    Rows rows;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+      const Group& group = groups_[(walk_.begin + place(tile, i)) / args_.neighbors];
+      const int64_t row = index_[i] < 0 ? group.middle : row_of(args_, index_[i], group.first);
+#pragma unroll
+      for (int axis = 0; axis < 3; axis++) {
+        const float from = coordinate(args_, row, axis) - group.center[axis];
+        rows.offset[i][axis] = from * group.scale[axis] * args_.beta;
+      }
+      rows.middle[i] = group.middle >= 0 ? static_cast<int>(group.middle * (C / 16) + threadIdx.x % 4) : -1;
+      this->bring(i, row);
+    }
+    this->commit();
+    find(tile + 1);
+    return rows;
+  }
+
+ private:
   __device__ __forceinline__ int place(int tile, int i) const {
-    return min(tile * kRows + static_cast<int>(threadIdx.x % 32 / 4) + 8 * i, walk_.rows - 1);
+    return row_of_tile(walk_, tile, threadIdx.x % 32 / 4 + 8 * i);
   }
   __device__ __forceinline__ void find(int tile) {
 #pragma unroll
@@ -277,28 +279,33 @@ class Feed {
   const HopperAggregate& args_;
   const Walk& walk_;
   const Group* groups_;
-  uint32_t room_;
   int64_t index_[2];
 };
 
-// x += sine and cosine. The sine unit is within 2^-20.9 for the angle that it is given, and the angle within
-// 2^-23 of its own size: less than the rounding of x.
-template <int C, typename T>
-__device__ __forceinline__ void add_encoding(const Rows& rows, const float* frequency, int pair,
-                                             Channels& x) {
-  const int axis = pair / Order<C>::kParts, first = pair % Order<C>::kParts * 32 + threadIdx.x % 4 * 8;
-  const float4 low = *reinterpret_cast<const float4*>(frequency + first);
-  const float4 high = *reinterpret_cast<const float4*>(frequency + first + 4);
+// x += sine and cosine, for the offsets of two rows and eight frequencies. The sine unit is within 2^-20.9
+// for the angle that it is given, and the angle within 2^-23 of its own size: less than the rounding of x.
+template <typename T>
+__device__ __forceinline__ void add_sines(const float (&offset)[2], const float* frequency, Channels& x) {
+  const float4 low = *reinterpret_cast<const float4*>(frequency);
+  const float4 high = *reinterpret_cast<const float4*>(frequency + 4);
   const float f[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
 #pragma unroll
   for (int i = 0; i < 2; i++) {
 #pragma unroll
     for (int q = 0; q < 4; q++) {
-      const float a = rows.offset[i][axis] * f[2 * q], b = rows.offset[i][axis] * f[2 * q + 1];
+      const float a = offset[i] * f[2 * q], b = offset[i] * f[2 * q + 1];
       x[0][i][q] = Two<T>::add(x[0][i][q], Two<T>::of(__sinf(a), __sinf(b)));
       x[1][i][q] = Two<T>::add(x[1][i][q], Two<T>::of(__cosf(a), __cosf(b)));
     }
   }
+}
+
+template <int C, typename T>
+__device__ __forceinline__ void add_encoding(const Rows& rows, const float* frequency, int pair,
+                                             Channels& x) {
+  const int axis = pair / Order<C>::kParts, first = pair % Order<C>::kParts * 32 + threadIdx.x % 4 * 8;
+  const float offset[2] = {rows.offset[0][axis], rows.offset[1][axis]};
+  add_sines<T>(offset, frequency + first, x);
 }
 
 // a of the product with half a block (k = 0..3 of a pair).
@@ -347,56 +354,6 @@ template <typename T, int H>
 __device__ __forceinline__ void relu_hidden(const float (&d)[H / 2], uint32_t (&h)[H / 16][4]) {
 #pragma unroll
   for (int i = 0; i < H / 4; i++) h[i / 4][i % 4] = Two<T>::max(Two<T>::of(d[2 * i], d[2 * i + 1]), 0);
-}
-
-// The largest over the lanes that hold the same channels; each lane ends up with another two of the 64.
-template <typename T>
-__device__ __forceinline__ uint32_t largest_of_lanes(const uint32_t (&v)[2][4]) {
-  const bool a = threadIdx.x & 16, b = threadIdx.x & 8, c = threadIdx.x & 4;
-  uint32_t w[2];
-#pragma unroll
-  for (int i = 0; i < 2; i++) {
-    uint32_t u[2];
-#pragma unroll
-    for (int q = 0; q < 2; q++) {
-      const uint32_t other = __shfl_xor_sync(kLanes, a ? v[i][q] : v[i][q + 2], 16);
-      u[q] = Two<T>::max(a ? v[i][q + 2] : v[i][q], other);
-    }
-    w[i] = Two<T>::max(b ? u[1] : u[0], __shfl_xor_sync(kLanes, b ? u[0] : u[1], 8));
-  }
-  return Two<T>::max(c ? w[1] : w[0], __shfl_xor_sync(kLanes, c ? w[0] : w[1], 4));
-}
-
-// Takes 64 channels of a tile's rows into the maximum of their group, and writes it where the group ends, or
-// the warp's rows. After a ReLU nothing is below 0. `segment`: the group of the tile's first row.
-template <int C, typename T>
-__device__ __forceinline__ void take_largest(const HopperAggregate& args, const Part& part, const Walk& walk,
-                                             int tile, int segment, int pair, const Channels& z,
-                                             uint32_t* largest) {
-  const int lane = threadIdx.x % 32, row = lane / 4;
-  for (int s = segment; s < walk.groups; s++) {
-    const int low = s * args.neighbors - walk.begin - tile * kRows, high = low + args.neighbors;
-    if (low >= kRows) break;
-    uint32_t v[2][4];
-    if (low <= 0 && high >= kRows) {
-#pragma unroll
-      for (int i = 0; i < 8; i++) v[i / 4][i % 4] = Two<T>::max(z[i / 4][0][i % 4], z[i / 4][1][i % 4]);
-    } else {
-      const bool first = row >= low && row < high, second = row + 8 >= low && row + 8 < high;
-#pragma unroll
-      for (int i = 0; i < 8; i++) {
-        v[i / 4][i % 4] = Two<T>::max(first ? z[i / 4][0][i % 4] : 0, second ? z[i / 4][1][i % 4] : 0);
-      }
-    }
-    *largest = Two<T>::max(*largest, largest_of_lanes<T>(v));
-    if (high <= kRows || tile + 1 == part.tiles) {
-      const int q = lane / 8, block = Order<C>::block(2 * pair) + lane / 4 % 2 * Order<C>::kParts;
-      uint32_t* to = s == 0 && walk.begin > 0 ? part.heads + this_warp() * (C / 2)
-                                              : static_cast<uint32_t*>(args.out) + (walk.first + s) * (C / 2);
-      to[block * 16 + lane % 4 * 4 + q] = *largest;
-      *largest = 0;
-    }
-  }
 }
 
 __device__ __forceinline__ int segment_after(const HopperAggregate& args, const Walk& walk, int tile,

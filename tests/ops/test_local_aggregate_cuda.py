@@ -170,6 +170,34 @@ def test_same_bits_on_every_run_stream_and_replay(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize(
+    ("sizes", "units"),
+    [
+        ((3, 100, 9, 81, 96, 96), 2),
+        ((3, 100, 9, 81, 192, 192), 1),
+        ((3, 100, 9, 81, 384, 32), 1),
+        ((2, 70, 33, 20, 96, 96), 2),
+        ((2, 70, 33, 20, 192, 192), 1),
+        ((2, 70, 33, 20, 384, 32), 1),
+    ],
+    ids=str,
+)
+def test_same_bits_whatever_was_in_memory(sizes: tuple[int, ...], units: int, dtype: torch.dtype) -> None:
+    """Fresh memory holds NaN, large numbers or what the last run left there."""
+    kwargs = samples(sizes, units)
+    kwargs["features"] = kwargs["features"].to(dtype)
+    kwargs["neighbor"][0, 3, -2:] = -1
+    want = fused(kwargs)
+    assert want.isfinite().all()
+    for i in range(60):
+        if i % 3:
+            rubbish = torch.full((1 << 23,), torch.nan if i % 3 == 1 else 3e38, device="cuda")
+            del rubbish
+        assert_same(fused(kwargs), want, f"run {i}")
+
+
+@pytest.mark.gpu
 def test_large_batch_equals_its_clouds() -> None:
     """More rows than one launch takes, and groups that launches share."""
     kwargs = samples((32, 300, 257, 81, 192, 192), 1)
