@@ -20,6 +20,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from any2point.bench.timing import Call, Settings, event_times, interleave, peak, products
 from any2point.models import Any2Point
 from any2point.train.captured import capture
+from any2point.train.optimizer import AdamW
 from any2point.train.runtime import autocast
 
 _LABEL = "any2point part: "
@@ -30,7 +31,7 @@ _OPS = {
     "any2point::voxel_cluster": "virtual projection",
 }
 REST = "the rest"
-LOSS, CLIP, OPTIMIZER = "loss", "clipping", "optimizer"
+LOSS, OPTIMIZER = "loss", "optimizer"
 
 
 def parts_of(model: Any2Point) -> list[str]:
@@ -39,7 +40,7 @@ def parts_of(model: Any2Point) -> list[str]:
     aggregation = [f"local aggregation {stage + 1}" for stage in range(len(stages))]
     tokenizer = ["farthest points", "nearest neighbours", *aggregation, "tokenizer, other"]
     encoder = ["attention", "MLP", "adapter", "guided aggregation"]
-    return [*tokenizer, "virtual projection", *encoder, "head", LOSS, CLIP, OPTIMIZER, REST]
+    return [*tokenizer, "virtual projection", *encoder, "head", LOSS, OPTIMIZER, REST]
 
 
 @dataclass
@@ -87,16 +88,13 @@ class Step:
     points: Tensor
     precision: str
     training: bool
-    optimizer: torch.optim.Optimizer = field(init=False)
+    optimizer: AdamW = field(init=False)
     labels: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         self.labels = torch.arange(len(self.points), device=self.points.device)
         self.labels %= self.model.config.num_classes
-        # Capturable: its count of steps stays on the device.
-        on_gpu = self.points.is_cuda
-        groups = self.model.parameter_groups()
-        self.optimizer = torch.optim.AdamW(groups, lr=1e-5, fused=True, capturable=on_gpu)
+        self.optimizer = AdamW(self.model.parameter_groups(), lr=1e-5)
         self.model.train(self.training)
 
     def logits(self) -> Tensor:
@@ -113,10 +111,8 @@ class Step:
         return loss.detach(), logits.detach()
 
     def update(self) -> None:
-        with record_function(_LABEL + CLIP):
-            nn.utils.clip_grad_norm_(self.model.trainable_parameters(), 10.0, foreach=True)
         with record_function(_LABEL + OPTIMIZER):
-            self.optimizer.step()
+            self.optimizer.clipped_step(10.0)
 
     def __call__(self) -> Any:
         if not self.training:

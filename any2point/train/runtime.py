@@ -21,6 +21,7 @@ from torch import Tensor
 
 from any2point.nn.tokenizer import float16_operands
 from any2point.train.config import TrainConfig
+from any2point.train.optimizer import AdamW
 from any2point.train.ranks import Ranks
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -77,20 +78,19 @@ class Runtime:
         """Gradients of the loss, scaled as the precision wants it."""
         self.fabric.backward(loss)
 
-    def optimizer(self, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
+    def optimizer(self, groups: list[dict[str, Any]], lr: float) -> AdamW:
         """AdamW in one kernel per group."""
-        return torch.optim.AdamW(groups, lr=lr, fused=True)
+        return AdamW(groups, lr=lr)
 
-    def update(self, optimizer: torch.optim.Optimizer, params: Sequence[Tensor], clip: float) -> None:
+    def update(self, optimizer: AdamW, params: Sequence[Tensor], clip: float) -> None:
         """Average the gradients over the ranks, clip and apply them."""
         self.ranks.average_gradients(params)
-        if self.scaler is not None:
-            self.scaler.unscale_(optimizer)
+        if self.scaler is None:
+            optimizer.clipped_step(clip)
+            return
+        self.scaler.unscale_(optimizer)
         if clip:
             torch.nn.utils.clip_grad_norm_(params, clip)
-        if self.scaler is None:
-            optimizer.step()
-            return
         self.scaler.step(optimizer)
         self.scaler.update()
 

@@ -157,7 +157,7 @@ def model() -> Any2Point:
 def test_step_is_split_into_its_parts(model: Any2Point, training: bool, tmp_path: Path) -> None:
     step = Step(model, torch.rand(2, 64, 3), "fp32", training)
     found = profile_step(step, QUICK)
-    names = [name for name in parts_of(model) if training or name not in ("loss", "clipping", "optimizer")]
+    names = [name for name in parts_of(model) if training or name not in ("loss", "optimizer")]
     assert all(found.parts[name].forward > 0 for name in names), found.parts
     trained = ["local aggregation 1", "attention", "MLP", "adapter", "guided aggregation", "head"]
     assert all((found.parts[name].backward > 0) == training for name in trained), found.parts
