@@ -24,6 +24,7 @@ from any2point.nn.positions import build_positions
 from any2point.nn.stacked import is_stacked, run_stacked
 from any2point.ops import group, voxel_cluster
 from any2point.sources import Source
+from any2point.sources.glue import is_hooked
 
 
 class Encoding(NamedTuple):
@@ -192,7 +193,7 @@ class Any2Point(PointModel):
     ) -> Tensor:
         """`points [B, N, 3]` (and features `[B, N, F]`, lengths `[B]`) -> logits `[B, num_classes]`."""
         start = self._start(points, features, lengths, neighborhoods)
-        if not is_stacked(self.encoder, start[0][1]):
+        if not is_stacked(self.encoder, start[0][1]) or is_hooked(self.norm):
             return self.head(self._finish(points, *start).feature)
         from any2point.triton.pool import Pool
 

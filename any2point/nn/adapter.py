@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from any2point.nn.batch_norm import BatchNorm
 from any2point.ops import CellAttention as CellAttentionTensors
 from any2point.ops import GuidedPlan, guided_aggregate
-from any2point.sources.glue import Bottleneck, join, join_adapted, joins, quick_gelu
+from any2point.sources.glue import Bottleneck, is_hooked, join, join_adapted, joins, quick_gelu
 
 
 class Adapter(nn.Module):
@@ -42,7 +42,9 @@ class Adapter(nn.Module):
 
     def joins(self, x: Tensor, dtype: torch.dtype, layer_scale: Tensor | None) -> bool:
         """Whether `join_stacked` takes such an x, and a y of this dtype."""
-        return joins(x, dtype, layer_scale, self._weights())
+        if not joins(x, dtype, layer_scale, self._weights()):
+            return False
+        return not is_hooked(self, self.down, self.up)
 
     def _weights(self) -> Bottleneck:
         return Bottleneck(self.down.weight, self.down.bias, self.up.weight, self.up.bias)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from any2point.sources.glue import attends, in_kernels
+from any2point.sources.glue import attends, in_kernels, is_hooked
 
 if TYPE_CHECKING:
     from any2point.nn.encoder import AdaptedEncoder
@@ -22,13 +22,16 @@ def is_stacked(encoder: AdaptedEncoder, tokens: Tensor) -> bool:
     """Whether `run_stacked` takes over, for `tokens [B, S, C]`: plain blocks, with kernels for every step."""
     if not in_kernels(tokens):
         return False
-    source = encoder.source
+    source: Any = encoder.source
     layout, blocks = source.layout, list(source.blocks)
     if encoder.insertion != "mlp_output" or encoder.causal or encoder.checkpointing:
         return False
     if encoder.training and (encoder.dropout or any(encoder.path_rates)):
         return False
     if layout.norm != "pre" or layout.bias_kv or any(guided.adapter is None for guided in encoder.adapters):
+        return False
+    passed = [module for block in blocks for module in (block.norm1, block.attn, block.norm2)]
+    if is_hooked(encoder, *passed):
         return False
     if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in source.parameters()):
         return False

@@ -20,7 +20,7 @@ from any2point.ops import (
     local_aggregate,
 )
 from any2point.reference.batch_norm import are_shared
-from any2point.sources.glue import in_kernels
+from any2point.sources.glue import in_kernels, is_hooked
 
 _float16_operands = False
 
@@ -126,7 +126,7 @@ def with_features(points: Tensor, features: Tensor | None, dtype: torch.dtype) -
 
 def _embeds(points: Tensor, features: Tensor | None, tokenizer: Tokenizer) -> bool:
     """Whether kernels take over the first layer: on CUDA, where they have the gradients asked for."""
-    if not in_kernels(points) or are_shared():
+    if not in_kernels(points) or are_shared() or is_hooked(tokenizer.embed, tokenizer.embed_norm):
         return False
     weight, inputs = tokenizer.embed.weight, [points, *([] if features is None else [features])]
     if points.dtype != torch.float32 or weight.dtype != torch.float32 or weight.shape[1] > 15:

@@ -41,9 +41,19 @@ def _fused(x: Tensor, *constants: Tensor | None) -> bool:
     return not (torch.is_grad_enabled() and any(c is not None and c.requires_grad for c in constants))
 
 
+def is_hooked(*modules: nn.Module) -> bool:
+    """Whether somebody waits for calls of these modules, so that kernels must not pass them by."""
+    if nn.modules.module._has_any_global_hook():
+        return True
+    return any(
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
+        for m in modules
+    )
+
+
 def fork_norm(x: Tensor, norm: nn.LayerNorm, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """`x [..., C]` for the residual, and its normalisation for products in `dtype` (or in autocast's)."""
-    if not _fused(x, norm.weight, norm.bias):
+    if not _fused(x, norm.weight, norm.bias) or is_hooked(norm):
         return x, norm(x)
     x, _, y = fork_norm_stacked(x, None, norm, dtype)
     return x, y
@@ -66,7 +76,7 @@ def join_norm(
     x: Tensor, y: Tensor, scale: Tensor | None, norm: nn.LayerNorm, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """`join(x, y, scale, None)` and, as from `fork_norm`, its normalisation."""
-    if not _fused(x, scale, norm.weight, norm.bias):
+    if not _fused(x, scale, norm.weight, norm.bias) or is_hooked(norm):
         return fork_norm(join(x, y, scale, None).to(x.dtype), norm, dtype)
     x, _, y = join_norm_stacked(x, None, y, scale, norm, dtype)
     return x, y
@@ -174,7 +184,7 @@ def hidden_layer(x: Tensor, layer: Linear, activation: str) -> Tensor | None:
 
     if activation not in ACTIVATIONS or x.numel() < FEWEST * x.shape[-1]:
         return None
-    if (torch.is_grad_enabled() and x.requires_grad) or not layer.is_frozen(x):
+    if (torch.is_grad_enabled() and x.requires_grad) or is_hooked(layer) or not layer.is_frozen(x):
         return None
     dtype = x.dtype if torch.is_autocast_enabled("cuda") else layer.weight.dtype
     if x.shape[-1] % 8 or len(layer.weight) % 8 or not x.dtype == _of_products(x.dtype) == dtype:
