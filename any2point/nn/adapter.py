@@ -9,7 +9,14 @@ from torch import Tensor, nn
 from any2point.nn.batch_norm import BatchNorm
 from any2point.ops import CellAttention as CellAttentionTensors
 from any2point.ops import GuidedPlan, guided_aggregate
-from any2point.sources.glue import Bottleneck, is_hooked, join, join_adapted, joins, quick_gelu
+from any2point.sources.glue import (
+    Bottleneck,
+    is_hooked,
+    join,
+    join_adapted,
+    joins,
+    quick_gelu,
+)
 
 
 class Adapter(nn.Module):
@@ -34,11 +41,19 @@ class Adapter(nn.Module):
         return join(x, y, None, self(y))
 
     def join_stacked(
-        self, x: Tensor, tail: Tensor | None, y: Tensor, layer_scale: Tensor | None
+        self,
+        x: Tensor,
+        tail: Tensor | None,
+        y: Tensor,
+        layer_scale: Tensor | None,
+        keep: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """`join` on CUDA, of x and of what is stacked below it, if anything is; y has the rows of both."""
+        """`join` on CUDA, of x and of what is stacked below it, if anything is; y has the rows of both.
+
+        What dropout keeps, `[..., r]` uint8, may be given.
+        """
         dropout = self.dropout if self.training else 0.0
-        return join_adapted(x, tail, y, layer_scale, self._weights(), self.scale, dropout)
+        return join_adapted(x, tail, y, layer_scale, self._weights(), self.scale, dropout, keep)
 
     def joins(self, x: Tensor, dtype: torch.dtype, layer_scale: Tensor | None) -> bool:
         """Whether `join_stacked` takes such an x, and a y of this dtype."""

@@ -7,6 +7,7 @@ but the attention looks at the order of rows, and tokens are a tensor of their o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -62,12 +63,24 @@ def run_stacked(
         prefix, tokens = prefix + prefix_position, tokens + position
     x, tokens = encoder.source.embed(prefix.flatten(0, 1)), encoder.source.embed(tokens)
     plan = encoder.plan(tokens, cell, cluster)
+    keep = _kept(encoder, batch * (prefix.shape[1] + tokens.shape[1]), tokens.device)
     for index, block in enumerate(encoder.source.blocks):
         if adds != "once":
             x, tokens = x + prefix_position.flatten(0, 1), tokens + position
         frozen: Any = block
         guided: Any = encoder.adapters[index]
         x, tokens, inputs = frozen.attend_stacked(x, tokens, batch, over_batch=over_batch)
-        x, tokens = frozen.transform_stacked(x, tokens, inputs, guided.adapter)
+        x, tokens = frozen.transform_stacked(x, tokens, inputs, guided.adapter, keep[index])
         tokens = guided(tokens, cell, cluster, encoder.attention, plan)
     return x.view(prefix.shape), tokens
+
+
+def _kept(encoder: AdaptedEncoder, rows: int, device: torch.device) -> Sequence[Tensor | None]:
+    """What dropout keeps in every adapter, `[R, r]` uint8, in one launch where they are alike."""
+    every: list[Any] = [guided.adapter for guided in encoder.adapters]
+    kinds = {(adapter.training, adapter.dropout, adapter.down.out_features) for adapter in every}
+    training, dropout, rank = kinds.pop()
+    if kinds or not training or not dropout:
+        return [None] * len(every)
+    keep = torch.empty(len(every), rows, rank, dtype=torch.uint8, device=device)
+    return keep.bernoulli_(1 - dropout).unbind()

@@ -233,10 +233,10 @@ class Block(nn.Module):
         return join_norm_stacked(x, below, y, self.ls1, self.norm2, self.mlp.fc1.weight.dtype)
 
     def transform_stacked(
-        self, x: Tensor, tail: Tensor, inputs: Tensor, adapter: Any
+        self, x: Tensor, tail: Tensor, inputs: Tensor, adapter: Any, keep: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """`transform` on CUDA of what `attend_stacked` gave; the adapter joins the branch by itself."""
-        return adapter.join_stacked(x, tail, self.mlp(inputs), self.ls2)
+        return adapter.join_stacked(x, tail, self.mlp(inputs), self.ls2, keep)
 
     def _fork(self, x: Tensor, norm: LayerNorm, layer: nn.Linear) -> tuple[Tensor, Tensor]:
         """What goes on beside a branch, and what the branch takes; its first layer is `layer`."""

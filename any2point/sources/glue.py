@@ -127,15 +127,16 @@ def join_adapted(
     adapter: Bottleneck,
     factor: float,
     dropout: float,
+    keep: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """`x + z + factor (up dropout(quick_gelu(down z)))` of a branch `z = layer_scale y`, all `[..., C]`.
 
-    With a tail stacked below x, y has the rows of both, and so have the two results.
+    With a tail stacked below x, y has the rows of both, and so have the two results. What dropout keeps may
+    be given, `[..., r]`.
     """
     from any2point.triton.adapter import AdapterJoin
 
-    keep = None
-    if dropout:
+    if dropout and keep is None:
         keep = torch.empty(*y.shape[:-1], len(adapter.down), dtype=torch.uint8, device=y.device)
         keep.bernoulli_(1 - dropout)
     rescale = 1 / (1 - dropout) if dropout < 1 else 0.0

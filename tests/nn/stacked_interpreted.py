@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from any2point.nn import AdaptedEncoder, CellAttention, GuidedAdapter
-from any2point.nn.stacked import run_stacked
+from any2point.nn.stacked import _kept, run_stacked
 from any2point.sources import Source
 
 WIDTH, VIEWS = 32, 2
@@ -48,6 +48,20 @@ def main() -> None:
         got = torch.cat(run_stacked(encoder, *parts[0], *parts[1], cell, cluster), dim=1)
         for a, b in zip([got, *torch.autograd.grad(got, leaves, grad)], [want, *wanted]):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+        assert adapters_keep(encoder, 0.0) == [None, None]
+        first, second = adapters_keep(encoder, 0.25)
+        assert not torch.equal(first, second)
+        assert first.shape == (999, 5)
+        assert 0.7 < first.float().mean() < 0.8
+        encoder.eval()
+        assert adapters_keep(encoder, 0.25) == [None, None]
+
+
+def adapters_keep(encoder: AdaptedEncoder, dropout: float) -> list[torch.Tensor | None]:
+    for guided in encoder.adapters:
+        guided.adapter.dropout = dropout
+    return list(_kept(encoder, 999, torch.device("cpu")))
 
 
 if __name__ == "__main__":
