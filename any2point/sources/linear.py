@@ -1,8 +1,8 @@
-"""The frozen linear layers: on a CPU, products by oneDNN; on CUDA, weights rounded once for autocast.
+"""The frozen linear layers: on a CPU, products by oneDNN; on CUDA, copies of the weights made once.
 
 torch multiplies float32 matrices on a CPU by MKL, whose kernel for AMD processors has 100 GFLOP/s on a Zen
 5 core; that of oneDNN, which comes with torch too, has 200. Autocast rounds weights that need no gradient
-anew in every product.
+anew in every product. In TF32 products with weights as they lie are slower than with transposed ones.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class _Rounded(NamedTuple):
-    """Weight and bias in another dtype, and what they were made of: the tensors and their versions."""
+class _Copies(NamedTuple):
+    """Weight and bias in another form, and what they were made of: the tensors and their versions."""
 
     tensors: list[Tensor]
     sources: list[Tensor]
@@ -26,21 +26,25 @@ class _Rounded(NamedTuple):
 class Linear(nn.Linear):
     """`nn.Linear`; the gradient of a frozen one is that of its input alone.
 
-    Under autocast on CUDA a frozen one keeps its weights in the lower precision. They follow changes of the
-    parameters that PyTorch counts, as by `load_state_dict`, not those through `.data`.
+    On CUDA a frozen one keeps its weights in the lower precision of autocast, and where torch allows TF32,
+    for gradients, transposed. They follow changes of the parameters that PyTorch counts, as by
+    `load_state_dict`, not those through `.data`.
     """
 
-    _rounded: _Rounded | None = None
+    _copies: dict[Any, _Copies] | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         if _is_product(x, self):
             return _Product.apply(x, self.weight, self.bias)
-        if x.is_cuda and torch.is_autocast_enabled("cuda") and self.is_frozen(x):
-            return F.linear(x, *self.rounded(torch.get_autocast_dtype("cuda")))
+        if x.is_cuda and self.is_frozen(x):
+            if torch.is_autocast_enabled("cuda"):
+                return F.linear(x, *self.rounded(torch.get_autocast_dtype("cuda")))
+            if torch.is_grad_enabled() and x.requires_grad and _in_tf32(x, self.weight):
+                return _Transposed.apply(x, self.weight, self.bias, self._transposed())
         return super().forward(x)
 
     def is_frozen(self, x: Tensor) -> bool:
-        """Whether rounded weights can be kept for a product with x: eager, and no gradient for them."""
+        """Whether copies of weights can be kept for a product with x: eager, and no gradient for them."""
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or type(x) is not Tensor:
             return False
         if any(p.requires_grad or p.is_inference() for p in self.parameters()):
@@ -52,30 +56,42 @@ class Linear(nn.Linear):
         sources = [p for p in (self.weight, self.bias) if p is not None]
         if all(source.dtype == dtype for source in sources):
             return sources
+        return self._kept(dtype, sources, lambda source: source.to(dtype))
+
+    def _transposed(self) -> Tensor:
+        """The weight `[in, out]`, contiguous."""
+        return self._kept("transposed", [self.weight], lambda source: source.t().contiguous())[0]
+
+    def _kept(self, form: Any, sources: list[Tensor], make: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        """What `make` gives, anew only after changes."""
         versions = [source._version for source in sources]
-        kept = self._rounded
-        same = kept is not None and kept.tensors[0].dtype == dtype
-        same = same and all(a is b for a, b in zip(kept.sources, sources))  # type: ignore[union-attr]
+        self._copies = self._copies or {}
+        kept = self._copies.get(form)
+        same = kept is not None and all(a is b for a, b in zip(kept.sources, sources))
         if same and kept.versions == versions:  # type: ignore[union-attr]
             return kept.tensors  # type: ignore[union-attr]
         with torch.inference_mode(False), torch.no_grad():
+            tensors = [make(source) for source in sources]
             if torch.cuda.is_current_stream_capturing():  # not there before a replay
-                return [source.to(dtype) for source in sources]
+                return tensors
             if same:  # in place, where graphs look for them
-                torch._foreach_copy_(kept.tensors, sources)  # type: ignore[union-attr]
+                torch._foreach_copy_(kept.tensors, tensors)  # type: ignore[union-attr]
                 tensors = kept.tensors  # type: ignore[union-attr]
-            else:
-                tensors = [source.to(dtype) for source in sources]
             torch.cuda.current_stream(self.weight.device).synchronize()  # for calls on other streams
-        self._rounded = _Rounded(tensors, sources, versions)
+        self._copies[form] = _Copies(tensors, sources, versions)
         return tensors
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Linear:
-        self._rounded = None
+        self._copies = None
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_rounded"}
+        return {name: value for name, value in self.__dict__.items() if name != "_copies"}
+
+
+def _in_tf32(x: Tensor, weight: Tensor) -> bool:
+    """Whether a product is in TF32, for which matrix units take operands whose rows are summed over."""
+    return x.dtype == weight.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def _is_product(x: Tensor, layer: nn.Linear) -> bool:
@@ -109,3 +125,17 @@ class _Product(torch.autograd.Function):
         if torch.is_grad_enabled() and grad.requires_grad:  # of a gradient
             return grad @ weight, None, None
         return _multiply(grad.contiguous(), weight.t(), None), None, None
+
+
+class _Transposed(torch.autograd.Function):
+    """The product of a frozen layer, whose gradient takes its weights from a transposed copy."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: Tensor) -> Tensor:
+        ctx.save_for_backward(transposed)
+        return F.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        (transposed,) = ctx.saved_tensors
+        return F.linear(grad, transposed), None, None, None

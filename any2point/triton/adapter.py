@@ -19,7 +19,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from any2point.triton._rows import tf32_allowed
 from any2point.triton.block import load_stacked, rows_of, shared_memory_of, unstacked
+from any2point.triton.local_aggregate import _operand
 
 WIDEST = 64  # bottleneck
 
@@ -80,19 +82,24 @@ def _join_kernel(
         value, _ = _branch(y, layer_scale, at, column, inside, real)
         both = (rank < RANK)[None, :] & real[:, None]
         weight = tl.load(down + rank[None, :] * WIDTH + column[:, None], mask=both, other=0.0)
-        a = tl.dot(value.to(DTYPE), weight.to(DTYPE), a, input_precision=PRECISION)
+        a = tl.dot(
+            _operand(value, DTYPE, PRECISION),
+            _operand(weight, DTYPE, PRECISION),
+            a,
+            input_precision=PRECISION,
+        )
     a += tl.load(down_bias + rank, mask=rank < RANK, other=0.0).to(tl.float32)[None, :]
     place, held = row[:, None] * RANK + rank[None, :], known[:, None] & (rank < RANK)[None, :]
     tl.store(hidden + place, a, mask=held)
     h, _slope = _hidden(a, keep, place, held, rescale)
-    h = h.to(DTYPE)
+    h = _operand(h, DTYPE, PRECISION)
     for first in range(0, WIDTH, CHUNK):
         column = first + tl.arange(0, CHUNK)
         real = column < WIDTH
         at, inside = row[:, None] * WIDTH + column[None, :], known[:, None] & real[None, :]
         both = (rank < RANK)[:, None] & real[None, :]
         weight = tl.load(up + column[None, :] * RANK + rank[:, None], mask=both, other=0.0)
-        result = tl.dot(h, weight.to(DTYPE), input_precision=PRECISION)
+        result = tl.dot(h, _operand(weight, DTYPE, PRECISION), input_precision=PRECISION)
         result += tl.load(up_bias + column, mask=real, other=0.0).to(tl.float32)[None, :]
         value, _ = _branch(y, layer_scale, at, column, inside, real)
         value += load_stacked(x, tail, row[:, None], column[None, :], split, WIDTH, inside)
@@ -136,13 +143,18 @@ def _join_backward_kernel(
         both = (rank < RANK)[None, :] & real[:, None]
         weight = tl.load(up + column[:, None] * RANK + rank[None, :], mask=both, other=0.0)
         value = load_stacked(grad, grad_tail, row[:, None], column[None, :], split, WIDTH, inside)
-        grad_h = tl.dot(value.to(DTYPE), weight.to(DTYPE), grad_h, input_precision=PRECISION)
+        grad_h = tl.dot(
+            _operand(value, DTYPE, PRECISION),
+            _operand(weight, DTYPE, PRECISION),
+            grad_h,
+            input_precision=PRECISION,
+        )
     place, held = row[:, None] * RANK + rank[None, :], known[:, None] & (rank < RANK)[None, :]
     a = tl.load(hidden + place, mask=held, other=0.0)
     h, slope = _hidden(a, keep, place, held, rescale)
     grad_a = factor * grad_h * slope
     tl.store(parts + RANK * WIDTH + rank, tl.sum(grad_a, 0), mask=rank < RANK)
-    h, grad_a = (factor * h).to(DTYPE), grad_a.to(DTYPE)
+    h, grad_a = _operand(factor * h, DTYPE, PRECISION), _operand(grad_a, DTYPE, PRECISION)
     for first in range(0, WIDTH, CHUNK):
         column = first + tl.arange(0, CHUNK)
         real = column < WIDTH
@@ -152,11 +164,11 @@ def _join_backward_kernel(
         weight = tl.load(down + of_weight, mask=both, other=0.0)
         value, by = _branch(y, layer_scale, at, column, inside, real)
         of_out = load_stacked(grad, grad_tail, row[:, None], column[None, :], split, WIDTH, inside)
-        of_y = tl.dot(grad_a, weight.to(DTYPE), input_precision=PRECISION)
+        of_y = tl.dot(grad_a, _operand(weight, DTYPE, PRECISION), input_precision=PRECISION)
         tl.store(grad_y + at, ((of_out + of_y) * by).to(grad_y.dtype.element_ty), mask=inside)
-        of_down = tl.dot(tl.trans(grad_a), value.to(DTYPE), input_precision=PRECISION)
+        of_down = tl.dot(tl.trans(grad_a), _operand(value, DTYPE, PRECISION), input_precision=PRECISION)
         tl.store(parts + of_weight, of_down, mask=both)
-        of_up = tl.dot(tl.trans(of_out.to(DTYPE)), h, input_precision=PRECISION)
+        of_up = tl.dot(tl.trans(_operand(of_out, DTYPE, PRECISION)), h, input_precision=PRECISION)
         of_weight = column[:, None] * RANK + rank[None, :]
         tl.store(parts + RANK * WIDTH + RANK + of_weight, of_up, mask=real[:, None] & (rank < RANK)[None, :])
         tl.store(parts + 2 * RANK * WIDTH + RANK + column, factor * tl.sum(of_out, 0), mask=real)
@@ -166,8 +178,9 @@ def _sizes(count: int, width: int, rank: int, dtype: torch.dtype, *, backward: b
     rows, chunk = 16, 256
     if backward:  # more rows keep the partial sums of a large batch small
         rows, chunk = 16 if count <= 1024 else 32 if count <= 16384 else 64, 128
-    chunk = 64 if dtype == torch.float32 else chunk
-    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    exact = dtype == torch.float32 and not tf32_allowed()
+    if exact or (dtype == torch.float32 and backward):
+        chunk = 64
     return {
         "WIDTH": width,
         "RANK": rank,
@@ -175,9 +188,9 @@ def _sizes(count: int, width: int, rank: int, dtype: torch.dtype, *, backward: b
         "ROWS": rows,
         "CHUNK": max(16, min(chunk, triton.next_power_of_2(width))),
         "DTYPE": {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}.get(dtype, tl.float32),
-        "PRECISION": "tf32" if tf32 or dtype != torch.float32 else "ieee",
+        "PRECISION": "ieee" if exact else "tf32",
         "num_warps": 4,
-        "num_stages": (3 if rows < 64 else 2) if backward else 2,
+        "num_stages": 3 if rows < 64 and (backward or dtype != torch.float32) else 2,
     }
 
 
