@@ -162,7 +162,7 @@ def virtual_project(device: str, shapes: Shapes | None = None) -> Iterator[Case]
 
 # points, centres, k, channels, bottleneck, residual units: the stages of the tokenizer
 STAGES = [(1024, 512, 81, 96, 96, 2), (512, 256, 81, 192, 192, 1), (256, 128, 81, 384, 32, 1)]
-_ANOTHER = (1024, 512, 16, 64, 48, 3)  # of a size that no kernel is written for
+_ANOTHER = (1024, 512, 16, 64, 48, 3)  # a size without kernels of its own
 
 
 def _norm(device: str, *shape: int) -> ops.BatchNorm:
@@ -244,7 +244,7 @@ def local_aggregate(device: str, shapes: Shapes | None = None) -> Iterator[Case]
                 reference=reference.local_aggregate,
                 tolerance=0.2,  # 0.04 for torch under autocast: more maxima and ReLUs go the other way
                 training=_TRAINING,
-                compilable=peers.torch_local_aggregate,
+                compilable=peers.torch_local_aggregate if stage in STAGES else None,  # half a minute each
                 low=True,
             )
     if device == "cuda" and not shapes:

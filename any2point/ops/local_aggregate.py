@@ -93,9 +93,10 @@ def local_aggregate(
     Complexity: O(B S K (C H + C)) time, O(B S K C) memory. On the CPU, in float32 or less, kernels take over:
     evaluation without a gradient to keep needs O(B S C) memory, training O(B S K H) (with several units
     O(B S K C) for a while in backward), unless a gradient of the points is wanted; it differentiates once.
-    With `recompute` kernels keep O(B S C) for backward, and go through the clouds in chunks of some 100 MB:
-    O(B S K H) at a time (O(B S K C) from three units on). The composition needs what it would without while
-    it differentiates, and in a graph of `torch.compile` `recompute` leaves it as it is.
+    With `recompute` kernels keep O(B S C) for backward. Inside forward and backward they need a hidden layer
+    of all rows, O(B S K H), and the rows of some clouds at a time, 64 MB or those of one cloud (from three
+    units on O(B S K C)). The composition needs what it would without while it differentiates, and in a graph
+    of `torch.compile` `recompute` leaves it as it is.
     On CUDA (sm_80 and newer, with Triton) kernels evaluate, and train in as much memory; on sm_90 in float16
     and bfloat16 faster ones do it for units of (2C, H) = (192, 96) twice, (384, 192) or (768, 32). On other
     GPUs, and for a gradient of the points, training is the composition. Statistics may be shared by processes

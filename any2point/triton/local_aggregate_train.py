@@ -7,7 +7,13 @@ gradient between two units. Sums are one per tile or program, added up in float6
 take factors in the dtype of the features, float32 as TF32 where torch allows it and otherwise in three
 products of TF32.
 
-csrc/local_aggregate/train_*.sm90a.* do better for 16 bits and three sizes on sm_90.
+H200, forward and backward of 32 clouds, beside the composition of torch ops: the tokenizer's three stages
+(K = 81) in float16 13.6 + 6.7 + 2.2 ms and up to 1.5 GB, for 40.8 + 26.8 + 13.3 ms and 9.2 GB; 512 groups of
+16, C = 128, three units of H = 48, in float16 3.4 ms and 0.26 GB for 6.1 ms and 1.5 GB; 256 groups of 33, C =
+180, H = 45, in bfloat16 1.6 ms for 3.8 ms. The first stage in TF32 takes 19.0 ms for 23.5 ms, in float32 32
+ms. Limits: loads wait for products, and each 64 rows read the weights and each 64 channels the hidden layers
+again; deeper pipelines and tiles of 128 rows made single kernels up to a quarter faster and are not in use.
+csrc/local_aggregate/train_*.sm90a.* do better for 16 bits and three sizes on sm_90 (6.5 ms for the stages).
 """
 
 from __future__ import annotations
@@ -66,8 +72,7 @@ class TritonPasses(Passes):
         points, features, center, neighbor, divisor, wavelength, beta, guard = rows
         batch, self.points, half = features.shape
         self.width, self.groups = 2 * half, batch * neighbor.shape[1]
-        single = self.single = self.dtype == torch.float32
-        self.most = _ROWS if single else 2 * _ROWS  # rows of a tile, as many as registers take
+        single = self.dtype == torch.float32
         self.tf32 = single and tf32_allowed()
         exact = self.exact = single and not self.tf32
         sine = "exact" if exact else "plain" if INTERPRETED else "fast"
@@ -111,19 +116,19 @@ class TritonPasses(Passes):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         hidden = len(weight)
         block = _block(hidden, self.block)
-        rows = _ROWS if done or block == 256 else self.most
-        tiles = triton.cdiv(self.pairs, rows)
         before = self.rows[1].new_empty(self.pairs, hidden)
-        found = self.room(tiles, hidden), self.room(tiles, hidden), self.room(tiles)
+        found = self.room(self.tiles, hidden), self.room(self.tiles, hidden), self.room(self.tiles)
         made, how = self.after(done)
-        project_kernel[(tiles, triton.cdiv(hidden, block))](
+        project_kernel[(self.tiles, triton.cdiv(hidden, block))](
             *made, self.factor(weight), bias, before, *found, self.pairs, H=hidden, BLOCK=block,
-            CHUNK=self.chunk if done else min(32, self.chunk), ROWS=rows, **how,
-            num_warps=8 if block == 256 else 4, num_stages=2 if block == 256 else 3,
+            CHUNK=self.chunk if done else min(32, self.chunk), ROWS=_ROWS, **how,
+            num_warps=8 if block == 256 else 4, num_stages=1 if done else 3 if block < 256 else 2,
         )  # fmt: skip
-        parts, size = min(_PARTS, tiles), _block(hidden, 64)
+        parts, size = min(_PARTS, self.tiles), _block(hidden, 64)
         merged = self.room(parts, hidden), self.room(parts, hidden), self.room(parts)
-        merge_kernel[(parts, triton.cdiv(hidden, size))](*found, *merged, tiles, H=hidden, ROWS=8, SIZE=size)
+        merge_kernel[(parts, triton.cdiv(hidden, size))](
+            *found, *merged, self.tiles, H=hidden, ROWS=8, SIZE=size
+        )
         return before, *merged
 
     def outer(
@@ -140,17 +145,16 @@ class TritonPasses(Passes):
         alike = right is None and done is None
         width = hidden if alike else self.width
         if alike:
-            block = _block(hidden, 64 if self.single else 128)
+            block = _block(hidden, 64 if self.dtype == torch.float32 else 128)
         else:
             block = _block(hidden, 64 if hidden > 128 and not done else self.block)
         chunk = block if alike else _block(width, 64)
         blocks, chunks = triton.cdiv(hidden, block), triton.cdiv(width, chunk)
-        parts = max(1, min(_PROGRAMS // (blocks * chunks), self.tiles // 2))
-        rows = _ROWS if alike or block == 256 else self.most
+        parts = max(1, min(_PROGRAMS // (blocks * chunks), self.tiles))
         out, total = self.room(parts, hidden, width), self.room(parts, hidden)
         outer_kernel[(parts, blocks, chunks)](
             left, *(norm or (None, None)), right, *made, out, total, self.pairs, H=hidden, BLOCK=block,
-            CHUNK=chunk, ROWS=rows, **(how | {"WIDTH": width}), num_stages=1,
+            CHUNK=chunk, ROWS=_ROWS, **(how | {"WIDTH": width}), num_stages=1,
         )  # fmt: skip
         return out, total
 
@@ -179,7 +183,7 @@ class TritonPasses(Passes):
         made, how = self.after(done)
         maximum_kernel[(triton.cdiv(self.groups, count), triton.cdiv(self.width, self.chunk))](
             *made, out, argmax, self.groups, self.pairs, K=self.neighbors, CHUNK=self.chunk, GROUPS=count,
-            STEP=step, **how,
+            STEP=step, **how, num_stages=1,
         )  # fmt: skip
         return out, argmax
 
@@ -208,14 +212,13 @@ class TritonPasses(Passes):
         carried = carried if self.dense is None else carried.T
         q = q if self.exact else _round(q)
         dz = torch.empty_like(before)
-        tiles = triton.cdiv(self.pairs, self.most)
-        plain, scaled = self.room(tiles, hidden), self.room(tiles, hidden)
-        block = _block(hidden, 64 if self.single or hidden > 128 else 128)
-        hidden_grad_kernel[(tiles, triton.cdiv(hidden, block))](
+        plain, scaled = self.room(self.tiles, hidden), self.room(self.tiles, hidden)
+        block = _block(hidden, 64 if self.dtype == torch.float32 or hidden > 128 else 128)
+        hidden_grad_kernel[(self.tiles, triton.cdiv(hidden, block))](
             *unit.hidden, *self.entry, self.dense, self.factor(carried), q, constant,
             *unit.in_single[2:], dz, plain, scaled, self.pairs, K=self.neighbors, H=hidden,
-            BLOCK=block, PIECE=_piece(hidden, self.piece), WIDTH=self.width,
-            CHUNK=min(self.piece, self.chunk), ROWS=self.most, **self.precision, num_stages=1,
+            BLOCK=block, PIECE=_piece(hidden, self.piece), WIDTH=self.width, CHUNK=self.chunk, ROWS=_ROWS,
+            **self.precision, num_stages=1,
         )  # fmt: skip
         self.dz = dz
         return self.add_up(plain), self.add_up(scaled)
@@ -242,7 +245,7 @@ class TritonPasses(Passes):
             below_kernel[(self.tiles, triton.cdiv(self.width, self.chunk))](
                 *made, dy, self.factor(unit.in_weight), *self.entry, self.dense, below, total, self.pairs,
                 K=self.neighbors, H=hidden, PIECE=_piece(hidden, self.piece), CHUNK=self.chunk, ROWS=_ROWS,
-                **how, num_stages=1 if self.single else 3,
+                **how, num_stages=1,
             )  # fmt: skip
             self.entry, self.dense, self.rest = (None, None), below, []
             del dy
