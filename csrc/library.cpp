@@ -82,13 +82,15 @@ STABLE_TORCH_LIBRARY(any2point, m) {
   // qkv [B, S, V, 3, M]; proj [V, M + 1, C]: weight and, last, bias; norms: weight and bias [V, C] of the
   // views, then [C] of the voxels if there are any; running: likewise means and variances, or none to train;
   // keep [V, B, S]: factors on the attention branch, or none; total: rows that the statistics of views count,
-  // 0 for those with tokens. mean, deviation (1 / root of variance + eps), unbiased: [L, C] float32. For the
-  // backward pass on CUDA, elsewhere without elements: inner [V, R, K], heads averaged over
-  // cells, agreement [2V + 1, R], products and squared norms of activations (guided_aggregate/kernel.h).
+  // 0 for those with tokens; residual: the features are part of out, always on CPUs. mean, deviation (1 /
+  // root of variance + eps), unbiased: [L, C] float32. For the backward pass on CUDA, elsewhere without
+  // elements: inner [V, R, K], heads averaged over cells, agreement [2V + 1, R], products and squared norms
+  // of activations (guided_aggregate/kernel.h).
   m.def(
       "_guided_aggregate(Tensor features, Tensor qkv, Tensor proj, Tensor[] norms, Tensor[] running, "
       "Tensor order, Tensor segment, Tensor start, Tensor count, Tensor? keep, int num_heads, float scale, "
-      "float coefficient, bool maximum, str ensemble, SymInt total, float eps) -> (Tensor out, Tensor mean, "
+      "float coefficient, bool maximum, str ensemble, SymInt total, float eps, bool residual) -> (Tensor "
+      "out, Tensor mean, "
       "Tensor deviation, Tensor unbiased, Tensor inner, Tensor agreement)");
   // grad_norms like norms.
   m.def(
@@ -96,7 +98,8 @@ STABLE_TORCH_LIBRARY(any2point, m) {
       "Tensor mean, Tensor deviation, Tensor inner, Tensor agreement, Tensor order, Tensor segment, Tensor "
       "start, Tensor count, Tensor? keep, int num_heads, float scale, float coefficient, bool maximum, str "
       "ensemble, SymInt total, bool "
-      "training) -> (Tensor grad_features, Tensor grad_qkv, Tensor grad_proj, Tensor[] grad_norms)");
+      "training, bool residual) -> (Tensor grad_features, Tensor grad_qkv, Tensor grad_proj, Tensor[] "
+      "grad_norms)");
 
   // Which kernels farthest point sampling would launch on a GPU of these limits, as JSON, for tests.
   m.def(

@@ -33,8 +33,8 @@ class GuidedPlan(NamedTuple):
 
     `order [L, R]` (tokens by segment), `segment [L, R]` (of each token), `start [L, R + 1]` (of each segment
     in `order`), `held [L, B]` (segments that hold tokens), all int32; `qkv_weight [V * 3M, C]`, `qkv_bias
-    [V * 3M]`, `proj [V, M + 1, C]`. Where 16-bit features have a kernel for the product, under autocast:
-    `low`, the weight in their dtype, and `sums [V * 3M]` of its rows.
+    [V * 3M]`, `proj [V, M + 1, C]`. Where there is a kernel for the product in autocast's dtype: `low`, the
+    weight in it, and `sums [V * 3M]` of its rows.
     """
 
     order: Tensor
@@ -59,23 +59,31 @@ def make_plan(
     order, segment, start, held = lists
     weight = (qkv_weight * norm_weight[:, None]).flatten(0, 1)
     low = sums = None
-    if _has_product(features):
-        low = weight.detach().to(features.dtype)
+    if dtype := _product_dtype(features):
+        low = weight.detach().to(dtype)
         sums = low.float().sum(-1)
     return GuidedPlan(order, segment, start, held, weight, bias.flatten(), proj, low, sums)
 
 
-def _has_product(features: Tensor) -> bool:
-    """Whether a kernel takes LayerNorm and the product of queries, keys and values in 16 bits.
+def _product_dtype(features: Tensor) -> torch.dtype | None:
+    """The 16 bits in which a kernel takes LayerNorm and the product of queries, keys and values, if any.
 
     That rounds the weights, which sharp attention shows: without autocast they stay as they are.
     """
-    if features.device.type != "cuda" or features.dtype not in (torch.float16, torch.bfloat16):
-        return False
-    if not torch.is_autocast_enabled("cuda") or torch.get_autocast_dtype("cuda") != features.dtype:
-        return False
     width = features.shape[-1]
-    return width % 8 == 0 and width <= 1024 and torch.cuda.get_device_capability(features.device) >= (9, 0)
+    if not features.is_cuda or not torch.is_autocast_enabled("cuda") or width % 8 or width > 1024:
+        return None
+    dtype = torch.get_autocast_dtype("cuda")
+    if not _takes(features, dtype) or torch.cuda.get_device_capability(features.device) < (9, 0):
+        return None
+    return dtype
+
+
+def _takes(features: Tensor, low: torch.dtype) -> bool:
+    """Whether the kernels' rows may be of this dtype: bfloat16 has the range of float32."""
+    if low not in (torch.float16, torch.bfloat16):
+        return False
+    return features.dtype == low or (features.dtype, low) == (torch.float32, torch.bfloat16)
 
 
 def is_fused(features: Tensor, tensors: Sequence[Tensor], training: bool) -> bool:
@@ -110,9 +118,11 @@ def fused(
     """`any2point.ops.guided_aggregate` after its checks."""
     batch, count, width = features.shape
     views = plan.proj.shape[0]
-    if plan.low is not None and plan.low.dtype == features.dtype:
+    rows = features
+    if plan.low is not None and _takes(features, plan.low.dtype):
+        rows = features.to(plan.low.dtype)
         qkv = _ops._guided_product.default(
-            features, plan.qkv_weight, plan.low, plan.sums, plan.qkv_bias, norm_eps
+            rows, plan.qkv_weight, plan.low, plan.sums, plan.qkv_bias, norm_eps
         )[0]
     else:
         normalized = F.layer_norm(features.float(), (width,), eps=norm_eps)
@@ -125,7 +135,8 @@ def fused(
     norms = [tensor.float().contiguous() for norm in both for tensor in (norm.weight, norm.bias)]
     statistics = [tensor for norm in both for tensor in (norm.running_mean, norm.running_var)]
     running = [] if training else [tensor.float().contiguous() for tensor in statistics]
-    rows = features if width % 4 == 0 else features.float()  # 16-bit rows are read four channels at a time
+    apart = rows.dtype != features.dtype  # the sum with float32 features loses none of their bits
+    rows = rows if width % 4 == 0 else rows.float()  # 16-bit rows are read four channels at a time
     out, mean, _, unbiased, *_ = checked(
         _ops._guided_aggregate.default,
         rows.contiguous(),
@@ -145,13 +156,14 @@ def fused(
         ensemble,
         batch * num_cells if count_empty else 0,
         eps,
+        not apart,
     )
     if training:
         with torch.no_grad():
             new = [mean[:views], unbiased[:views], mean[-1], unbiased[-1]][: len(statistics)]
             new = [value.to(old.dtype) for value, old in zip(new, statistics)]
             torch._foreach_lerp_(statistics, new, momentum)
-    return out.to(features.dtype)
+    return features + out if apart else out.to(features.dtype)
 
 
 @torch.library.register_fake("any2point::_guided_lists")
@@ -229,8 +241,8 @@ def _backward_fake(
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     features, qkv, proj, norms, running, *lists = inputs[:9]
-    keep, *options, _ = inputs[9:]
-    ctx.options = *options, not running
+    keep, *options, _, residual = inputs[9:]
+    ctx.options = *options, not running, residual
     ctx.norms, ctx.running = len(norms), len(running)
     ctx.set_materialize_grads(False)  # of what is kept: zeros
     ctx.save_for_backward(features, qkv, proj, *norms, *output[1:3], *output[4:], *lists, keep)
@@ -238,13 +250,13 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 
 def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
     if grad is None:
-        return None, None, None, [None] * ctx.norms, [None] * ctx.running, *[None] * 12
+        return None, None, None, [None] * ctx.norms, [None] * ctx.running, *[None] * 13
     features, qkv, proj, *rest = ctx.saved_tensors
     norms, rest = rest[: ctx.norms], rest[ctx.norms :]
     found = _ops._guided_aggregate_backward.default(
         grad.contiguous(), features, qkv, proj, norms, *rest, *ctx.options
     )
-    return *found, [None] * ctx.running, *[None] * 12
+    return *found, [None] * ctx.running, *[None] * 13
 
 
 torch.library.register_autograd("any2point::_guided_aggregate", _backward, setup_context=_setup)

@@ -50,7 +50,9 @@ def guided_aggregate(
 
     Args:
         features: `[B, S, C]` tokens x, without class token; float16 and bfloat16 are computed in float32 and
-            rounded at the end. Autocast rounds the operands of the product with `qkv_weight`.
+            rounded at the end. Autocast rounds the operands of the product with `qkv_weight`; on CUDA
+            (sm_90) in bfloat16 also the tokens that are pooled and the blend, which float32 features are
+            added to in float32.
         cell: `[B, V, S]` int64 or int32, cell of every token in every view, in `[0, num_cells)`.
         cluster: `[B, S]`, voxel of every token, numbered consecutively over the batch from 0. None is enough
             unless `ensemble` is "adaptive".

@@ -423,7 +423,8 @@ __global__ void __launch_bounds__(kThreads) features_kernel(GuidedBackward args,
   const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (i >= rows * columns) return;
   const int64_t token = i / columns, c = i % columns * N, at = token * args.channels + c;
-  Lane<N> sum = load<N>(static_cast<const T*>(args.grad) + at);
+  Lane<N> sum{};
+  if (args.residual) sum = load<N>(static_cast<const T*>(args.grad) + at);
   for (int64_t v = 0; v < args.views; v++) {
     const int64_t row = args.maximum ? token : args.segment[v * rows + token];
     add(&sum, 1.0f, load<N>(work.grads + (v * rows + row) * args.channels + c));

@@ -301,7 +301,8 @@ __global__ void __launch_bounds__(kBlock, 2)
     Lane<4> x[kSteps], blend[kSteps];
 #pragma unroll
     for (int j = 0; j < kSteps; j++) {
-      x[j] = inside(j) ? load<4>(static_cast<const T*>(args.features) + at + 4 * kLanes * j) : zero<4>();
+      const T* const own = static_cast<const T*>(args.features) + at + 4 * kLanes * j;
+      x[j] = inside(j) && args.residual ? load<4>(own) : zero<4>();
       blend[j] = zero<4>();
     }
 #pragma unroll

@@ -463,7 +463,7 @@ __global__ void __launch_bounds__(kBlock, 1) cloud_kernel(GuidedForward args, Cl
 #pragma unroll
       for (int i = 0; i < 2; i++) {
         T* const at = x + (token + g + 8 * i) * kPitch + half + 8 * n + 2 * q;
-        Lane<2> two = load<2>(at);
+        Lane<2> two = args.residual ? load<2>(at) : Lane<2>{};
         two.at[0] = fmaf(args.coefficient, blend[n][2 * i], two.at[0]);
         two.at[1] = fmaf(args.coefficient, blend[n][2 * i + 1], two.at[1]);
         store(at, two);

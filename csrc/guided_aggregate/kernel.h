@@ -30,6 +30,7 @@ struct Guided {
   int64_t total;  // rows that the statistics of views count, 0: the segments that hold tokens
   bool maximum;   // views pool by maximum + mean
   bool training;
+  bool residual;  // x is part of out; without, out is the blend alone, and dout no part of dx
   Ensemble ensemble;
   float scale, coefficient, eps;
   const void* features;                                                  // [R, C]

@@ -215,13 +215,14 @@ Args guided(const Tensor& features, const Tensor& qkv, const Tensor& proj, const
 Six forward(const Tensor& features_, const Tensor& qkv, const Tensor& proj_, std::vector<Tensor> norms_,
             std::vector<Tensor> running, const Tensor& order, const Tensor& segment, const Tensor& start,
             const Tensor& count, const OptionalTensor& keep, int64_t heads, double scale, double coefficient,
-            bool maximum, std::string ensemble, int64_t total, double eps) {
+            bool maximum, std::string ensemble, int64_t total, double eps, bool residual) {
   const Tensor features = whole(features_), proj = whole(proj_);
   const std::vector<Tensor> norms = whole(norms_);
   GuidedForward args = guided<GuidedForward>(features, qkv, proj, norms, order, segment, start, count, keep,
                                              heads, scale, coefficient, maximum, ensemble, total);
   const int64_t views = args.views, width = args.channels;
   args.eps = static_cast<float>(eps);
+  args.residual = residual;
   args.training = running.empty();
   A2P_CHECK(args.training || running.size() == norms.size(), "running: expected as many as norms");
   if (!args.training) {
@@ -253,6 +254,7 @@ Six forward(const Tensor& features_, const Tensor& qkv, const Tensor& proj_, std
     return {out, mean, deviation, unbiased, inner, agreement};
   }
 #endif
+  A2P_CHECK(residual, "residual: expected True on a CPU");
   guided_forward_cpu(args);
   return {out, mean, deviation, unbiased, inner, agreement};
 }
@@ -262,12 +264,13 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> backward(
     std::vector<Tensor> norms_, const Tensor& mean, const Tensor& deviation, const Tensor& inner,
     const Tensor& agreement, const Tensor& order, const Tensor& segment, const Tensor& start,
     const Tensor& count, const OptionalTensor& keep, int64_t heads, double scale, double coefficient,
-    bool maximum, std::string ensemble, int64_t total, bool training) {
+    bool maximum, std::string ensemble, int64_t total, bool training, bool residual) {
   const Tensor grad = whole(grad_), features = whole(features_), proj = whole(proj_);
   const std::vector<Tensor> norms = whole(norms_);
   GuidedBackward args = guided<GuidedBackward>(features, qkv, proj, norms, order, segment, start, count, keep,
                                                heads, scale, coefficient, maximum, ensemble, total);
   args.training = training;
+  args.residual = residual;
   const int64_t width = args.channels;
   args.mean = floats_of("mean", mean, {order.size(0), width}, features);
   args.deviation = floats_of("deviation", deviation, {order.size(0), width}, features);
@@ -295,6 +298,7 @@ std::tuple<Tensor, Tensor, Tensor, std::vector<Tensor>> backward(
     return {grad_features, grad_qkv, grad_proj, grad_norms};
   }
 #endif
+  A2P_CHECK(residual, "residual: expected True on a CPU");
   guided_backward_cpu(args);
   return {grad_features, grad_qkv, grad_proj, grad_norms};
 }

@@ -180,7 +180,7 @@ __global__ void __launch_bounds__(kProductThreads, 3)
           dx[i] = load<4>(waiting + token * channels);
           continue;
         }
-        dx[i] = load<4>(grad + token * channels);
+        dx[i] = args.residual ? load<4>(grad + token * channels) : Lane<4>{};
         voxel[i] = voxels[token];
         const int from = max(voxel[i], 0) * channels;
         dys[i] = fetched(voxel_dy + from);

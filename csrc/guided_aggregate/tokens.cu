@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(kThreads)
         }
       }
     }
-    Lane<N> x = load<N>(features + c);
+    Lane<N> x = args.residual ? load<N>(features + c) : none;
     add(&x, args.coefficient, blend);
     store(out + c, x);
   }

@@ -170,6 +170,23 @@ def test_low_precision_errs_like_the_composition(dtype: torch.dtype, name: str, 
         assert all(x <= 2 * y for x, y in zip(got, plain, strict=True)), (got, plain)
 
 
+@pytest.mark.parametrize("name", LOW)
+@pytest.mark.parametrize("training", [False, True])
+def test_float32_features_keep_their_bits_in_bfloat16(name: str, training: bool) -> None:
+    """What is added to them is rounded, and what is added to their gradient, but nothing else."""
+    kwargs = make_low(name, torch.float32) | {"training": training}
+    exact = _with_gradient(composition, tree_map(lambda x: x.double() if _floats(x) else x, kwargs))
+    given = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, kwargs)
+    with torch.autocast("cuda", torch.bfloat16):
+        got = _with_gradient(guided_aggregate, given)
+        none = _with_gradient(guided_aggregate, given | {"coefficient": 0.0})
+    features, grad = kwargs["features"], none[1]
+    assert got[0].dtype == got[1].dtype == torch.float32
+    assert torch.equal(none[0], features)
+    for found, want, base in zip(got, exact, (features, grad), strict=True):
+        assert (found - want).norm() < 4e-2 * (want - base).norm()
+
+
 def _with_gradient(function: Callable[..., Tensor], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
     leaf = kwargs["features"].requires_grad_()
     out = function(**kwargs)
