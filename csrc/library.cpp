@@ -121,6 +121,7 @@ STABLE_TORCH_LIBRARY(any2point, m) {
   // H] and bias [C] of each unit before. Sums come as one row per chunk, on the CPU padded as the kernels do.
   // Without `statistics` _project may return none. On CUDA before goes to `to` if that is there, which may be
   // that of the last unit that is done, and is empty.
+  // dense: no tensor, or du [M, C]; on CUDA its halves [M, C / 2], and dz may be the second.
   // On CUDA features, before, dense, du, dz, dy1 and the weights of _project and _max have 16 bits,
   // everything else is float32.
   m.def(
@@ -140,19 +141,21 @@ STABLE_TORCH_LIBRARY(any2point, m) {
       "grad_normed, Tensor outer)");
   m.def(
       "_local_aggregate_hidden_grad(Tensor before, Tensor scale, Tensor shift, Tensor? grad, Tensor? argmax, "
-      "Tensor? dense, int neighbors, Tensor q, Tensor constant, Tensor weight, Tensor mean, Tensor "
-      "deviation) "
-      "-> (Tensor dz, Tensor sum, Tensor sum_normed)");
+      "Tensor[] dense, int neighbors, Tensor q, Tensor constant, Tensor weight, Tensor mean, Tensor "
+      "deviation, Tensor(a!) dz) -> (Tensor sum, Tensor sum_normed)");
   m.def(
       "_local_aggregate_rows_grad(Tensor points, Tensor features, Tensor center, Tensor neighbor, Tensor? "
       "divisor, Tensor wavelength, float beta, bool guard, Tensor[] done, Tensor before, Tensor? grad, "
       "Tensor? "
-      "argmax, Tensor? dense, Tensor dz, Tensor[] norm, Tensor weight, Tensor[] below) -> Tensor[]");
-  // On CUDA the first unit's _rows_grad returns the gradient of W1 and dy1 [M, H] alone. With du, dense [M,
-  // C] or an entry per group and channel, and W1 [H, C] it gives factor times the gradient of the features,
-  // in the type of dy1 or in float32. Without dy1, or without du: the part of the other.
+      "argmax, Tensor[] dense, Tensor(a!) dz, Tensor[] norm, Tensor weight, Tensor[] below) -> Tensor[]");
+  // On CUDA the first unit's _rows_grad returns the gradient of W1 alone and leaves dy1 in the place of dz;
+  // another unit's has the halves of du instead of du: the first, the sums over groups [B S, C / 2] of the
+  // second, and the second in the place of dz. With dy1, W1 [H, C], and an entry per group and channel, or
+  // dense: the first half and those sums, _points_grad gives factor times the gradient of the features, in
+  // the type of dy1 or in float32. Without dy1, or without du: the part of the other.
   m.def(
-      "_local_aggregate_points_grad(Tensor? dy1, Tensor? grad, Tensor? argmax, Tensor? dense, Tensor center, "
+      "_local_aggregate_points_grad(Tensor? dy1, Tensor? grad, Tensor? argmax, Tensor[] dense, Tensor "
+      "center, "
       "Tensor neighbor, Tensor weight, Tensor? factor, SymInt points, bool single) -> Tensor");
   // Between the passes on CUDA (csrc/local_aggregate/train_algebra.h), from the parts of their sums. single:
   // [4, H] scale, shift, mean and deviation of y1; [2, C] mean and deviation of the second layer. rows: M.

@@ -184,10 +184,17 @@ class Passes:
         return [out_grad, normed, total], linear
 
     def hidden_grad(self, unit: Unit, linear: list[Tensor]) -> tuple[Tensor, Tensor]:
-        self.dz, plain, scaled = _ops._local_aggregate_hidden_grad(
-            *unit.hidden, *self.entry, self.dense, self.neighbors, *linear, *unit.in_single[2:]
+        dense, self.dz = self.dense_rows(), self.place_for_dz(unit)
+        plain, scaled = _ops._local_aggregate_hidden_grad(
+            *unit.hidden, *self.entry, dense, self.neighbors, *linear, *unit.in_single[2:], self.dz
         )
         return self.add_up(plain), self.add_up(scaled)
+
+    def dense_rows(self) -> list[Tensor]:
+        return [] if self.dense is None else [self.dense]
+
+    def place_for_dz(self, unit: Unit) -> Tensor:
+        return torch.empty_like(unit.before)
 
     def hidden_means(self, plain: Tensor, scaled: Tensor) -> list[Tensor]:
         """What `rows_grad` takes of the sums that `hidden_grad` returns."""
@@ -207,15 +214,14 @@ class Passes:
             done,
             unit.before,
             *self.entry,
-            self.dense,
+            self.dense_rows(),
             dz,
             [mean, deviation, factor, *means],
             unit.in_weight.T.contiguous(),
             below,
         )
         if done:
-            self.dense, *self.sums = self.rest
-            self.rest = []
+            self.dense, self.sums, self.rest = self.rest[0], self.rest[-3:], self.rest[1:-3]
             self.entry = (None, None)
         hidden, width = unit.in_weight.shape
         return self.add_up(found)[:hidden, :width]
@@ -245,7 +251,14 @@ class Passes:
 
 
 class CudaPasses(Passes):
-    """What lies between the passes in kernels, unless processes share statistics."""
+    """What lies between the passes in kernels, unless processes share statistics.
+
+    Gradients of rows take each other's place. Of du there is `dense`, the first half of its channels, and
+    `center`, the second, until dz takes its place; `by_center` are sums of this half over groups.
+    """
+
+    center: Tensor
+    by_center: Tensor
 
     def add_up(self, part: Tensor) -> Tensor:
         return part[0] if len(part) == 1 else part.sum(0)
@@ -282,6 +295,22 @@ class CudaPasses(Passes):
         total, normed = self.sums[:2]
         return [out_grad, normed[0], total[0]], linear
 
+    def dense_rows(self) -> list[Tensor]:
+        return [] if self.dense is None else [self.dense, self.center]
+
+    def place_for_dz(self, unit: Unit) -> Tensor:
+        return super().place_for_dz(unit) if self.dense is None else self.center
+
+    def rows_grad(self, units: list[Unit], means: list[Tensor]) -> Tensor:
+        dz = self.dz  # in its place: dy1, or the second half of du
+        assert dz is not None
+        found = super().rows_grad(units, means)
+        if len(units) > 1:
+            self.center, (self.by_center,), self.rest = dz, self.rest, []
+        else:
+            self.rest = [dz]
+        return found
+
     def features_grad(self, unit: Unit, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
         return self._points_grad(self.rest[0], unit, factor, dtype == torch.float32)
 
@@ -290,4 +319,5 @@ class CudaPasses(Passes):
 
     def _points_grad(self, dy1: Tensor | None, unit: Unit, factor: Tensor | None, single: bool) -> Tensor:
         layout = (*self.rows[2:4], unit.in_weight, factor, self.rows[0].shape[1])
-        return _ops._local_aggregate_points_grad(dy1, *self.entry, self.dense, *layout, single)
+        dense = [] if self.dense is None else [self.dense, self.by_center]
+        return _ops._local_aggregate_points_grad(dy1, *self.entry, dense, *layout, single)

@@ -63,7 +63,8 @@ struct HopperPoints {
   const void* dy1;         // [M, H], or null if hidden is 0
   const float* grad;       // [B, S, C], or null
   const int32_t* argmax;   // [B, S, C], with grad
-  const void* dense;       // [M, C], or null
+  const void* dense;       // [M, C / 2]: the half of the neighbour, or null
+  const float* by_center;  // [B S, C / 2], with dense: sums of the other half
   const uint32_t* near;    // [B, N + 1] and [B S K]: the inverse list of neighbours, where a missing one
   const uint32_t* pairs;   //   is the centre
   const uint32_t* middle;  // [B, N + 1] and [B S]: the inverse list of centres
@@ -79,7 +80,7 @@ struct HopperPoints {
   const int64_t* neighbor;  // [B, S, K], the index of the first list
   const float* weight;      // W1 [H, C]
   const float* factor;      // of the result, or null: 1
-  float* groups;            // [B S, H + C / 2], without C / 2 where dense is null: scratch
+  float* groups;            // [B S, H]: scratch
   float* by_neighbor;       // [B, N, H]: scratch
   float* direct;            // [B, N, C / 2]: scratch, zeros if grad and dense are null
   void* features;           // [B, N, C / 2], in the type of dy1 unless single

@@ -65,6 +65,47 @@ __device__ __forceinline__ uint32_t relu_of<__nv_bfloat16>(float low, float high
 __device__ __forceinline__ void team_barrier() {
   asm volatile("bar.sync %0, 128;" ::"r"(threadIdx.x / 128 + 1) : "memory");
 }
+// Shared memory that was written before is read by products of the team after it.
+__device__ __forceinline__ void team_publish() {
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  team_barrier();
+}
+
+// Rows of bytes, a multiple of 16, into the L2 cache.
+__device__ __forceinline__ void to_cache(const void* from, uint32_t bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+}
+
+// Barriers in shared memory, between threads and whoever works for them.
+__device__ __forceinline__ void barrier_init(uint64_t* barrier, uint32_t count) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count)
+               : "memory");
+}
+__device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+// Until the phase of this parity is over; a new barrier is in phase 0, and the one before is over.
+__device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity) {
+  asm volatile(
+      "{\n.reg .pred p;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1;\n@!p bra again;\n}" ::
+          "r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+}
+
+// Bytes, a multiple of 16, that the barrier counts when they are there.
+__device__ __forceinline__ void bulk_copy(void* to, const void* from, uint32_t bytes, uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+          shared_address(to)),
+      "l"(from), "r"(bytes), "r"(shared_address(barrier))
+      : "memory");
+}
+__device__ __forceinline__ void barrier_expect(uint64_t* barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)),
+               "r"(bytes)
+               : "memory");
+}
 
 struct Eight {
   float v[8];
@@ -126,20 +167,24 @@ __device__ __forceinline__ uint4 entries_at(const uint4& grad, const uint4& argm
   return {only(grad.x, argmax.x), only(grad.y, argmax.y), only(grad.z, argmax.z), only(grad.w, argmax.w)};
 }
 
-// d [64, 64] += a [64, 16] b [64, 16]^T, both in shared memory.
-template <typename T>
-__device__ void wgmma_shared(float (&d)[32], uint64_t a, uint64_t b);
-#define A2P_WGMMA_SHARED(T, type)                                                           \
-  template <>                                                                               \
-  __device__ __forceinline__ void wgmma_shared<T>(float (&d)[32], uint64_t a, uint64_t b) { \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." type "." type " {" A2P_R32   \
-                 "}, %32, %33, 1, "                                                         \
-                 "1, 1, 0, 0;"                                                              \
-                 : A2P_D32(0)                                                               \
-                 : "l"(a), "l"(b));                                                         \
+// d [64, N] += a [64, 16] b [N, 16]^T, both in shared memory.
+template <int N, typename T>
+__device__ void wgmma_shared(float (&d)[N / 2], uint64_t a, uint64_t b);
+#define A2P_WGMMA_SHARED(N, T, type, registers, inputs, ...)                                                 \
+  template <>                                                                                                \
+  __device__ __forceinline__ void wgmma_shared<N, T>(float (&d)[N / 2], uint64_t a, uint64_t b) {            \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." type "." type " {" registers "}, " inputs \
+                 ", 1, 1, 1, 0, 0;"                                                                          \
+                 : __VA_ARGS__                                                                               \
+                 : "l"(a), "l"(b));                                                                          \
   }
-A2P_WGMMA_SHARED(__half, "f16")
-A2P_WGMMA_SHARED(__nv_bfloat16, "bf16")
+#define A2P_SHARED_BOTH(N, ...)                   \
+  A2P_WGMMA_SHARED(N, __half, "f16", __VA_ARGS__) \
+  A2P_WGMMA_SHARED(N, __nv_bfloat16, "bf16", __VA_ARGS__)
+A2P_SHARED_BOTH(32, A2P_R16, "%16, %17", A2P_D16(0))
+A2P_SHARED_BOTH(64, A2P_R32, "%32, %33", A2P_D32(0))
+A2P_SHARED_BOTH(96, A2P_R48, "%48, %49", A2P_D32(0), A2P_D16(32))
+#undef A2P_SHARED_BOTH
 #undef A2P_WGMMA_SHARED
 
 // What of `value` stands where `z`, which is not negative, is positive. A bfloat16 that is not 0 is none as a
@@ -203,17 +248,86 @@ __device__ __forceinline__ void outer_product(float (&sums)[N / 2], const char* 
   wgmma_commit();
 }
 
-// A team's sums into [192, N].
+// A warp's sums into rows of N, its place among those of 16 rows.
 template <int N>
-__device__ __forceinline__ void store_sums(const float (&sums)[N / 2], float* to) {
+__device__ __forceinline__ void store_sums(const float (&sums)[N / 2], float* to, int warp) {
   const int lane = threadIdx.x % 32;
-  to += (threadIdx.x / 32 * 16 + lane / 4) * N + lane % 4 * 2;
+  to += (warp * 16 + lane / 4) * N + lane % 4 * 2;
 #pragma unroll
   for (int j = 0; j < N / 8; j++) {
     *reinterpret_cast<float2*>(to + 8 * j) = {sums[4 * j], sums[4 * j + 1]};
     *reinterpret_cast<float2*>(to + 8 * N + 8 * j) = {sums[4 * j + 2], sums[4 * j + 3]};
   }
 }
+
+// d [16, 8] += a [16, 16] b [16, 8], a warp's; of a only the first eight rows.
+template <typename T>
+__device__ __forceinline__ void small_product(float (&d)[4], uint32_t first, uint32_t second, uint32_t b0,
+                                              uint32_t b1) {
+  if constexpr (std::is_same_v<T, __half>) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %5}, {%7, %8}, "
+        "{%0, %1, "
+        "%2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(first), "r"(0), "r"(second), "r"(b0), "r"(b1));
+  } else {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %5}, {%7, %8}, "
+        "{%0, "
+        "%1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(first), "r"(0), "r"(second), "r"(b0), "r"(b1));
+  }
+}
+// Eight channels, the `chunk`th, of the rows [32 n, 32 n + 32) of an operand, as two b of small products.
+template <int kRowsAll>
+__device__ __forceinline__ void load_across(const char* operand, int chunk, int n, uint32_t (&b)[4]) {
+  const int row = 32 * n + threadIdx.x % 32;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(b[0]), "=r"(b[1]), "=r"(b[2]), "=r"(b[3])
+               : "r"(shared_address(operand) + chunk_at<kRowsAll>(chunk, row))
+               : "memory");
+}
+
+// Sums of eight channels over the rows of each group, of a warp that goes through them tile by tile: products
+// with ones and zeros, a group after the other. A lane has two channels of one group.
+struct GroupSums {
+  static constexpr int kGroups = 8;  // of a tile, at most
+
+  int group;  // of the tile's first row
+  int left;   // rows of it that are still to come
+  float sum[4] = {};
+
+  // Adds the tile's rows, those behind the first `rows` zeros; done(group, channel, two sums) where one ends.
+  template <int kRowsAll, typename T, typename Done>
+  __device__ __forceinline__ void add(const char* operand, int chunk, int rows, int neighbors, Done done) {
+    constexpr uint32_t kOne = std::is_same_v<T, __half> ? 0x3c00 : 0x3f80;
+    const int lane = threadIdx.x % 32, slot = lane / 4;
+    const int begin = slot == 0 ? 0 : left + (slot - 1) * neighbors;
+    const uint32_t count = left + slot * neighbors - begin;
+    const auto ones = [&](int row) {
+      const uint32_t at = row - begin;
+      return (at < count ? kOne : 0) | (at + 1 < count ? kOne << 16 : 0);
+    };
+#pragma unroll
+    for (int n = 0; n < kRowsAll / 32; n++) {
+      uint32_t b[4];
+      load_across<kRowsAll>(operand, chunk, n, b);
+      const int row = 32 * n + lane % 4 * 2;
+      small_product<T>(sum, ones(row), ones(row + 8), b[0], b[1]);
+      small_product<T>(sum, ones(row + 16), ones(row + 24), b[2], b[3]);
+    }
+    const int ended = rows < left ? 0 : 1 + (rows - left) / neighbors;
+    if (slot < ended) done(group + slot, lane % 4 * 2, float2{sum[0], sum[1]});
+    const float first = __shfl_sync(kLanes, sum[0], ended * 4 + lane % 4);
+    const float second = __shfl_sync(kLanes, sum[1], ended * 4 + lane % 4);
+    sum[0] = slot == 0 ? first : 0;
+    sum[1] = slot == 0 ? second : 0;
+    group += ended;
+    left += ended * neighbors - rows;
+  }
+};
+// With so many neighbours a tile of kOuterRows rows has no more groups.
+constexpr int kFewestNeighbors = 14;
 
 // What a pass needs in another form: two operands, and entries in 16 bits.
 struct Operand {
@@ -344,11 +458,13 @@ int launch_shared(Kernel kernel, const Args& args, int blocks, int threads, size
   return cudaGetLastError();
 }
 
-// The sums of du [M, C], as rows of 16 bits. parts [processors, C, H], totals [processors, C]: scratch.
+// The sums of du [M, C], rows of 16 bits in two halves of channels. parts [processors, C, H], totals
+// [processors, C]: scratch.
 struct BackwardDenseSums {
   BackwardHidden hidden;
-  const void* du;
+  const void *near, *center;
   BackwardOutSums sums;
+  float* by_group;  // [B S, C / 2]: sums of the second half
   float *parts, *totals;
 };
 int backward_dense_sums(const BackwardSize& size, const BackwardDenseSums& args, cudaStream_t stream);

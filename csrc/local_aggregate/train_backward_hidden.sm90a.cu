@@ -33,7 +33,8 @@ struct HiddenGrad {
   const uint4* before;         // [M, H]
   const uint4* grad;           // [groups, C], 16 bits
   const uint4* argmax;         // [groups, C], 16 bits
-  const uint4* dense;          // [M, C]
+  const uint4* near;           // [M, C / 2]: dense rows in two halves of channels
+  const uint4* center;         // [M, C / 2]
   const void* weight;          // operand [C -> H], in parts of kColumns
   const void* q;               // operand [H -> H], the same
   const float* operand_scale;  // [2]
@@ -52,7 +53,7 @@ constexpr int kHiddenTeams = H == 32 ? kTeams + 1 : kTeams;
 // Entries of two groups; with so many neighbours no tile has rows of more.
 template <int C>
 constexpr int kEntryBytes = 2 * 2 * C * 2;
-constexpr int kFewestNeighbors = kTeamRows - 1;
+constexpr int kTwoGroups = kTeamRows - 1;
 
 template <int C, int H, bool kDense>
 constexpr int kHiddenGradBytes =
@@ -92,7 +93,7 @@ __global__ void __launch_bounds__(kHiddenTeams<H> * 128, 1)
   const uint32_t dense_slot =
       shared_address(behind) + threadIdx.x / 128 * (C / 16 * 2048) + threadIdx.x % 128 * 16;
   char* const entry_slots = behind + threadIdx.x / 128 * 2 * kEntryBytes<C>;  // [2][gradient, argmax][2][C]
-  const bool few = args.neighbors < kFewestNeighbors;
+  const bool few = args.neighbors < kTwoGroups;
   const int64_t tiles = (args.rows + kTeamRows - 1) / kTeamRows;
   const auto row_at = [&](int64_t tile, int i) {
     return min(tile * kTeamRows + place + 8 * i, args.rows - 1);
@@ -112,9 +113,12 @@ __global__ void __launch_bounds__(kHiddenTeams<H> * 128, 1)
     if (tile < tiles) {
 #pragma unroll
       for (int i = 0; i < 2; i++) {
-        const uint4* from = args.dense + row_at(tile, i) * (C / 8) + t;
+        const int64_t from = row_at(tile, i) * (C / 16) + t;
 #pragma unroll
-        for (int b = 0; b < C / 32; b++) copy_async(dense_slot + (2 * b + i) * 2048, from + 4 * b);
+        for (int b = 0; b < C / 32; b++) {
+          const uint4* half = b < C / 64 ? args.near + 4 * b : args.center + 4 * b - C / 16;
+          copy_async(dense_slot + (2 * b + i) * 2048, half + from);
+        }
       }
     }
     copy_commit();
@@ -319,7 +323,8 @@ int hidden_grad(const BackwardSize& size, const BackwardHiddenGrad& from, void* 
   const HiddenGrad args{static_cast<const uint4*>(from.hidden.before),
                         reinterpret_cast<const uint4*>(grad),
                         reinterpret_cast<const uint4*>(argmax),
-                        static_cast<const uint4*>(from.dense),
+                        static_cast<const uint4*>(from.near),
+                        static_cast<const uint4*>(from.center),
                         weight,
                         q,
                         operand_scale,
@@ -364,7 +369,7 @@ int64_t backward_hidden_grad_scratch(const BackwardSize& size, bool dense) {
 int backward_hidden_grad(const BackwardSize& size, const BackwardHiddenGrad& args, void* scratch,
                          void* stream_) {
   const cudaStream_t stream = static_cast<cudaStream_t>(stream_);
-  const bool dense = args.dense != nullptr;
+  const bool dense = args.near != nullptr;
   return size.bfloat16 ? hidden_grad_of<__nv_bfloat16>(size, args, dense, scratch, stream)
                        : hidden_grad_of<__half>(size, args, dense, scratch, stream);
 }

@@ -71,6 +71,7 @@ struct Sums {
            mutable_floats(outer)} {}
 };
 
+using Two = std::tuple<Tensor, Tensor>;
 using Three = std::tuple<Tensor, Tensor, Tensor>;
 
 Three out_sums(const Tensor& before, const Tensor& scale, const Tensor& shift, const Tensor& grad,
@@ -87,21 +88,24 @@ Three out_sums(const Tensor& before, const Tensor& scale, const Tensor& shift, c
   return {sums.grad, sums.normed, sums.outer};
 }
 
-Three hidden_grad(const Tensor& before, const Tensor& scale, const Tensor& shift, const OptionalTensor& grad,
-                  const OptionalTensor& argmax, const OptionalTensor& dense, int64_t neighbors,
-                  const Tensor& q, const Tensor& constant, const Tensor& weight, const Tensor& mean,
-                  const Tensor& deviation) {
+// On CUDA dense rows come in two halves of channels, and dz may take the place of the second.
+Two hidden_grad(const Tensor& before, const Tensor& scale, const Tensor& shift, const OptionalTensor& grad,
+                const OptionalTensor& argmax, std::vector<Tensor> dense, int64_t neighbors, const Tensor& q,
+                const Tensor& constant, const Tensor& weight, const Tensor& mean, const Tensor& deviation,
+                Tensor dz) {
   const OnDevice device(before);
   A2P_CHECK(weight.dim() == 2, "weight: expected two dimensions");
-  BackwardSize size = size_of(before, neighbors, weight.size(dense ? 1 : 0));
+  A2P_CHECK(dense.empty() || dense.size() == 2, "dense: expected no rows, or two halves of them");
+  BackwardSize size = size_of(before, neighbors, weight.size(dense.empty() ? 0 : 1));
   size.processors = hopper_processors();
   const int64_t hidden = size.hidden, rows = before.size(0);
-  Tensor dz = torch::stable::new_empty(before, {rows, hidden});
+  hopper_aligned("dz", dz, before, {rows, hidden});
   Tensor sum = empty(before, {1, hidden}), normed = empty(before, {1, hidden});
   const std::vector<int64_t> shape =
-      dense ? std::vector<int64_t>{hidden, size.width} : std::vector<int64_t>{size.width, hidden};
+      dense.empty() ? std::vector<int64_t>{size.width, hidden} : std::vector<int64_t>{hidden, size.width};
   BackwardHiddenGrad args{hidden_of(before, scale, shift, before, size),
                           {},
+                          nullptr,
                           nullptr,
                           floats("q", q, before, {hidden, hidden}),
                           floats("constant", constant, before, {hidden}),
@@ -111,24 +115,26 @@ Three hidden_grad(const Tensor& before, const Tensor& scale, const Tensor& shift
                           dz.mutable_data_ptr(),
                           mutable_floats(sum),
                           mutable_floats(normed)};
-  if (dense) {
+  if (!dense.empty()) {
     A2P_CHECK(size.width == 192, "dense: expected entries for a single unit");
-    args.dense = hopper_aligned("dense", *dense, before, {rows, size.width});
+    args.near = hopper_aligned("dense", dense[0], before, {rows, size.width / 2});
+    args.center = hopper_aligned("dense", dense[1], before, {rows, size.width / 2});
   } else {
     args.entries = entries_of(grad, argmax, before, size);
   }
-  Tensor room = scratch(before, backward_hidden_grad_scratch(size, dense.has_value()));
+  Tensor room = scratch(before, backward_hidden_grad_scratch(size, !dense.empty()));
   check_cuda("local_aggregate", backward_hidden_grad(size, args, room.mutable_data_ptr(), device.stream));
-  return {dz, sum, normed};
+  return {sum, normed};
 }
 
-// On CUDA: weight_grad [1, H, C], and then, of the unit before, du in the type of the features, its two sums
-// and its outer product; or, of the first unit, dy1 in the same type.
+// On CUDA: weight_grad [1, H, C], and then, of the unit before, the first half of the channels of du in the
+// type of the features, of the second half, which takes the place of dz, the sums of groups, and of both two
+// sums and the outer product. The first unit's dy1 takes the place of dz.
 std::vector<Tensor> rows_grad(const Tensor& points, const Tensor& features, const Tensor& center,
                               const Tensor& neighbor, const OptionalTensor& divisor, const Tensor& wavelength,
                               double beta, bool guard, std::vector<Tensor> done, const Tensor& before,
                               const OptionalTensor& grad, const OptionalTensor& argmax,
-                              const OptionalTensor& dense, const Tensor& dz, std::vector<Tensor> norm,
+                              std::vector<Tensor> dense, Tensor dz, std::vector<Tensor> norm,
                               const Tensor& weight, std::vector<Tensor> below) {
   const OnDevice device(features);
   const HopperFrom from = hopper_from(points, features, center, neighbor, divisor, wavelength, beta, guard);
@@ -144,19 +150,18 @@ std::vector<Tensor> rows_grad(const Tensor& points, const Tensor& features, cons
   BackwardRows args{};
   args.from = from.args;
   args.before = hopper_aligned("before", before, features, {rows, hidden});
-  args.dz = hopper_aligned("dz", dz, features, {rows, hidden});
+  hopper_aligned("dz", dz, features, {rows, hidden});
+  args.dz = dz.mutable_data_ptr();
   const float** const statistics[5] = {&args.mean, &args.deviation, &args.factor, &args.m1, &args.m2};
   for (int i = 0; i < 5; i++) *statistics[i] = floats("norm", norm[i], features, {hidden});
   Tensor weight_grad = empty(features, {1, hidden, width});
   args.weight_grad = mutable_floats(weight_grad);
   Tensor room = scratch(features, backward_rows_scratch(size, !done.empty()));
   if (done.empty()) {
-    Tensor dy1 = torch::stable::new_empty(features, {rows, hidden});
-    args.dy1 = dy1.mutable_data_ptr();
     check_cuda("local_aggregate", backward_rows(size, args, room.mutable_data_ptr(), device.stream));
-    return {weight_grad, dy1};
+    return {weight_grad};
   }
-  A2P_CHECK(!dense, "dense: expected entries for a unit above another");
+  A2P_CHECK(dense.empty(), "dense: expected entries for a unit above another");
   args.entries = entries_of(grad, argmax, features, size);
   args.weight = floats("weight", weight, features, {width, hidden});
   args.below = hidden_of(done[0], done[1], done[2], features, size);
@@ -164,10 +169,12 @@ std::vector<Tensor> rows_grad(const Tensor& points, const Tensor& features, cons
   args.below_bias = floats("done", done[4], features, {width});
   const Sums sums(features, size, below[0], below[1], below[2], below[3]);
   args.sums = sums.to;
-  Tensor du = torch::stable::new_empty(features, {rows, width});
-  args.du = du.mutable_data_ptr();
+  Tensor near = torch::stable::new_empty(features, {rows, width / 2});
+  args.near = near.mutable_data_ptr();
+  Tensor by_group = empty(features, {size.groups, width / 2});
+  args.by_group = mutable_floats(by_group);
   check_cuda("local_aggregate", backward_rows(size, args, room.mutable_data_ptr(), device.stream));
-  return {weight_grad, du, sums.grad, sums.normed, sums.outer};
+  return {weight_grad, near, by_group, sums.grad, sums.normed, sums.outer};
 }
 
 }  // namespace

@@ -207,22 +207,26 @@ int entry_sums_of(const BackwardSize& size, const BackwardEntrySums& args, void*
 // The sums of dense rows.
 
 struct DenseSums {
-  const uint4* du;      // [M, C]
-  const uint4* before;  // [M, H]
+  const uint4 *near, *center;  // du [M, C] in two halves of channels
+  const uint4* before;         // [M, H]
   const float *scale, *shift;
-  float* parts;   // [workers, C, H]
-  float* totals;  // [workers, C]
-  int64_t rows;
+  float* by_group;  // [groups, C / 2]
+  float* parts;     // [workers, C, H]
+  float* totals;    // [workers, C]
+  int64_t groups;
+  int neighbors;
 };
 
 template <int C, int H>
 constexpr int kDenseBytes =
     3 * kOuterRows * C * 2 + 2 * kOuterRows * H * 2 + 2 * H / 32 * 16 * kTeams * 128 + 8 * H;
 
-// Rows come two tiles ahead.
+// A block has whole groups. Rows come two tiles ahead. A warp adds up eight channels of each half, by
+// products with ones.
 template <int C, int H, typename T>
 __global__ void __launch_bounds__(kTeams * 128, 1) dense_sums_kernel(const __grid_constant__ DenseSums args) {
   static_assert(C == kSlice, "all channels at once");
+  static_assert(C / 16 == 4 * kTeams, "a warp's channels");
   constexpr int kX = kOuterRows * C * 2, kY = kOuterRows * H * 2, kThreads = kTeams * 128;
   constexpr int kSlot = 16 * kThreads;
   extern __shared__ __align__(1024) char room[];
@@ -235,86 +239,124 @@ __global__ void __launch_bounds__(kTeams * 128, 1) dense_sums_kernel(const __gri
     shift[i] = args.shift[i];
   }
   __syncthreads();
-  const int t = threadIdx.x % 4, in_tile = threadIdx.x / 4;
-  const int64_t tiles = (args.rows + kOuterRows - 1) / kOuterRows;
+  const int t = threadIdx.x % 4, in_tile = threadIdx.x / 4, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int first = static_cast<int>(args.groups * blockIdx.x / gridDim.x);
+  const int begin = first * args.neighbors;  // rows are fewer than 2^31
+  const int end = static_cast<int>(args.groups * (blockIdx.x + 1) / gridDim.x) * args.neighbors;
+  const int tiles = (end - begin + kOuterRows - 1) / kOuterRows;
   const uint32_t slot = shared_address(slots) + threadIdx.x * 16;
   const uint32_t own = shared_address(room) + swizzle(in_tile * kBlockBytes + t * 16);
-  const auto fetch = [&](int64_t tile, int number) {
+  const auto fetch = [&](int tile) {
     if (tile < tiles) {
-      const int64_t row = tile * kOuterRows + in_tile, real = min(row, args.rows - 1);
-      const uint32_t to = own + number % 3 * kX;
+      const int row = begin + tile * kOuterRows + in_tile;
+      const int64_t real = min(row, end - 1);
+      const uint32_t to = own + tile % 3 * kX;
 #pragma unroll
       for (int b = 0; b < C / 32; b++) {  // of no bytes: zeros
+        const uint4* half = b < C / 64 ? args.near + 4 * b : args.center + 4 * b - C / 16;
         asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to + b * kOuterRows * kBlockBytes),
-                     "l"(args.du + real * (C / 8) + 4 * b + t), "r"(row < args.rows ? 16 : 0)
+                     "l"(half + real * (C / 16) + t), "r"(row < end ? 16 : 0)
                      : "memory");
       }
 #pragma unroll
       for (int b = 0; b < H / 32; b++) {
-        copy_async(slot + (number % 2 * (H / 32) + b) * kSlot, args.before + real * (H / 8) + 4 * b + t);
+        copy_async(slot + (tile % 2 * (H / 32) + b) * kSlot, args.before + real * (H / 8) + 4 * b + t);
       }
     }
     copy_commit();
   };
 
-  float sums[H / 2] = {}, total[C / 4] = {};
-  fetch(blockIdx.x, 0);
-  fetch(blockIdx.x + gridDim.x, 1);
-  int number = 0;
-  for (int64_t tile = blockIdx.x; tile < tiles; tile += gridDim.x, number++) {
+  // Makes h of a tile an operand.
+  const auto build = [&](int tile) {
     copy_wait<1>();
-    char* const to_y = y + number % 2 * kY;
 #pragma unroll
     for (int b = 0; b < H / 32; b++) {
-      const uint4 v = load_shared(slot + (number % 2 * (H / 32) + b) * kSlot);
+      const uint4 v = load_shared(slot + (tile % 2 * (H / 32) + b) * kSlot);
       const Eight f = eight(scale + 32 * b + 8 * t), s = eight(shift + 32 * b + 8 * t);
-      put<kOuterRows>(to_y, 4 * b + t, in_tile, hidden_of<T>(v, f, s));
+      put<kOuterRows>(y + tile % 2 * kY, 4 * b + t, in_tile, hidden_of<T>(v, f, s));
     }
+  };
+
+  constexpr uint32_t kOnes = std::is_same_v<T, __half> ? 0x3c003c00 : 0x3f803f80;
+  const bool few = args.neighbors < kFewestNeighbors;
+  float sums[H / 2] = {}, near_total[4] = {}, center_total[4] = {};
+  GroupSums group_sums{first, args.neighbors};
+  fetch(0);
+  fetch(1);
+  if (tiles > 0) build(0);
+  for (int tile = 0; tile < tiles; tile++) {
+    publish();
+    const char* const x = room + tile % 3 * kX;
+    fetch(tile + 2);
+    pin(sums);
+    outer_product<kOuterRows, H, T>(sums, x, y + tile % 2 * kY);
 #pragma unroll
-    for (int b = 0; b < C / 32; b++) {
-      const Eight v = eight_of<T>(load_shared(own + number % 3 * kX + b * kOuterRows * kBlockBytes));
+    for (int n = 0; n < kOuterRows / 32; n++) {
+      uint32_t near[4], center[4];
+      load_across<kOuterRows>(x, warp, n, near);
+      load_across<kOuterRows>(x, C / 16 + warp, n, center);
 #pragma unroll
-      for (int j = 0; j < 8; j++) total[8 * b + j] += v.v[j];
+      for (int i = 0; i < 4; i += 2) {
+        small_product<T>(near_total, kOnes, kOnes, near[i], near[i + 1]);
+        small_product<T>(center_total, kOnes, kOnes, center[i], center[i + 1]);
+      }
     }
+    if (!few) {
+      const int rows = min(end - begin - tile * kOuterRows, kOuterRows);
+      group_sums.add<kOuterRows, T>(
+          x, C / 16 + warp, rows, args.neighbors, [&](int64_t group, int channel, float2 sum) {
+            *reinterpret_cast<float2*>(args.by_group + group * (C / 2) + warp * 8 + channel) = sum;
+          });
+    }
+    build(tile + 1);
     wgmma_wait<0>();
     pin(sums);
-    publish();
-    outer_product<kOuterRows, H, T>(sums, room + number % 3 * kX, to_y);
-    fetch(tile + 2 * gridDim.x, number + 2);
   }
-  wgmma_wait<0>();
-  pin(sums);
   copy_wait<0>();
-  __syncthreads();
-  store_sums<H>(sums, args.parts + static_cast<int64_t>(blockIdx.x) * C * H);
-  float* const room_sums = reinterpret_cast<float*>(room);  // [warps][C]
-#pragma unroll
-  for (int j = 0; j < C / 4; j++) {
-    float v = total[j];
-    for (int e = 4; e < 32; e *= 2) v += __shfl_xor_sync(kLanes, v, e);
-    if (threadIdx.x % 32 < 4) room_sums[threadIdx.x / 32 * C + j / 8 * 32 + 8 * t + j % 8] = v;
+  store_sums<H>(sums, args.parts + static_cast<int64_t>(blockIdx.x) * C * H, warp);
+  if (lane < 4) {
+    float* const to = args.totals + blockIdx.x * C + warp * 8 + lane * 2;
+    *reinterpret_cast<float2*>(to) = {near_total[0], near_total[1]};
+    *reinterpret_cast<float2*>(to + C / 2) = {center_total[0], center_total[1]};
   }
-  __syncthreads();
-  for (int i = threadIdx.x; i < C; i += blockDim.x) {
-    float v = 0;
-    for (int w = 0; w < kThreads / 32; w++) v += room_sums[w * C + i];
-    args.totals[blockIdx.x * C + i] = v;
+}
+
+// Sums of groups of few rows; a thread has two channels of one.
+template <typename T>
+__global__ void few_rows_kernel(const uint32_t* rows, int64_t pairs, int neighbors, int half, float2* to) {
+  const int64_t i = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  if (i >= pairs) return;
+  const uint32_t* from = rows + i / half * neighbors * half + i % half;
+  float2 sum = {0, 0};
+  for (int k = 0; k < neighbors; k++) {
+    const float2 v = Two<T>::floats(from[k * half]);
+    sum = {sum.x + v.x, sum.y + v.y};
   }
+  to[i] = sum;
 }
 
 template <typename T>
 int dense_sums(const BackwardSize& size, const BackwardDenseSums& from, cudaStream_t stream) {
   constexpr int C = 192, H = 96;
-  const DenseSums args{static_cast<const uint4*>(from.du),
+  const DenseSums args{static_cast<const uint4*>(from.near),
+                       static_cast<const uint4*>(from.center),
                        static_cast<const uint4*>(from.hidden.before),
                        from.hidden.scale,
                        from.hidden.shift,
+                       from.by_group,
                        from.parts,
                        from.totals,
-                       size.groups * size.neighbors};
+                       size.groups,
+                       size.neighbors};
   const int error = launch_shared(dense_sums_kernel<C, H, T>, args, size.processors, kTeams * 128,
                                   kDenseBytes<C, H>, stream);
   if (error) return error;
+  if (size.neighbors < kFewestNeighbors) {
+    const int64_t pairs = size.groups * (C / 4);
+    few_rows_kernel<T><<<static_cast<unsigned>(divided(pairs, 256)), 256, 0, stream>>>(
+        static_cast<const uint32_t*>(from.center), pairs, size.neighbors, C / 4,
+        reinterpret_cast<float2*>(from.by_group));
+  }
   out_sums_kernel<<<C, H, 0, stream>>>(from.sums, from.parts, from.totals, size.processors);
   return cudaGetLastError();
 }

@@ -123,16 +123,17 @@ Two maximum(const Tensor& points, const Tensor& features, const Tensor& center, 
 }
 
 Tensor points_grad(const OptionalTensor& dy1, const OptionalTensor& grad, const OptionalTensor& argmax,
-                   const OptionalTensor& dense, const Tensor& center_, const Tensor& neighbor_,
+                   std::vector<Tensor> dense, const Tensor& center_, const Tensor& neighbor_,
                    const Tensor& weight, const OptionalTensor& factor, int64_t points, bool single) {
   A2P_CHECK(center_.dim() == 2 && neighbor_.dim() == 3, "center, neighbor: expected [B, S] and [B, S, K]");
-  A2P_CHECK(dy1 || dense, "dense: expected it where there is no dy1");
-  const Tensor& given = dy1 ? *dy1 : *dense;
+  A2P_CHECK(dense.empty() || dense.size() == 2, "dense: expected rows and their sums");
+  A2P_CHECK(dy1 || !dense.empty(), "dense: expected it where there is no dy1");
+  const Tensor& given = dy1 ? *dy1 : dense[0];
   const int64_t clouds = center_.size(0), centers = center_.size(1), neighbors = neighbor_.size(2);
   const int64_t rows = clouds * centers * neighbors, hidden = dy1 ? dy1->size(1) : 0;
   const Tensor center = index_tensor("center", center_, {clouds, centers}, given);
   const Tensor neighbor = index_tensor("neighbor", neighbor_, {clouds, centers, neighbors}, given);
-  A2P_CHECK(grad.has_value() == argmax.has_value() && !(dense && grad),
+  A2P_CHECK(grad.has_value() == argmax.has_value() && !(grad && !dense.empty()),
             "dense: expected it, or grad and argmax, or none of them");
   A2P_CHECK(weight.dim() == 2, "weight: expected [H, C]");
   const int64_t width = weight.size(1);
@@ -143,8 +144,9 @@ Tensor points_grad(const OptionalTensor& dy1, const OptionalTensor& grad, const 
   HopperPoints args{};
   if (dy1) args.dy1 = hopper_aligned("dy1", *dy1, given, {rows, hidden});
   args.bfloat16 = given.scalar_type() == ScalarType::BFloat16;
-  if (dense) {
-    args.dense = hopper_aligned("dense", *dense, given, {rows, width});
+  if (!dense.empty()) {
+    args.dense = hopper_aligned("dense", dense[0], given, {rows, width / 2});
+    args.by_center = floats("dense", dense[1], given, {clouds * centers, width / 2});
   } else if (grad) {
     args.grad = floats("grad", *grad, given, {clouds, centers, width});
     args.argmax = static_cast<const int32_t*>(
@@ -170,7 +172,7 @@ Tensor points_grad(const OptionalTensor& dy1, const OptionalTensor& grad, const 
   args.hidden = hidden;
   args.width = width;
   args.single = single;
-  Tensor groups = like(given, {clouds * centers, hidden + (dense ? width / 2 : 0)}, kSingle);
+  Tensor groups = like(given, {clouds * centers, hidden}, kSingle);
   Tensor by_neighbor = like(given, {clouds, points, hidden}, kSingle);
   Tensor direct = like(given, {clouds, points, width / 2}, kSingle);
   Tensor features = like(given, {clouds, points, width / 2}, single ? kSingle : given.scalar_type());

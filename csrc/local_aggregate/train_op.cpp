@@ -87,9 +87,9 @@ int64_t groups_of(const Tensor& before, int64_t neighbors) {
   return before.size(0) / neighbors;
 }
 
-RowGradient gradient_of(const OptionalTensor& grad, const OptionalTensor& argmax, const OptionalTensor& dense,
-                        int64_t groups, int64_t neighbors, int64_t width) {
-  if (dense) return {nullptr, nullptr, floats("dense", *dense, {groups * neighbors, width})};
+RowGradient gradient_of(const OptionalTensor& grad, const OptionalTensor& argmax,
+                        const std::vector<Tensor>& dense, int64_t groups, int64_t neighbors, int64_t width) {
+  if (!dense.empty()) return {nullptr, nullptr, floats("dense", dense[0], {groups * neighbors, width})};
   A2P_CHECK(grad && argmax && argmax->scalar_type() == ScalarType::Int && argmax->is_contiguous() &&
                 !argmax->is_cuda() && argmax->numel() == groups * width,
             "argmax: expected int32 [B, S, C]");
@@ -189,16 +189,17 @@ Three out_sums(const Tensor& before, const Tensor& scale, const Tensor& shift, c
   return {first, second, outer};
 }
 
-Three hidden_grad(const Tensor& before, const Tensor& scale, const Tensor& shift, const OptionalTensor& grad,
-                  const OptionalTensor& argmax, const OptionalTensor& dense, int64_t neighbors,
-                  const Tensor& q_, const Tensor& constant, const Tensor& weight_, const Tensor& mean,
-                  const Tensor& deviation) {
+Two hidden_grad(const Tensor& before, const Tensor& scale, const Tensor& shift, const OptionalTensor& grad,
+                const OptionalTensor& argmax, std::vector<Tensor> dense_, int64_t neighbors, const Tensor& q_,
+                const Tensor& constant, const Tensor& weight_, const Tensor& mean, const Tensor& deviation,
+                Tensor dz) {
   const TrainedUnit unit = hidden_of(before, scale, shift);
   const int64_t groups = groups_of(before, neighbors), hidden = unit.hidden;
   // weight: [C, H] below a maximum, [H, C] as the layer that it is otherwise.
+  const bool dense = !dense_.empty();
   const int64_t width = dense ? weight_.size(1) : weight_.size(0);
   const TrainedRows rows = hidden_rows(width, neighbors, hidden);
-  const RowGradient du = gradient_of(grad, argmax, dense, groups, neighbors, width);
+  const RowGradient du = gradient_of(grad, argmax, dense_, groups, neighbors, width);
   const Packed q =
       pack(floats("q", q_, {hidden, hidden}), floats("constant", constant, {hidden}), hidden, hidden);
   const float* weight =
@@ -207,13 +208,13 @@ Three hidden_grad(const Tensor& before, const Tensor& scale, const Tensor& shift
   const InNorm norm{floats("mean", mean, {hidden}), floats("deviation", deviation, {hidden}), nullptr,
                     nullptr, nullptr};
   const Chunks chunks(groups, tile_groups(neighbors));
-  Tensor dz = torch::stable::new_empty(before, {before.size(0), hidden});
+  floats("dz", dz, {before.size(0), hidden});
   Tensor sum = zeros(before, {chunks.count, hidden}), normed = zeros(before, {chunks.count, hidden});
   chunks.run(train_scratch(rows), [&](int64_t i, float* room, int64_t begin, int64_t end) {
     train_hidden_grad(rows, unit, du, q.linear, weight, out.linear, norm, data(dz), data(sum) + i * hidden,
                       data(normed) + i * hidden, room, begin, end);
   });
-  return {dz, sum, normed};
+  return {sum, normed};
 }
 
 // weight [C, H]: W1'. norm: mean, deviation, factor, m1, m2. below: weight [C, H], bias, mean and deviation
@@ -223,7 +224,7 @@ std::vector<Tensor> rows_grad(const Tensor& points, const Tensor& features, cons
                               const Tensor& neighbor, const OptionalTensor& divisor, const Tensor& wavelength,
                               double beta, bool guard, std::vector<Tensor> done_, const Tensor& before,
                               const OptionalTensor& grad, const OptionalTensor& argmax,
-                              const OptionalTensor& dense, const Tensor& dz, std::vector<Tensor> norm_,
+                              std::vector<Tensor> dense, Tensor dz, std::vector<Tensor> norm_,
                               const Tensor& weight, std::vector<Tensor> below) {
   const From from = neighborhoods(points, features, center, neighbor, divisor, wavelength, beta, guard);
   const int64_t width = from.rows.width, groups = from.clouds * from.rows.centers;

@@ -1,7 +1,7 @@
 // The gradient of the features: dy1 and du of all rows, added up over those of each point, in a fixed order
-// and without atomics, and through W1. As neighbour by an inverse list of the neighbours, as centre first
-// over a group's rows and then by an inverse list of the centres. Entries that come through a maximum are
-// added up in shared memory, where a thread has a channel. Products are in TF32.
+// and without atomics, and through W1. As neighbour by an inverse list of the neighbours, as centre from sums
+// over groups, which those of du bring along, by an inverse list of the centres. Entries that come through a
+// maximum are added up in shared memory, where a thread has a channel. Products are in TF32.
 //
 // H200, 32 clouds, K = 81, us of the tokenizer's three stages in all: rows 411 (243 for every byte once),
 // entries 89, products 142.
@@ -54,24 +54,25 @@ struct Sum {
 };
 
 // Some threads share eight channels of a group or of a point; blocks of a cloud come after each other, so
-// that what both read stays in the cache.
+// that what both read of dy1 stays in the cache.
 template <typename T>
 __global__ void __launch_bounds__(kThreads) rows_kernel(const HopperPoints args, int64_t blocks) {
   const int64_t cloud = blockIdx.x / blocks;
   const int own = static_cast<int>(args.hidden / 8), part = threadIdx.x / kItems;
   const int half = args.dense ? static_cast<int>(args.width / 16) : 0, chunks = own + half;
-  int64_t item = (blockIdx.x % blocks) * kItems + threadIdx.x % kItems;
-  const int chunk = static_cast<int>(item % chunks);
-  item /= chunks;
-  const bool by_center = item < args.centers;
+  // First the groups, then the points.
+  const int64_t turn = (blockIdx.x % blocks) * kItems + threadIdx.x % kItems, groups = args.centers * own;
+  const bool by_center = turn < groups;
+  const int chunk = static_cast<int>(by_center ? turn % own : (turn - groups) % chunks);
+  const int64_t item = by_center ? turn / own : (turn - groups) / chunks;
   const uint4* from;  // of row 0
   int64_t stride;     // in 16 bytes
   if (chunk < own) {
     from = static_cast<const uint4*>(args.dy1) + chunk;
     stride = own;
   } else {
-    from = static_cast<const uint4*>(args.dense) + (chunk - own) + (by_center ? half : 0);
-    stride = 2 * half;
+    from = static_cast<const uint4*>(args.dense) + (chunk - own);
+    stride = half;
   }
   Sum<T> sum;
   float* to = nullptr;
@@ -80,10 +81,10 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(const HopperPoints args,
     const uint4* row = from + group * args.neighbors * stride;
 #pragma unroll 8
     for (int64_t k = part; k < args.neighbors; k += kShares) sum.add(__ldg(row + k * stride));
-    to = args.groups + (group * chunks + chunk) * 8;
-  } else if (item - args.centers < args.points) {
-    const int64_t point = item - args.centers, at = cloud * args.points + point;
-    const uint32_t* start = args.near + cloud * (args.points + 1) + point;
+    to = args.groups + (group * own + chunk) * 8;
+  } else if (item < args.points) {
+    const int64_t at = cloud * args.points + item;
+    const uint32_t* start = args.near + cloud * (args.points + 1) + item;
     const uint32_t end = start[1];
 #pragma unroll 4
     for (uint32_t i = start[0] + part; i < end; i += kShares) {
@@ -194,7 +195,6 @@ __global__ void __launch_bounds__(kThreads) features_kernel(const HopperPoints a
   uint32_t* const sums = reinterpret_cast<uint32_t*>(staged + 2 * kDepth * kWeightRow);
   const int64_t half = args.width / 2, total = args.clouds * args.points;
   const int64_t first = int64_t{blockIdx.x} * kPoints;
-  const int64_t columns = hidden + (args.dense ? half : 0);
   if (hidden > 0) bring_weight(args, 0, staged);
   __shared__ Owned owned_by[kPoints];
   if (threadIdx.x < kPoints) {
@@ -209,8 +209,7 @@ __global__ void __launch_bounds__(kThreads) features_kernel(const HopperPoints a
     uint4* to = reinterpret_cast<uint4*>(sums + slot * row) + chunk;
     const float4* near = reinterpret_cast<const float4*>(args.by_neighbor) + point * chunks + chunk;
     to[0] = tf32(*near);
-    to[chunks] =
-        tf32(owned_by[slot].sum(args, reinterpret_cast<const float4*>(args.groups) + chunk, columns / 4));
+    to[chunks] = tf32(owned_by[slot].sum(args, reinterpret_cast<const float4*>(args.groups) + chunk, chunks));
   }
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
   constexpr int kAcross = kThreads / 32 * 16 / kPoints, kOwn = kChannels / kAcross, kTiles = kOwn / 8;
@@ -238,8 +237,8 @@ __global__ void __launch_bounds__(kThreads) features_kernel(const HopperPoints a
   }
   const float factor = args.factor ? *args.factor : 1.0f;
   const bool past = args.dense || args.grad;
-  const float* const from = args.dense ? args.groups + hidden : args.grad + half;
-  const int64_t stride = args.dense ? columns : args.width;
+  const float* const from = args.dense ? args.by_center : args.grad + half;
+  const int64_t stride = args.dense ? half : args.width;
 #pragma unroll
   for (int i = 0; i < 2; i++) {
     const int64_t point = first + warp / kAcross * 16 + g + 8 * i;
@@ -290,7 +289,7 @@ int hopper_points(const HopperPoints& args, void* stream_) {
   if (args.clouds * args.points == 0) return 0;
   const cudaStream_t stream = static_cast<cudaStream_t>(stream_);
   const int64_t columns = args.hidden + (args.dense ? args.width / 2 : 0);
-  const int64_t blocks = divided((args.centers + args.points) * (columns / 8), kItems);
+  const int64_t blocks = divided(args.centers * (args.hidden / 8) + args.points * (columns / 8), kItems);
   const unsigned grid = static_cast<unsigned>(blocks * args.clouds);
   if (args.bfloat16) {
     rows_kernel<__nv_bfloat16><<<grid, kThreads, 0, stream>>>(args, blocks);

@@ -18,14 +18,14 @@ constexpr int kBlockBytes = 64;
 __device__ __forceinline__ uint32_t swizzle(uint32_t offset) { return offset ^ (offset >> 3 & 0x30); }
 
 __device__ __forceinline__ uint64_t descriptor(const char* at) {
-  const uint64_t address = static_cast<uint32_t>(__cvta_generic_to_shared(at)) >> 4;
+  const uint64_t address = (static_cast<uint32_t>(__cvta_generic_to_shared(at)) & 0x3ffff) >> 4;
   return address | uint64_t{1} << 16 | uint64_t{8 * kBlockBytes >> 4} << 32 | uint64_t{2} << 62;
 }
 
 // An operand [k, 64 or N] of an outer product, rows of k in the same layout: blocks of 32 columns, `block`
 // bytes each, a row takes 64 of them. A product takes 16 rows, the next ones begin 1024 bytes further on.
 __device__ __forceinline__ uint64_t outer_descriptor(const char* at, int block) {
-  const uint64_t address = static_cast<uint32_t>(__cvta_generic_to_shared(at)) >> 4;
+  const uint64_t address = (static_cast<uint32_t>(__cvta_generic_to_shared(at)) & 0x3ffff) >> 4;
   return address | static_cast<uint64_t>(block >> 4) << 16 | uint64_t{8 * kBlockBytes >> 4} << 32 |
          uint64_t{2} << 62;
 }

@@ -23,6 +23,7 @@ SIZES = [
     (1, 90, 33, 100, 192),
     (2, 64, 37, 16, 192),
     (1, 40, 3, 300, 192),
+    (2, 30, 5, 7, 192),
     (2, 300, 151, 81, 384),
     (1, 70, 21, 64, 384),
     (1, 60, 5, 100, 384),
@@ -91,15 +92,16 @@ def to_gpu(value: Any) -> Any:
     return value.cuda() if isinstance(value, Tensor) else value
 
 
-def poisoned(op: Any, args: list[Any]) -> list[Tensor]:
-    """What it returns twice, equal bits, from memory full of NaN."""
-    args = to_gpu(args)
+def poisoned(op: Any, args: list[Any], changed: tuple[int, ...] = ()) -> list[Tensor]:
+    """What it returns and leaves in `changed` arguments, twice, equal bits, from memory full of NaN."""
     found = []
     for _ in range(2):
+        given = to_gpu(args)
         for size in (1 << 8, 1 << 16, 1 << 22, 1 << 26):
             junk = [torch.full((size,), torch.nan, device="cuda") for _ in range(4)]
             del junk
-        found.append([tensor.cpu() for tensor in op(*args)])
+        results = [*op(*given), *(given[i] for i in changed)]
+        found.append([tensor.cpu() for tensor in results])
     for first, second in zip(*found):
         assert torch.equal(first, second), "another result from the same numbers"
     return found[0]
@@ -146,18 +148,28 @@ def test_hidden_grad(sizes: tuple[int, ...], dtype: torch.dtype, dense: bool) ->
         pytest.skip("one unit")
     hidden = case.hidden
     carried = case.normal(case.width, hidden) / hidden**0.5
-    du = [None, None, case.low(case.rows, case.width)] if dense else [*case.entries(), None]
+    rows = case.low(case.rows, case.width)
+    du = [None, None, [rows]] if dense else [*case.entries(), []]
     q = case.normal(hidden, hidden) / hidden**0.5 * 1e-4
     weights = [q, case.normal(hidden) * 0.01, carried.T.contiguous() if dense else carried]
     statistics = [case.normal(hidden), case.normal(hidden).abs() + 0.5]
-    args = [*case.hidden_layer(), *du, case.neighbors, *weights, *statistics]
-    got = poisoned(OPS._local_aggregate_hidden_grad, args)
-    want = OPS._local_aggregate_hidden_grad(*to_cpu(args))
+    hidden_layer = case.hidden_layer()
+    place = torch.full_like(hidden_layer[0], torch.nan)
+    args = [*hidden_layer, *du, case.neighbors, *weights, *statistics, place]
+    exact = to_cpu(args)
+    want = OPS._local_aggregate_hidden_grad(*exact)
+    if dense:
+        args[5] = [half.contiguous() for half in rows.chunk(2, -1)]
+    got = poisoned(OPS._local_aggregate_hidden_grad, args, (len(args) - 1,))
     tolerance = TOLERANCE[dtype]
-    assert got[0].dtype == dtype
-    assert_close("dz", got[0], want[0], tolerance)
-    assert_close("sum", summed(got[1]), summed(want[1]), tolerance)
-    assert_close("sum_normed", summed(got[2]), summed(want[2]), tolerance)
+    assert_close("sum", summed(got[0]), summed(want[0]), tolerance)
+    assert_close("sum_normed", summed(got[1]), summed(want[1]), tolerance)
+    assert_close("dz", got[2], exact[-1], tolerance)
+    if dense:  # in the place of the second half
+        given = to_gpu(args)
+        given[-1] = given[5][1]
+        assert all(torch.equal(a.cpu(), b) for a, b in zip(OPS._local_aggregate_hidden_grad(*given), got))
+        assert torch.equal(given[-1].cpu(), got[2])
 
 
 def test_small_q() -> None:
@@ -167,10 +179,12 @@ def test_small_q() -> None:
     q = case.normal(96, 96) * 1e-7
     weights = [q, torch.zeros(96), case.normal(192, 96)]
     statistics = [case.normal(96), case.normal(96).abs() + 0.5]
-    args = [*case.hidden_layer(), grad * 0, argmax, None, case.neighbors, *weights, *statistics]
+    hidden_layer = case.hidden_layer()
+    place = torch.empty_like(hidden_layer[0])
+    args = [*hidden_layer, grad * 0, argmax, [], case.neighbors, *weights, *statistics, place]
     got = poisoned(OPS._local_aggregate_hidden_grad, args)
     want = OPS._local_aggregate_hidden_grad(*to_cpu(args))
-    assert_close("sum", summed(got[1]), summed(want[1]), 1e-3)
+    assert_close("sum", summed(got[0]), summed(want[0]), 1e-3)
 
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)
@@ -179,8 +193,8 @@ def test_rows_grad_of_the_first_unit(sizes: tuple[int, ...], dtype: torch.dtype)
     case = Case(sizes, dtype)
     before, dz, norm = case.hidden_layer()[0], case.low(case.rows, case.hidden), case.norm()
     weight = case.normal(case.width, case.hidden)
-    args = [*case.built(), [], before, *case.entries(), None, dz, norm, weight, []]
-    got = poisoned(OPS._local_aggregate_rows_grad, args)
+    args = [*case.built(), [], before, *case.entries(), [], dz, norm, weight, []]
+    got = poisoned(OPS._local_aggregate_rows_grad, args, (13,))
     want = OPS._local_aggregate_rows_grad(*to_cpu(args))
     mean, deviation, factor, m1, m2 = (each.double() for each in norm)
     normed = (before.double() - mean) * deviation
@@ -200,12 +214,14 @@ def test_rows_grad_of_another_unit(sizes: tuple[int, ...], dtype: torch.dtype) -
     done = [*below, case.normal(width, hidden) / hidden**0.5, case.normal(width) * 0.3]
     before, dz, norm = case.hidden_layer()[0], case.low(case.rows, hidden), case.norm()
     weight = case.normal(width, hidden) / hidden**0.5
-    args = [*case.built(), done, before, *case.entries(), None, dz, norm, weight, weights]
-    got = poisoned(OPS._local_aggregate_rows_grad, args)
+    args = [*case.built(), done, before, *case.entries(), [], dz, norm, weight, weights]
+    weight_grad, near, by_group, *got, center = poisoned(OPS._local_aggregate_rows_grad, args, (13,))
     want = OPS._local_aggregate_rows_grad(*to_cpu(args))
-    assert_close("weight_grad", summed(got[0], hidden, width), summed(want[0], hidden, width), tolerance)
-    du, exact = got[1], want[1]
+    assert_close("weight_grad", summed(weight_grad, hidden, width), summed(want[0], hidden, width), tolerance)
+    du, exact = torch.cat([near, center], -1), want[1]
     assert du.dtype == dtype
+    groups = center.double().unflatten(0, (case.groups, case.neighbors)).sum(1)
+    assert_close("by_group", by_group, groups, 1e-4)
     both = (du != 0) & (exact != 0)
     assert ((du != 0) != (exact != 0)).double().mean() < 5 * tolerance, "another sign of z"
     assert_close("du", du[both], exact[both], tolerance)
@@ -213,8 +229,8 @@ def test_rows_grad_of_another_unit(sizes: tuple[int, ...], dtype: torch.dtype) -
     before, scale, shift = below
     h = torch.relu(before.double() * scale + shift).to(dtype).double()
     total, outer = du.double().sum(0), du.double().T @ h
-    assert_close("grad", summed(got[2]), total, 1e-4)
-    assert_close("outer", summed(got[4], width, hidden), outer, 1e-3)
+    assert_close("grad", summed(got[0]), total, 1e-4)
+    assert_close("outer", summed(got[2], width, hidden), outer, 1e-3)
     last, bias, mean, deviation = (each.double() for each in weights)
     normed = ((last * outer).sum(1) + (bias - mean) * total) * deviation
-    assert_close("grad_normed", summed(got[3]), normed, 1e-3)
+    assert_close("grad_normed", summed(got[1]), normed, 1e-3)

@@ -216,13 +216,14 @@ def test_points_grad(sizes: tuple[int, ...], width: int, dtype: torch.dtype) -> 
     weight, factor = torch.randn(hidden, width, generator=generator), torch.tensor(0.5)
     entries = torch.zeros(b * s, k, width, dtype=torch.float64)
     entries.scatter_(1, argmax.view(-1, 1, width).long(), grad.double().view(-1, 1, width))
-    for given in ((grad, argmax, None), (None, None, dense)):
+    by_center = dense.double().view(b * s, k, width)[..., half:].sum(1).float()
+    for given in ((grad, argmax, []), (None, None, [dense[:, :half].contiguous(), by_center])):
         poison()
         rest = cuda((center, neighbor, weight, factor))
         points_grad = torch.ops.any2point._local_aggregate_points_grad
         got = points_grad(*cuda((dy1, *given)), *rest, n, False)
         single = points_grad(*cuda((dy1, *given)), *rest, n, True)
-        du = entries if given[2] is None else dense.double().view(b * s, k, width)
+        du = dense.double().view(b * s, k, width) if given[2] else entries
         by_group = torch.cat([dy1.double().view(b * s, k, hidden), du[..., half:]], 2).sum(1)
         by_neighbor = torch.cat([dy1.double(), du.view(b * s * k, width)[:, :half]], 1)
         by_group, by_neighbor = add(middle, by_group[owned]), add(near, by_neighbor[used])
@@ -233,8 +234,8 @@ def test_points_grad(sizes: tuple[int, ...], width: int, dtype: torch.dtype) -> 
         assert single.dtype == torch.float32
         assert torch.equal(single.to(dtype), got)
         assert error(got.flatten(0, 1), 0.5 * want) < torch.finfo(dtype).eps
-        alone = points_grad(*cuda((dy1, None, None, None)), *rest, n, True)
-        if given[2] is not None:
+        alone = points_grad(*cuda((dy1, None, None, [])), *rest, n, True)
+        if given[2]:
             past = points_grad(*cuda((None, *given)), *rest, n, True)
             assert error(alone + past, single) < 1e-6
 
