@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -34,6 +35,8 @@ def triton_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     if torch.cuda.get_device_capability() < (8, 0):
         pytest.skip("needs sm_80")
     monkeypatch.setattr(passes, "HOPPER_SIZES", set())
+    # Float32 in three products of TF32, too, which the op leaves to torch.
+    monkeypatch.setattr(sys.modules["any2point.ops.local_aggregate"], "_rounds", lambda features: True)
 
 
 def samples(sizes: tuple[int, ...], dtype: torch.dtype, missing: bool = True) -> dict[str, Any]:
@@ -245,4 +248,5 @@ def test_memory(sizes: tuple[int, ...], dtype: torch.dtype) -> None:
         before = torch.cuda.memory_allocated()
         step(kwargs, torch.float32, low)
         peaks.append(torch.cuda.max_memory_allocated() - before)
-    assert peaks[0] < peaks[1] / 3, f"{peaks[0] / 1e6:.0f} MB, of the composition {peaks[1] / 1e6:.0f}"
+    part = 3 if low else 2.5
+    assert peaks[0] < peaks[1] / part, f"{peaks[0] / 1e6:.0f} MB, of the composition {peaks[1] / 1e6:.0f}"
