@@ -114,7 +114,7 @@ class Ranks:
         world: Any = torch.distributed.group.WORLD
         store = world.get_group_store()
         done = threading.Event()
-        threading.Thread(target=_watch, args=(store.clone(), done), daemon=True).start()
+        threading.Thread(target=_watch, args=(store, done), daemon=True).start()
         _together = True
         try:
             yield
@@ -159,9 +159,11 @@ class _Sum(torch.autograd.Function):
 
 def _watch(store: torch.distributed.Store, done: threading.Event) -> None:
     """End this process soon after another has failed, unless `done`."""
+    own: Any = None  # a connection made here: it waits for rank 0, which may have gone, for half an hour
     while not done.wait(_POLL):
         try:
-            failed = store.check([_KEY])
+            own = own or store.clone()
+            failed = own.check([_KEY])
         except RuntimeError:
             failed = True
         if failed and not done.wait(_LINGER):
