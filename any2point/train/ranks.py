@@ -157,9 +157,9 @@ class _Sum(torch.autograd.Function):
         return _Sum.forward(ctx, grad.contiguous())
 
 
-def _watch(store: torch.distributed.Store, done: threading.Event) -> None:
+def _watch(store: Any, done: threading.Event) -> None:
     """End this process soon after another has failed, unless `done`."""
-    own: Any = None  # a connection made here: it waits for rank 0, which may have gone, for half an hour
+    own = None  # a connection made here: it waits for rank 0, which may have gone, for half an hour
     while not done.wait(_POLL):
         try:
             own = own or store.clone()
