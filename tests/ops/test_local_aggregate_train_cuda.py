@@ -8,6 +8,7 @@ import pytest
 import torch
 from local_aggregate_training import Step, train
 from op_contract import Recorder, Sample, assert_same
+from poison import poison
 from test_local_aggregate import make, make_unit
 from torch import Tensor
 
@@ -35,11 +36,6 @@ SIZES = [
 def sm90() -> None:
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("needs sm_90")
-
-
-def poison() -> None:
-    """Fresh memory holds NaN."""
-    torch.empty(1 << 28, dtype=torch.uint8, device="cuda").fill_(255)
 
 
 def error(got: Tensor, want: Tensor) -> float:
@@ -342,32 +338,35 @@ def test_nan_reaches_everything() -> None:
     assert step.out.isnan().all()
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("dtype", LOW, ids=str)
-@pytest.mark.parametrize("width", HIDDEN)
-def test_same_bits_on_every_run_stream_and_layout(width: int, dtype: torch.dtype) -> None:
-    kwargs = samples((4, 300, 100, 27), width, dtype)
-    want = flat(fused(kwargs, torch.float32, dtype))
+def check_bits(kwargs: dict[str, Any], low: torch.dtype | None) -> None:
+    """The same on every run, stream and layout."""
+    want = flat(fused(kwargs, torch.float32, low))
     assert all(x.isfinite().all() for x in want.values())
     for _ in range(3):
         poison()
-        assert_same(flat(fused(kwargs, torch.float32, dtype)), want)
+        assert_same(flat(fused(kwargs, torch.float32, low)), want)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         poison()
-        assert_same(flat(fused(kwargs, torch.float32, dtype)), want, "second stream")
+        assert_same(flat(fused(kwargs, torch.float32, low)), want, "second stream")
     torch.cuda.current_stream().wait_stream(stream)
     other = kwargs | {"center": kwargs["center"].int(), "neighbor": kwargs["neighbor"].int()}
     other["features"] = torch.cat([torch.zeros(1, device="cuda"), kwargs["features"].flatten()])[1:]
     other["features"] = other["features"].view_as(kwargs["features"])
-    assert_same(flat(fused(other, torch.float32, dtype)), want, "layout")
+    assert_same(flat(fused(other, torch.float32, low)), want, "layout")
 
 
 @pytest.mark.gpu
-def test_graph_of_two_steps() -> None:
-    kwargs = samples((4, 300, 100, 27), 192, torch.float16)
-    kwargs["features"] = kwargs["features"].half().requires_grad_()
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize("width", HIDDEN)
+def test_same_bits_on_every_run_stream_and_layout(width: int, dtype: torch.dtype) -> None:
+    check_bits(samples((4, 300, 100, 27), width, dtype), dtype)
+
+
+def check_graph(kwargs: dict[str, Any], dtype: torch.dtype) -> None:
+    """Two replays of a step are two steps."""
+    kwargs["features"] = kwargs["features"].to(dtype).requires_grad_()
     unit = kwargs["units"][0]
     weights = [unit.in_weight.requires_grad_(), unit.out_weight.requires_grad_()]
     statistics = [x for unit in kwargs["units"] for x in (*unit.in_norm[2:], *unit.out_norm[2:])]
@@ -395,6 +394,11 @@ def test_graph_of_two_steps() -> None:
 
 
 @pytest.mark.gpu
+def test_graph_of_two_steps() -> None:
+    check_graph(samples((4, 300, 100, 27), 192, torch.float16), torch.float16)
+
+
+@pytest.mark.gpu
 def test_compiled_and_autocast() -> None:
     kwargs = samples((2, 60, 20, 13), 384, torch.bfloat16)
     leaf = kwargs["features"].clone().requires_grad_()
@@ -413,16 +417,19 @@ def test_compiled_and_autocast() -> None:
     assert TRAIN in [call[0] for call in recorder.calls]
 
 
-@pytest.mark.gpu
-def test_statistics_of_processes() -> None:
+def check_processes(kwargs: dict[str, Any]) -> None:
     """Two processes with the same rows: everything as in one, statistics of twice as many rows."""
-    kwargs = samples((2, 100, 40, 27), 192, torch.float16)
     want = fused(kwargs, torch.float32, torch.float16)
     with shared_statistics(lambda x: 2 * x):
         got = fused(kwargs, torch.float32, torch.float16)
     for name, value in got.gradients.items():
         assert error(value, want.gradients[name]) < 2e-3, name
     assert error(got.out, want.out) < 1e-3
+
+
+@pytest.mark.gpu
+def test_statistics_of_processes() -> None:
+    check_processes(samples((2, 100, 40, 27), 192, torch.float16))
 
 
 @pytest.mark.gpu

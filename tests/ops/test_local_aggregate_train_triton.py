@@ -9,14 +9,22 @@ import pytest
 import torch
 from local_aggregate_training import train
 from op_contract import Recorder, Sample, assert_same
+from poison import poison
 from test_local_aggregate import make, make_unit
-from test_local_aggregate_train_cuda import TRAIN, error, flat, fused, poison
+from test_local_aggregate_train_cuda import (
+    TRAIN,
+    check_bits,
+    check_graph,
+    check_processes,
+    error,
+    flat,
+    fused,
+)
 from torch import Tensor
 
 from any2point import ops, reference
 from any2point.ops import _local_aggregate_recompute
 from any2point.ops import _local_aggregate_train as passes
-from any2point.reference.batch_norm import shared_statistics
 
 LOW = (torch.float16, torch.bfloat16)
 # B, N, S, K, C / 2, H and the number of units: those of the tokenizer, other ones, and odd ones.
@@ -128,22 +136,7 @@ def test_as_on_sm_90(sizes: tuple[int, ...], dtype: torch.dtype, monkeypatch: py
 @pytest.mark.parametrize("sizes", [TOKENIZER[0], OTHER[0], OTHER[1]], ids=name)
 def test_same_bits_on_every_run_and_stream(sizes: tuple[int, ...], dtype: torch.dtype) -> None:
     kwargs = samples(sizes, dtype)
-    low = dtype if dtype in LOW else None
-    want = flat(fused(kwargs, torch.float32, low))
-    assert all(x.isfinite().all() for x in want.values())
-    for _ in range(3):
-        poison()
-        assert_same(flat(fused(kwargs, torch.float32, low)), want)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        poison()
-        assert_same(flat(fused(kwargs, torch.float32, low)), want, "second stream")
-    torch.cuda.current_stream().wait_stream(stream)
-    other = kwargs | {"center": kwargs["center"].int(), "neighbor": kwargs["neighbor"].int()}
-    other["features"] = torch.cat([torch.zeros(1, device="cuda"), kwargs["features"].flatten()])[1:]
-    other["features"] = other["features"].view_as(kwargs["features"])
-    assert_same(flat(fused(other, torch.float32, low)), want, "layout")
+    check_bits(kwargs, dtype if dtype in LOW else None)
 
 
 @pytest.mark.gpu
@@ -172,32 +165,7 @@ def test_nan_reaches_everything() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=name)
 def test_graph_of_two_steps(dtype: torch.dtype) -> None:
-    kwargs = samples(OTHER[0], dtype)
-    kwargs["features"] = kwargs["features"].to(dtype).requires_grad_()
-    unit = kwargs["units"][0]
-    weights = [unit.in_weight.requires_grad_(), unit.out_weight.requires_grad_()]
-    statistics = [x for unit in kwargs["units"] for x in (*unit.in_norm[2:], *unit.out_norm[2:])]
-
-    def step() -> list[Tensor]:
-        out = ops.local_aggregate(**kwargs, training=True)
-        loss = out.float().square().sum()
-        return [out.detach(), *torch.autograd.grad(loss, [kwargs["features"], *weights])]
-
-    start = [x.clone() for x in statistics]
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        want = [x.clone() for _ in range(2) for x in step()][-4:] + [x.clone() for x in statistics]
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        got = step()
-    for x, y in zip(statistics, start):
-        x.copy_(y)
-    graph.replay()
-    graph.replay()
-    torch.cuda.synchronize()
-    assert_same([*got, *statistics], want, "replay")
+    check_graph(samples(OTHER[0], dtype), dtype)
 
 
 @pytest.mark.gpu
@@ -224,14 +192,7 @@ def test_compiled_autocast_and_opcheck() -> None:
 
 @pytest.mark.gpu
 def test_statistics_of_processes() -> None:
-    """Two processes with the same rows: everything as in one, statistics of twice as many rows."""
-    kwargs = samples(OTHER[0], torch.float16)
-    want = fused(kwargs, torch.float32, torch.float16)
-    with shared_statistics(lambda x: 2 * x):
-        got = fused(kwargs, torch.float32, torch.float16)
-    for name, value in got.gradients.items():
-        assert error(value, want.gradients[name]) < 2e-3, name
-    assert error(got.out, want.out) < 1e-3
+    check_processes(samples(OTHER[0], torch.float16))
 
 
 @pytest.mark.gpu

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from poison import poison
 from torch import nn
 
 from any2point import Any2Point, Any2PointConfig
@@ -263,6 +264,19 @@ def test_captured_step_equals_eager(monkeypatch: pytest.MonkeyPatch) -> None:
     assert losses == pytest.approx([record["loss"] for record in expected.history], rel=1e-4)
     for name, value in weights(eager).items():
         torch.testing.assert_close(weights(model)[name], value, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("captured", [True, False])
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
+def test_no_number_comes_from_old_memory(precision: str, captured: bool) -> None:
+    options = {"device": "cuda", "precision": precision, "epochs": 2, "cuda_graph": captured}
+    (model, result) = run(**options)
+    for _ in range(3):
+        poison()
+        twin, again = run(**options)
+        assert [e["loss"] for e in again.history] == [e["loss"] for e in result.history]
+        assert all(torch.equal(value, weights(twin)[name]) for name, value in weights(model).items())
 
 
 def test_learning_rate() -> None:
