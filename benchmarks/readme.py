@@ -107,6 +107,14 @@ TABLES: dict[str, tuple[str, list[Line]]] = {
                 CPU,
             ),
             Line(
+                "the same in bfloat16",
+                "the same",
+                LOCAL,
+                "8 clouds, three stages of the tokenizer, k=81, evaluation in bfloat16",
+                CPU,
+                "bfloat16",
+            ),
+            Line(
                 "forward and backward",
                 "the same, 4 clouds",
                 LOCAL,
