@@ -15,7 +15,7 @@ from any2point.bench.step_report import step_picture
 from any2point.bench.table import Row, best_peer, by_case, is_ours, peer_name, read_rows
 from any2point.viz.figure import figure
 from benchmarks import plot_farthest_point_curves
-from benchmarks.readme import RESULTS, ROOT, ratio_text
+from benchmarks.readme import RESULTS, ROOT, STAGES, ratio_text
 
 PICTURES = ROOT / "docs" / "pictures"
 MACHINES = {"h200": "NVIDIA H200", "epyc-zen5": "One thread of an AMD EPYC"}
@@ -221,9 +221,8 @@ def memory(path: Path) -> None:
 
 def stages(path: Path) -> None:
     """Local aggregation, every stage and all: times in both modes with their floors, memory of training."""
-    rows = [row for row in rows_of("h200") if row.op == "local_aggregate" and row.shape.endswith("float16")]
-    shapes = sorted({row.shape for row in rows}, key=lambda shape: ("stages" in shape, -_numbers(shape)[1]))
-    names = ["all three" if "stages" in shape else f"stage {i + 1}" for i, shape in enumerate(shapes)]
+    rows = [row for row in rows_of("h200") if row.op == "local_aggregate"]
+    shapes = [f"{shape} float16" for shape in STAGES.values()]
     providers = ["torch", "torch.compile", "any2point"]
     panels = [
         ("evaluation, ms", "forward", False),
@@ -255,7 +254,7 @@ def stages(path: Path) -> None:
             axes.title.set_fontsize(9)
             axes.margins(x=0.15)
             axes.xaxis.set_major_formatter(_plain)
-            axes.set_yticks(range(len(shapes)), names)
+            axes.set_yticks(range(len(shapes)), STAGES)
         axes.invert_yaxis()
         handles = {
             label: handle for each in drawn.axes for handle, label in zip(*each.get_legend_handles_labels())

@@ -42,7 +42,7 @@ HIERARCHY, PROJECT = "farthest_point_hierarchy", "virtual_project"
 BOTH = "forward+backward"
 TRAIN, CPU = f"{BOTH} graph", "forward, CPU time"
 CLIP, REPLAY = "clip-text 32,1024", "whole step graph"
-_STAGES = {
+STAGES = {
     "stage 1": "32,1024,96 -> 512x81 H=96x2",
     "stage 2": "32,512,192 -> 256x81 H=192x1",
     "stage 3": "32,256,384 -> 128x81 H=32x1",
@@ -66,7 +66,7 @@ TABLES: dict[str, tuple[str, list[Line]]] = {
             *(
                 Line(label, f"{name}, float16 (graph)", LOCAL, f"{shape} float16", mode)
                 for label, mode in ((LOCAL, "forward graph"), (f"{LOCAL}, training", TRAIN))
-                for name, shape in _STAGES.items()
+                for name, shape in STAGES.items()
             ),
             Line(PROJECT, "32 x 128, 77 positions (graph)", PROJECT, "32,128 77,768 V=6", "forward graph"),
             Line(PROJECT, "32 x 128, 37 x 37 (graph)", PROJECT, "32,128 37x37,768 V=6", "forward graph"),
