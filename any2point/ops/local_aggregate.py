@@ -31,6 +31,7 @@ from any2point.reference.local_aggregate import (
     wavelengths,
 )
 from any2point.reference.local_aggregate import local_aggregate as _composition
+from any2point.triton import tf32_allowed
 
 __all__ = ["BatchNorm", "ResidualUnit", "local_aggregate"]
 
@@ -258,7 +259,7 @@ def _rounds(features: Tensor) -> bool:
     """
     if features.dtype != torch.float32:
         return True
-    return not torch.compiler.is_compiling() and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return not torch.compiler.is_compiling() and tf32_allowed()
 
 
 # points, features, center, neighbor, divisor, wavelength

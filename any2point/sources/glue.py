@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from any2point.sources.linear import Linear
+from any2point.triton import tf32_allowed
 
 _TRITON = importlib.util.find_spec("triton") is not None
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
@@ -161,19 +162,13 @@ def attend(
 
 def attends(dtype: torch.dtype, length: int, width: int, device: int) -> bool:
     """Whether the attention kernel takes sequences of this length and heads of this width, on this GPU."""
-    if dtype not in _FLOATS or (dtype == torch.float32 and not _tf32_allowed()):
+    if dtype not in _FLOATS or (dtype == torch.float32 and not tf32_allowed()):
         return False
     from any2point.triton.attention import HEAD_WIDTHS, LONGEST, shared_memory
     from any2point.triton.block import shared_memory_of
 
     fits = width in HEAD_WIDTHS and length <= LONGEST
     return fits and shared_memory(width) <= shared_memory_of(device)
-
-
-def _tf32_allowed() -> bool:
-    from any2point.triton._rows import tf32_allowed
-
-    return tf32_allowed()
 
 
 def attend_stacked(qkv: Tensor, heads: int, batch: int, prefix: int, *, over_batch: bool) -> Tensor:

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from any2point.triton import tf32_allowed
+
 
 class _Copies(NamedTuple):
     """Weight and bias in another form, and what they were made of: the tensors and their versions."""
@@ -91,7 +93,7 @@ class Linear(nn.Linear):
 
 def _in_tf32(x: Tensor, weight: Tensor) -> bool:
     """Whether a product is in TF32, for which matrix units take operands whose rows are summed over."""
-    return x.dtype == weight.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return x.dtype == weight.dtype == torch.float32 and tf32_allowed()
 
 
 def _is_product(x: Tensor, layer: nn.Linear) -> bool:

@@ -17,11 +17,6 @@ _PLAIN = tl.constexpr(INTERPRETED)
 _GROUPS = 16  # groups of a program of `_prepare_kernel`
 
 
-def tf32_allowed() -> bool:
-    """Whether torch may round float32 operands of products on GPUs to 10 bits."""
-    return torch.backends.cuda.matmul.fp32_precision == "tf32"
-
-
 def prepare(
     points: Tensor,
     center: Tensor,

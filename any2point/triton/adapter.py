@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from any2point.triton._rows import tf32_allowed
+from any2point.triton import tf32_allowed
 from any2point.triton.block import load_stacked, rows_of, shared_memory_of, unstacked
 from any2point.triton.local_aggregate import _operand
 

@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from any2point.triton._rows import tf32_allowed
+from any2point.triton import tf32_allowed
 
 LONGEST = 144  # keys whose gradients fit into the registers of a program
 HEAD_WIDTHS = (16, 32, 64)

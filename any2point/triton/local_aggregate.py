@@ -19,7 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from any2point.reference.batch_norm import BatchNorm
-from any2point.triton._rows import _PLAIN, INTERPRETED, columns, geometry, prepare, relu, tf32_allowed
+from any2point.triton import tf32_allowed
+from any2point.triton._rows import _PLAIN, INTERPRETED, columns, geometry, prepare, relu
 
 _ROWS = 64
 

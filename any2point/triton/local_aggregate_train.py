@@ -27,7 +27,8 @@ from torch import Tensor
 
 from any2point.ops._local_aggregate_passes import Passes, Unit
 from any2point.reference.batch_norm import are_shared
-from any2point.triton._rows import INTERPRETED, prepare, tf32_allowed
+from any2point.triton import tf32_allowed
+from any2point.triton._rows import INTERPRETED, prepare
 from any2point.triton.local_aggregate import _round
 from any2point.triton.local_aggregate_train_backward_kernels import (
     before_grad_kernel,
