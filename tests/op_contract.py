@@ -162,9 +162,11 @@ class OpContract:
             wide[..., 0] = x
             return wide[..., 0]
 
-        for sample in self.samples(device):
-            other = Sample(sample.name, tree_map(scatter, sample.kwargs))
-            assert_same(self.call(other), self.call(sample), sample.name)
+        for dtype in (torch.float32, *self.low_precision):
+            for sample in self.samples(device):
+                sample = sample.to(dtype)
+                other = Sample(sample.name, tree_map(scatter, sample.kwargs))
+                assert_same(self.call(other), self.call(sample), f"{sample.name} in {dtype}")
 
     def test_deterministic_and_fully_written(self, device: str) -> None:
         """Same bits on every run, also when torch fills fresh memory with NaN and when it does not."""

@@ -49,9 +49,12 @@ def _kind(rows: tuple[Any, ...], parameters: list[Tensor]) -> type[Passes]:
     return TritonPasses
 
 
-def _aligned(x: Any) -> Any:
-    """A tensor that kernels may read by 16 bytes."""
-    return x.clone() if isinstance(x, Tensor) and x.is_cuda and x.data_ptr() % 16 else x
+def _dense(x: Any) -> Any:
+    """A tensor as kernels read it: contiguous, which the same centres for all clouds are not, and aligned."""
+    if not isinstance(x, Tensor):
+        return x
+    x = x.contiguous()
+    return x.clone() if x.is_cuda and x.data_ptr() % 16 else x
 
 
 def _exact(function: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]:
@@ -60,7 +63,7 @@ def _exact(function: Callable[..., list[Tensor]]) -> Callable[..., list[Tensor]]
     @functools.wraps(function)
     def call(*args: Any) -> list[Tensor]:
         with torch.autocast(args[0].device.type, enabled=False), torch.cuda.device_of(args[0]):
-            return function(*(tree_map(_aligned, arg) for arg in args))
+            return function(*(tree_map(_dense, arg) for arg in args))
 
     return call
 

@@ -36,10 +36,13 @@ def in_kernels(x: Tensor) -> bool:
 
 
 def _fused(x: Tensor, *constants: Tensor | None) -> bool:
-    """Whether the kernels can take over: CUDA, and no gradient for what they take for constants."""
+    """Whether the kernels can take over: CUDA, and constants without gaps and without gradients."""
     if x.dtype not in _FLOATS or not in_kernels(x):
         return False
-    return not (torch.is_grad_enabled() and any(c is not None and c.requires_grad for c in constants))
+    given = [c for c in constants if c is not None]
+    if not all(c.is_contiguous() for c in given):
+        return False
+    return not (torch.is_grad_enabled() and any(c.requires_grad for c in given))
 
 
 def is_hooked(*modules: nn.Module) -> bool:
@@ -114,6 +117,8 @@ class Bottleneck(NamedTuple):
 def joins(x: Tensor, dtype: torch.dtype, layer_scale: Tensor | None, adapter: Bottleneck) -> bool:
     """Whether `join_adapted` takes these, and a branch of this dtype."""
     if not _fused(x, layer_scale) or dtype not in _FLOATS or adapter.down.dtype not in _FLOATS:
+        return False
+    if not all(tensor.is_contiguous() for tensor in adapter):
         return False
     from any2point.triton.adapter import WIDEST
 

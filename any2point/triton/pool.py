@@ -195,7 +195,7 @@ class Pool(torch.autograd.Function):
     def forward(
         ctx: Any, prefix: Tensor, tokens: Tensor, weight: Tensor, bias: Tensor, eps: float, cls_first: bool
     ) -> Tensor:
-        prefix, tokens = prefix.contiguous(), tokens.contiguous()
+        prefix, tokens, weight, bias = (each.contiguous() for each in (prefix, tokens, weight, bias))
         (batch, before, width), count = prefix.shape, tokens.shape[1]
 
         def make(*shape: int) -> Tensor:

@@ -131,6 +131,31 @@ def test_as_on_sm_90(sizes: tuple[int, ...], dtype: torch.dtype, monkeypatch: py
         assert mine <= 2 * other + torch.finfo(dtype).eps, f"{name}: {mine:.1e}, on sm_90 {other:.1e}"
 
 
+def strided(x: Tensor) -> Tensor:
+    return x.mT.contiguous().mT
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=name)
+def test_strides(dtype: torch.dtype, recompute: bool) -> None:
+    """Centres that are the same in all clouds, as those of a hierarchy, and other tensors with gaps."""
+    kwargs = samples(OTHER[0], dtype, missing=False) | {"recompute": recompute}
+    batch = len(kwargs["center"])
+    own = {"center": kwargs["center"][:1].expand(batch, -1)}
+    own |= {name: strided(kwargs[name]) for name in ("points", "features", "neighbor")}
+    own["units"] = [
+        unit._replace(in_weight=strided(unit.in_weight), out_weight=strided(unit.out_weight))
+        for unit in kwargs["units"]
+    ]
+    low = dtype if dtype in LOW else None
+    assert own["center"].stride(0) == 0
+    plain = kwargs | {"center": own["center"].contiguous()}
+    want = flat(fused(plain, torch.float32, low))
+    poison()
+    assert_same(flat(fused(plain | own, torch.float32, low)), want)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=name)
 @pytest.mark.parametrize("sizes", [TOKENIZER[0], OTHER[0], OTHER[1]], ids=name)
