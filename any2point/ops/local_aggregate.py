@@ -31,7 +31,6 @@ from any2point.reference.local_aggregate import (
     wavelengths,
 )
 from any2point.reference.local_aggregate import local_aggregate as _composition
-from any2point.triton import tf32_allowed
 
 __all__ = ["BatchNorm", "ResidualUnit", "local_aggregate"]
 
@@ -98,10 +97,10 @@ def local_aggregate(
     of all rows, O(B S K H), and the rows of some clouds at a time, 64 MB or those of one cloud (from three
     units on O(B S K C)). The composition needs what it would without while it differentiates, and in a graph
     of `torch.compile` `recompute` leaves it as it is.
-    On CUDA (sm_80 and newer, with Triton) kernels evaluate, and train in as much memory in float16, bfloat16
-    and, in eager mode, TF32; on sm_90 in 16 bits faster ones do it for units of (2C, H) = (192, 96) twice,
-    (384, 192) or (768, 32). On other GPUs, in float32 that torch may not round, and for a gradient of the
-    points, training is the composition. Statistics may be shared by processes in all cases.
+    On CUDA (sm_80 and newer, with Triton) kernels evaluate, and train in as much memory; on sm_90 in float16
+    and bfloat16 faster ones do it for units of (2C, H) = (192, 96) twice, (384, 192) or (768, 32). On other
+    GPUs, and for a gradient of the points, training is the composition. Statistics may be shared by processes
+    in all cases.
 
     Precision: on CUDA the kernels multiply in the dtype of `features` and add up in float32. float16 and
     bfloat16 round rows, hidden layers and weights to their own precision (float16 overflows beyond 65504);
@@ -233,8 +232,7 @@ def _is_fused(
             small = neighbor.numel() < 1 << 31 and neighbor.shape[2] < 31744
             small = small and features[..., 0].numel() < 1 << 31
             hopper = half or on_hopper(features, hidden, features.dtype)
-            general = _TRITON and all((features.shape[-1], *hidden)) and _rounds(features)
-            if not small or not (hopper or general):
+            if not small or not (hopper or (_TRITON and all((features.shape[-1], *hidden)))):
                 return False
         elif not units or not _TRITON:
             return False
@@ -250,16 +248,6 @@ def _is_fused(
         moving = torch.is_grad_enabled() and points.requires_grad
         return len(units) > 0 and neighbor.numel() > 1 and not moving
     return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
-
-
-def _rounds(features: Tensor) -> bool:
-    """Whether products are in 16 bits or, as may be asked outside of compiled graphs alone, in TF32.
-
-    Products of float32 as exact as torch's, each of three in TF32, are hardly faster than the composition.
-    """
-    if features.dtype != torch.float32:
-        return True
-    return not torch.compiler.is_compiling() and tf32_allowed()
 
 
 # points, features, center, neighbor, divisor, wavelength

@@ -11,7 +11,7 @@ H200, forward and backward of 32 clouds, beside the composition of torch ops: th
 (K = 81) in float16 13.6 + 6.7 + 2.2 ms and up to 1.5 GB, for 40.8 + 26.8 + 13.3 ms and 9.2 GB; 512 groups of
 16, C = 128, three units of H = 48, in float16 3.4 ms and 0.26 GB for 6.1 ms and 1.5 GB; 256 groups of 33, C =
 180, H = 45, in bfloat16 1.6 ms for 3.8 ms. The first stage in TF32 takes 19.0 ms for 23.5 ms; in three
-products of TF32, as exact as float32, 32 ms for 36 ms, which the op leaves to torch.
+products of TF32, as exact as float32, 32 ms for 36 ms, and these compile for half a minute the first time.
 Limits: loads wait for products, and each 64 rows read the weights and each 64 channels the hidden layers
 again; deeper pipelines and tiles of 128 rows made single kernels up to a quarter faster and are not in use.
 csrc/local_aggregate/train_*.sm90a.* do better for 16 bits and three sizes on sm_90 (6.5 ms for the stages).

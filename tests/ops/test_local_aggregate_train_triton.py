@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import pytest
@@ -43,8 +42,6 @@ def triton_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     if torch.cuda.get_device_capability() < (8, 0):
         pytest.skip("needs sm_80")
     monkeypatch.setattr(passes, "HOPPER_SIZES", set())
-    # Float32 in three products of TF32, too, which the op leaves to torch.
-    monkeypatch.setattr(sys.modules["any2point.ops.local_aggregate"], "_rounds", lambda features: True)
 
 
 def samples(sizes: tuple[int, ...], dtype: torch.dtype, missing: bool = True) -> dict[str, Any]:
