@@ -258,6 +258,7 @@ def local_aggregate(device: str, shapes: Shapes | None = None) -> Iterator[Case]
             work,
             [
                 Provider.plain("any2point", partial(_each, ops.local_aggregate)),
+                Provider.plain("any2point recompute", partial(_each, ops.local_aggregate, recompute=True)),
                 Provider.plain("torch", composed),
             ],
             backward=True,
