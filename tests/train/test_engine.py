@@ -321,8 +321,8 @@ def test_evaluation_does_not_depend_on_batches() -> None:
 
 
 def test_recipes(tmp_path: Path) -> None:
-    for file in RECIPES.glob("*.yaml"):
-        recipe = load_recipe(file.stem)
+    for file in RECIPES.rglob("*.yaml"):
+        recipe = load_recipe(file.relative_to(RECIPES).with_suffix("").as_posix())
         assert Recipe.from_dict(recipe.to_dict()) == recipe
     changed = recipe.override({"train.lr": 0.1, "model.views": 3, "data": "folder"})
     assert (changed.train.lr, changed.model["views"], changed.data) == (0.1, 3, "folder")
