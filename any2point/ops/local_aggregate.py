@@ -160,16 +160,18 @@ def local_aggregate(
         if normalize == "mn40":
             offset = group_offsets(points, center, neighbor, group)
             divisor = offset_deviation(offset, guard=guard).expand(points.shape[0]).contiguous()
-        wavelength = wavelengths(2 * features.shape[-1], alpha, like=points)
         # On the CPU bfloat16 has kernels of its own in evaluation.
         low = features.dtype == torch.bfloat16 and not training
         operand = features if features.is_cuda or low else features.float()
         if half and not training:  # the op for training rounds float32 itself, for the sake of its gradient
             operand = features.half()
-        rows = (points.contiguous(), operand.contiguous(), center, neighbor, divisor, wavelength)
+        rows = (points.contiguous(), operand.contiguous(), center, neighbor, divisor)
         if training:
-            return _train(rows, units, beta, guard, half, momentum, eps, recompute).to(features.dtype)
-        return _evaluate(rows, units, beta, guard, eps).to(features.dtype)
+            wavelength = wavelengths(width, alpha, like=points)
+            return _train((*rows, wavelength), units, beta, guard, half, momentum, eps, recompute).to(
+                features.dtype
+            )
+        return _evaluate(rows, units, alpha, beta, guard, eps).to(features.dtype)
     # cuBLAS rounds otherwise for strided weights and biases; statistics are updated in place and stay.
     units = [
         unit._replace(
@@ -293,18 +295,32 @@ def _train(
     return out
 
 
-def _evaluate(rows: Rows, units: Sequence[ResidualUnit], beta: float, guard: bool, eps: float) -> Tensor:
-    folded: list[Tensor] = []
-    for unit in units:
-        for weight, bias, norm in (
+def _evaluate(
+    rows: tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None],
+    units: Sequence[ResidualUnit],
+    alpha: float,
+    beta: float,
+    guard: bool,
+    eps: float,
+) -> Tensor:
+    width = 2 * rows[1].shape[-1]
+    layers = [
+        layer
+        for unit in units
+        for layer in (
             (unit.in_weight, unit.in_bias, unit.in_norm),
             (unit.out_weight, unit.out_bias, unit.out_norm),
-        ):
-            if weight.is_cuda:
-                folded += _fold_layer(weight, bias, *norm, eps, rows[1])
-            else:
-                folded += _fold(weight, bias, norm, eps)
-    return checked(torch.ops.any2point._local_aggregate.default, *rows, folded, beta, guard)
+        )
+    ]
+    if rows[1].is_cuda:
+        tensors = [tensor for weight, bias, norm in layers for tensor in (weight, bias, *norm)]
+        there = [tensor is not None for tensor in tensors]
+        given = [tensor for tensor in tensors if tensor is not None]
+        wavelength, *folded = _fold_layers(given, there, width, alpha, eps, rows[1])
+    else:
+        wavelength = wavelengths(width, alpha, like=rows[0])
+        folded = [tensor for layer in layers for tensor in _fold(*layer, eps)]
+    return checked(torch.ops.any2point._local_aggregate.default, *rows, wavelength, folded, beta, guard)
 
 
 def _fold(weight: Tensor, bias: Tensor | None, norm: BatchNorm, eps: float) -> list[Tensor]:
@@ -316,38 +332,35 @@ def _fold(weight: Tensor, bias: Tensor | None, norm: BatchNorm, eps: float) -> l
     return [(weight.float() * scale[:, None]).contiguous(), shift]
 
 
-@torch.library.custom_op("any2point::_fold_layer", mutates_args=(), device_types="cuda")
-def _fold_layer(
-    weight: Tensor,
-    bias: Tensor | None,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    eps: float,
-    like: Tensor,
+@torch.library.custom_op("any2point::_fold_layers", mutates_args=(), device_types="cuda")
+def _fold_layers(
+    tensors: list[Tensor], there: list[bool], width: int, alpha: float, eps: float, like: Tensor
 ) -> list[Tensor]:
-    """`_fold` in one launch, with the weight in the dtype of `like`."""
+    """`wavelengths`, and `_fold` of all layers with weights in the dtype of `like`, in one launch.
+
+    A layer has a weight, a bias and four tensors of its normalisation; `there` says which are in `tensors`.
+    """
     from any2point.triton.local_aggregate import fold
 
-    norm = BatchNorm(norm_weight, norm_bias, running_mean, running_var)
-    return fold(weight, bias, norm, eps, like.dtype)
+    left = iter(tensors)
+    six = zip(*[iter([next(left) if is_there else None for is_there in there])] * 6)
+    layers = [(weight, bias, BatchNorm(*norm)) for weight, bias, *norm in six]
+    return fold(layers, width, alpha, eps, like.dtype)
 
 
-@_fold_layer.register_fake
+@_fold_layers.register_fake
 def _(
-    weight: Tensor,
-    bias: Tensor | None,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    eps: float,
-    like: Tensor,
+    tensors: list[Tensor], there: list[bool], width: int, alpha: float, eps: float, like: Tensor
 ) -> list[Tensor]:
-    return [
-        weight.new_empty(weight.shape, dtype=like.dtype),
-        weight.new_empty(len(weight), dtype=torch.float32),
+    wavelength = like.new_empty(width // 6, dtype=torch.float32)
+    return [wavelength] + [
+        tensor
+        for weight in tensors
+        if weight.dim() == 2
+        for tensor in (
+            weight.new_empty(weight.shape, dtype=like.dtype),
+            weight.new_empty(len(weight), dtype=torch.float32),
+        )
     ]
 
 

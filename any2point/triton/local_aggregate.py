@@ -23,6 +23,9 @@ from any2point.triton import tf32_allowed
 from any2point.triton._rows import _PLAIN, INTERPRETED, columns, geometry, prepare, relu
 
 _ROWS = 64
+_FREQUENCIES = 128  # of a program
+
+Layer = tuple[Tensor, "Tensor | None", BatchNorm]  # weight, bias, normalisation
 
 
 def local_aggregate(
@@ -69,37 +72,62 @@ def local_aggregate(
     return out
 
 
-def fold(
-    weight: Tensor, bias: Tensor | None, norm: BatchNorm, eps: float, dtype: torch.dtype
-) -> list[Tensor]:
-    """Weight (in `dtype`) and float32 bias of a linear layer with the batch normalisation after it."""
-    weight, *norm_ = (tensor.contiguous() for tensor in (weight, *norm))
-    rows, columns = weight.shape
-    folded = torch.empty(rows, columns, dtype=dtype, device=weight.device)
-    shift = torch.empty(rows, dtype=torch.float32, device=weight.device)
-    with torch.cuda.device_of(weight):
-        _fold_kernel[(rows,)](
-            weight, None if bias is None else bias.contiguous(), *norm_, folded, shift, eps,
-            COLUMNS=columns, BLOCK=triton.next_power_of_2(columns),
+def fold(layers: list[Layer], width: int, alpha: float, eps: float, dtype: torch.dtype) -> list[Tensor]:
+    """What evaluation needs besides its rows, in one launch.
+
+    The wavelengths, and weight (in `dtype`) and float32 bias of linear layers with the batch normalisation
+    after each.
+    """
+    device = layers[0][0].device
+    tensors, sizes = [], []
+    out = [torch.empty(width // 6, dtype=torch.float32, device=device)]
+    for weight, bias, norm in layers:
+        rows, columns = weight.shape
+        tensors += [tensor if tensor is None else tensor.contiguous() for tensor in (weight, bias, *norm)]
+        out += [
+            torch.empty(rows, columns, dtype=dtype, device=device),
+            torch.empty(rows, dtype=torch.float32, device=device),
+        ]
+        sizes += [rows, columns, triton.next_power_of_2(columns)]
+    programs = triton.cdiv(width // 6, _FREQUENCIES) + sum(sizes[::3])
+    with torch.cuda.device_of(layers[0][0]):
+        _fold_kernel[(programs,)](
+            tuple(tensors), tuple(out), alpha, eps,
+            COUNT=width // 6, BLOCK=_FREQUENCIES, SIZES=tuple(sizes),
         )  # fmt: skip
-    return [folded, shift]
+    return out
 
 
 @triton.jit
 def _fold_kernel(
-    weight,  # [ROWS, COLUMNS]
-    bias,  # [ROWS] or None
-    norm_weight,  # [ROWS], as the next three
-    norm_bias,
-    mean,
-    var,
-    folded,  # out [ROWS, COLUMNS]
-    shift,  # out [ROWS] float32
+    layers,  # per layer weight [ROWS, COLUMNS], bias [ROWS] or None, weight, bias, mean and var of the norm
+    out,  # [COUNT] float32, then per layer [ROWS, COLUMNS] and [ROWS] float32
+    alpha,
     eps,
-    COLUMNS: tl.constexpr,
+    COUNT: tl.constexpr,
     BLOCK: tl.constexpr,
+    SIZES: tl.constexpr,  # per layer ROWS, COLUMNS, and the latter as a power of two
 ):
-    row = tl.program_id(0)
+    row = tl.program_id(0) - (COUNT + BLOCK - 1) // BLOCK
+    if row < 0:  # alpha^(i / COUNT)
+        i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+        exponent = i.to(tl.float64) / COUNT * tl.log2(tl.zeros((BLOCK,), tl.float64) + alpha)
+        tl.store(out[0] + i, tl.exp2(exponent).to(tl.float32), i < COUNT)
+    for i in tl.static_range(len(SIZES) // 3):
+        if (row >= 0) & (row < SIZES[3 * i]):
+            _fold_row(
+                row, layers[6 * i], layers[6 * i + 1], layers[6 * i + 2], layers[6 * i + 3],
+                layers[6 * i + 4], layers[6 * i + 5], out[2 * i + 1], out[2 * i + 2], eps,
+                SIZES[3 * i + 1], SIZES[3 * i + 2],
+            )  # fmt: skip
+        row -= SIZES[3 * i]
+
+
+@triton.jit
+def _fold_row(
+    row, weight, bias, norm_weight, norm_bias, mean, var, folded, shift, eps,
+    COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     scale = tl.load(norm_weight + row).to(tl.float32) / tl.sqrt_rn(tl.load(var + row).to(tl.float32) + eps)
     at = tl.load(norm_bias + row).to(tl.float32) - tl.load(mean + row).to(tl.float32) * scale
     if bias is not None:

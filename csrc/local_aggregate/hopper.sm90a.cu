@@ -3,55 +3,69 @@
 // A team of four warps has 64 rows at a time, 16 a warp: a thread builds its part of the rows x (gather,
 // sine, cosine) where products take their first operand, hidden channels stay there, too, and sums of a
 // product in float32 become the operand of the next without leaving registers. Weights stay in shared memory.
-// Teams wait for nobody, so one builds while another multiplies. A warp goes through a range of rows (group
-// by group, all K neighbours after each other; only the end of everything is padded) and keeps the maximum of
-// its group; groups that end in the next warp's range are joined by a kernel of their own. The bias of the
-// last layer is added to the maximum. What a row needs besides its features (offset and where they are) is
-// found once, by a kernel before. Units whose two weights do not fit into shared memory together take two
-// kernels, with the hidden channels in memory between them, at most about 160 MB at a time; units whose rows
-// do not fit into a team's registers share them out to three teams.
+// Teams wait for nobody, so one builds while another multiplies. A warp goes through a range of tiles, each
+// of two neighbours of eight groups (a bundle): a thread has two rows of one group, and keeps the maximum of
+// it, partly in shared memory, until the bundle ends, without a word to other lanes; bundles that end in
+// another warp's range are joined by a kernel of their own. The bias of the last layer is added to the
+// maximum. What a row needs besides its features (offset and where they are) is found once, by a kernel
+// before, which also writes the weights as they stand in shared memory, so that blocks bring them by a few
+// bulk copies while they build their first rows. Units whose two weights do not fit into shared memory
+// together take two kernels, with the hidden channels in memory between them, at most about 256 MB at a time;
+// units whose rows do not fit into a team's registers share them out to three teams.
 //
 // A kernel that ptxas serialises for want of registers (C7512 in its messages) is to be avoided, and not for
-// its speed alone: one in bfloat16 gave NaN under compute-sanitizer's memcheck and synccheck.
+// its speed alone: one in bfloat16 gave NaN under compute-sanitizer's memcheck and synccheck. whole_kernel is
+// close to it: more of it at once in flight, or other conversions, bring the message back.
 //
 // H200, 32 clouds, us, all kernels, with the floor of products (790 TFLOP/s) and of the sine unit for one
-// building of the rows at K = 81:
+// building of the rows at K = 81; measured before weights came by bulk copies:
 //                                              K = 81              K = 64
 //   points, centres, channels, hidden, units   float16  bfloat16   float16  bfloat16   products   sines
-//     1024      512       192      96     2        391       396       302       315        248      61
-//      512      256       384     192     1        481       475       358       358        248      61
-//      256      128       768      32     1        269       273       192       194         41      61
-// Triton takes 1601, 974 and 557 us (float16, K = 81). Limit: what a warp waits for. By the counters of
-// kernels close to these, schedulers of three warps issued in 25 to 37 % of the cycles, and tensor cores of
-// the first two sizes worked in 36 to 48 %. Not faster: four teams of fewer registers, the residual by
-// products with an identity, and half a pair of blocks built while the products of the other half run.
+//     1024      512       192      96     2        351       362       284                  248      61
+//      512      256       384     192     1        414       409       330                  248      61
+//      256      128       768      32     1        233       235       184                   41      61
+// Kernels that went through one group after the other took 388, 471 and 268 us in the first column. The
+// search for rows takes 17, 10 and 6 us, and whole_kernel, project_kernel, finish_kernel and axes_kernel 337,
+// 112 + 104, 118 + 109 and 223, with tensor cores at work in 66, 53, 50 and 16 % of the cycles and schedulers
+// in 35, 25, 32 and 35 %. One cloud, three stages with their weights folded: 86 us (K = 81). Triton takes
+// 1601, 974 and 557 us (float16, K = 81). Limit: what a warp waits for. Not faster: four teams of fewer
+// registers, the residual by products with an identity, half a pair of blocks built while the products of the
+// other half run, and points in shared memory with one group a warp (+2 %). Two buffers of rows in
+// project_kernel alone bring nothing; one launch of hidden channels instead of two brings 26 us. Next: axis
+// by axis, three warps of a scheduler wait for each other in every tile of axes_kernel.
 #include <algorithm>
 
-#include "local_aggregate/hopper_eval.cuh"
+#include "local_aggregate/hopper_locate.cuh"
 
 namespace any2point {
 namespace {
 
-// Where a group goes on in the next warps, the maximum of its parts, finished; a block per warp.
+// Where a bundle goes on in the next warps, the maxima of its parts, finished; a block per bundle.
 template <int C, typename T>
-__global__ void join_kernel(const HopperAggregate args, const Share share, int64_t warps, const float* bias) {
+__global__ void __launch_bounds__(C)
+    join_kernel(const HopperAggregate args, const Share share, const float* bias) {
   wait_for_kernels();
-  Walk walk = walk_of(args, share, blockIdx.x);
-  const int64_t group = walk.first;
-  if (walk.groups == 0 || walk.begin == 0) return;
-  if (walk.begin > share.tiles * kRows && blockIdx.x > 0) return;  // the warp before goes on with it, too
-  uint32_t* to = static_cast<uint32_t*>(args.out) + group * (C / 2) + threadIdx.x;
-  uint32_t largest = *to;
-  int64_t end = 0;  // of the rows seen
-  for (int64_t warp = blockIdx.x; warp < warps; warp++) {
-    walk = walk_of(args, share, warp);
-    if (walk.groups == 0 || walk.first != group) break;
-    end = walk.begin + walk.rows;
-    largest = Two<T>::max(largest, share.heads[warp * (C / 2) + threadIdx.x]);
+  const int length = length_of(args), tiles = static_cast<int>(share.end - share.first);
+  const int64_t bundle = share.first / length + blockIdx.x;
+  const int begin = static_cast<int>(bundle * length - share.first), end = begin + length;
+  // Warps that had its tiles; the first of them has written to `out`, unless the launch before did.
+  const int first = begin < 0 ? 0 : begin / share.tiles + 1, last = (min(end, tiles) - 1) / share.tiles;
+  if (first > last || bundle * kTogether + threadIdx.x / (C / 8) >= args.groups) return;
+  uint4* const to = static_cast<uint4*>(args.out) + bundle * C + threadIdx.x;
+  uint4 largest = *to;
+  for (int warp = first; warp <= last; warp += 4) {
+    uint4 other[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      other[i] = share.heads[static_cast<int64_t>(min(warp + i, last)) * C + threadIdx.x];
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      largest = {Two<T>::max(largest.x, other[i].x), Two<T>::max(largest.y, other[i].y),
+                 Two<T>::max(largest.z, other[i].z), Two<T>::max(largest.w, other[i].w)};
+    }
   }
-  if (end >= args.neighbors) {  // else the next part goes on
-    largest = finished<T>(largest, {bias[2 * threadIdx.x], bias[2 * threadIdx.x + 1]});
-  }
+  if (end <= tiles) largest = finished<T>(largest, bias + threadIdx.x % (C / 8) * 8);  // else the next launch
   *to = largest;
 }
 
@@ -62,33 +76,30 @@ __global__ void __launch_bounds__(kTeams * 128, 1)
   extern __shared__ __align__(1024) char room[];
   constexpr int kWeight = C * H * 2, kPairs = C / 64;
   char* const features = room + 2 * kUnits * kWeight;
-  float* const in_bias = reinterpret_cast<float*>(features + kTeams * Stream<C, 3>::kBytes);
+  float* const in_bias = reinterpret_cast<float*>(features + kTeams * Stream<C, 2>::kBytes);
   float* const out_bias = in_bias + kUnits * H;
-  float* const frequency = out_bias + kUnits * C;
+  float* const frequency = out_bias + (kUnits - 1) * C;
   for (int u = 0; u < kUnits; u++) {
-    load_in_weight<C, H>(args.units[u].in_weight, room + 2 * u * kWeight);
-    load_out_weight<C, H>(args.units[u].out_weight, room + (2 * u + 1) * kWeight);
     for (int i = threadIdx.x; i < H; i += blockDim.x) in_bias[u * H + i] = args.units[u].in_bias[i];
-    load_out_bias<C>(args.units[u].out_bias, out_bias + u * C);
+    if (u + 1 < kUnits) load_out_bias<C>(args.units[u].out_bias, out_bias + u * C);
   }
   load_frequency<C>(args, frequency);
+  const Delivery delivery(reinterpret_cast<char*>(frequency + C / 6) + Largest<kPairs, kPairs, T>::kBytes);
   const int64_t warp = this_warp();
-  const Walk walk = walk_of(args, share, warp);
+  Course course = course_of(args, share, warp);
   wait_for_kernels();
   let_next_begin();
-  publish();
-
+  __syncthreads();
+  delivery.begin<2 * kUnits * kWeight>(room, share.located.image);
   const uint64_t weights = descriptor(room);
-  Stream<C, 3> feed(args, share, walk, features);
+  Stream<C, 2> feed(args, share, course, features);
   feed.next(0);
-  uint32_t largest[kPairs];
-#pragma unroll
-  for (uint32_t& each : largest) each = kLowest<T>;
-  int segment = 0;
+  Largest<kPairs, kPairs, T> largest(reinterpret_cast<char*>(frequency + C / 6));
+  int middle = middle_of<C>(share, course.bundle);
   for (int tile = 0; tile < share.tiles; tile++) {
     Channels x[kPairs];
-    feed.wait();
-    const Rows rows = feed.rows(tile);
+    wait_for_copies();
+    const Rows rows = feed.rows(tile, middle);
 #pragma unroll
     for (int p = 0; p < kPairs; p++) feed.load(rows, p, x[p]);
     feed.next(tile + 1);
@@ -101,6 +112,7 @@ __global__ void __launch_bounds__(kTeams * 128, 1)
         float d[H / 2];
         set_bias<H>(in_bias + u * H, d);
         pin(d);
+        if (u == 0 && tile == 0) delivery.wait();
         wgmma_fence();
 #pragma unroll
         for (int k = 0; k < C / 16; k++) {
@@ -112,7 +124,7 @@ __global__ void __launch_bounds__(kTeams * 128, 1)
         wgmma_commit();
         wgmma_wait<0>();
         pin(d);
-        relu_hidden<T, H>(d, h);
+        positive_hidden<T, H>(d, h);
       }
 #pragma unroll
       for (int p = 0; p < kPairs; p++) {
@@ -128,21 +140,16 @@ __global__ void __launch_bounds__(kTeams * 128, 1)
         pair_product<C, H, T>(d, h, weights + ((2 * u + 1) * kWeight + 64 * p * kBlockBytes) / 16);
         wgmma_wait<0>();
         pin(d);
+        if (u + 1 < kUnits) {
 #pragma unroll
-        for (int b = 0; b < 2; b++) {
-          if (u + 1 < kUnits) {
-            relu_channels<T>(d + 16 * b, x[p][b]);
-          } else {
-            round_channels<T>(d + 16 * b, x[p][b]);
-          }
+          for (int b = 0; b < 2; b++) positive_channels<T>(d + 16 * b, x[p][b]);
+        } else {
+          largest.take(p, d);
         }
       }
     }
-#pragma unroll
-    for (int p = 0; p < kPairs; p++)
-      take_largest<C, T>(args, share, walk, warp, tile, segment, p, x[p], out_bias + (kUnits - 1) * C,
-                         &largest[p]);
-    segment = segment_after(args, walk, tile, segment);
+    largest.template write<C>(args, share, warp, course, tile, 0, args.units[kUnits - 1].out_bias);
+    if (course.go_on(args, tile)) middle = middle_of<C>(share, course.bundle);
   }
 }
 
@@ -154,55 +161,52 @@ __global__ void __launch_bounds__(kTeams * 128, 1)
   constexpr int kPairs = C / 64;
   char* const features = room + C * H * 2;
   float* const bias = reinterpret_cast<float*>(features + kTeams * Stream<C, 2>::kBytes);
-  float* const frequency = bias + H;
-  load_in_weight<C, H>(args.units[0].in_weight, room);
-  for (int i = threadIdx.x; i < H; i += blockDim.x) bias[i] = args.units[0].in_bias[i];
+  float* const frequency = bias + 2 * H;
+  load_biases<H>(args.units[0].in_bias, bias);
   load_frequency<C>(args, frequency);
+  const Delivery delivery(reinterpret_cast<char*>(frequency + C / 6));
   const int64_t warp = this_warp();
-  const Walk walk = walk_of(args, share, warp);
+  Course course = course_of(args, share, warp);
   wait_for_kernels();
   let_next_begin();
-  publish();
-
+  __syncthreads();
+  delivery.begin<2 * C * H>(room, share.located.image);
   const uint64_t weights = descriptor(room);
-  Stream<C, 2> feed(args, share, walk, features);
+  Stream<C, 2> feed(args, share, course, features);
   feed.next(0);
-  Rows rows = feed.rows(0);
+  Rows rows = feed.rows(0, middle_of<C>(share, course.bundle));
   uint4* to = share.hidden + warp / 4 * share.tiles * (H / 16) * 128 + threadIdx.x % 128;
   for (int tile = 0; tile < share.tiles; tile++, to += H / 16 * 128) {
     float d[H / 2];
-    set_bias<H>(bias, d);
+    set_biases<H>(bias, d);
     pin(d);
-    feed.wait();
-    Rows current = rows;
-    constexpr int kBuffers = kTeams > 2 ? 1 : 2;  // the products may still read one while another is built
-    Channels x[kBuffers];
+    wait_for_copies();
+    const Rows current = rows;
+    Channels x[2];  // products may still read one while another is built
 #pragma unroll
     for (int p = 0; p < kPairs; p++) {
-      feed.load(current, p, x[p % kBuffers]);
+      feed.load(current, p, x[p % 2]);
       if (p == kLastNear<C>) {
         feed.next(tile + 1);
-        rows = feed.rows(tile + 1);
+        int middle = current.middle[0];
+        if (course.go_on(args, tile)) middle = middle_of<C>(share, course.bundle);
+        rows = feed.rows(tile + 1, middle);
       }
-      add_encoding<C, T>(current, frequency, p, x[p % kBuffers]);
-      wgmma_fence();
-#pragma unroll
-      for (int k = 0; k < 4; k++) {
-        uint32_t a[4];
-        operand(x[p % kBuffers], k, a);
-        wgmma<H, T>(d, a, weights + ((2 * p + k / 2) * H * kBlockBytes + k % 2 * 32) / 16);
-      }
-      wgmma_commit();
-      if (p + 1 < kPairs) wgmma_wait<kBuffers - 1>();
+      add_encoding<C, T>(current, frequency, p, x[p % 2]);
+      if (p == 0 && tile == 0) delivery.wait();
+      in_product<H, T>(d, x[p % 2], weights + 2 * p * H * kBlockBytes / 16);
+      if (p + 1 < kPairs) wgmma_wait<1>();
     }
     wgmma_wait<0>();
     pin(d);
     uint32_t h[H / 16][4];
-    relu_hidden<T, H>(d, h);
+    positive_hidden<T, H>(d, h);
 #pragma unroll
     for (int k = 0; k < H / 16; k++) __stcg(to + k * 128, make_uint4(h[k][0], h[k][1], h[k][2], h[k][3]));
   }
 }
+
+constexpr int kFinishRoom = 4;  // pairs
 
 // The second layer, the residual and the maximum. While the products of 64 channels run, the next 64 are
 // built.
@@ -210,28 +214,23 @@ template <int C, int H, int kTeams, typename T>
 __global__ void __launch_bounds__(kTeams * 128, 1)
     finish_kernel(const __grid_constant__ HopperAggregate args, const Share share) {
   extern __shared__ __align__(1024) char room[];
-  constexpr int kPairs = C / 64;
+  constexpr int kPairs = C / 64, kRoom = kFinishRoom;
   char* const features = room + C * H * 2;
-  float* const bias = reinterpret_cast<float*>(features + kTeams * Stream<C, 2>::kBytes);
-  float* const frequency = bias + C;
-  load_out_weight<C, H>(args.units[0].out_weight, room);
-  load_out_bias<C>(args.units[0].out_bias, bias);
+  float* const frequency = reinterpret_cast<float*>(features + PairStream<C>::kBytes);
   load_frequency<C>(args, frequency);
+  const Delivery delivery(reinterpret_cast<char*>(frequency + C / 6) + Largest<kPairs, kRoom, T>::kBytes);
   const int64_t warp = this_warp();
-  const Walk walk = walk_of(args, share, warp);
+  Course course = course_of(args, share, warp);
   wait_for_kernels();
   let_next_begin();
-  publish();
-
+  __syncthreads();
+  delivery.begin<2 * C * H>(room, share.located.image + 2 * C * H);
   const uint64_t weights = descriptor(room);
-  Stream<C, 2> feed(args, share, walk, features);
-  feed.next(0);
-  Rows rows = feed.rows(0);
+  PairStream<C> feed(args, share, course, features);
   const uint4* from = share.hidden + warp / 4 * share.tiles * (H / 16) * 128 + threadIdx.x % 128;
-  uint32_t largest[kPairs];
-#pragma unroll
-  for (uint32_t& each : largest) each = kLowest<T>;
-  int segment = 0;
+  Largest<kPairs, kRoom, T> largest(reinterpret_cast<char*>(frequency + C / 6));
+  Course next;
+  int middle = middle_of<C>(share, course.bundle);
   for (int tile = 0; tile < share.tiles; tile++, from += H / 16 * 128) {
     uint32_t h[H / 16][4];
 #pragma unroll
@@ -242,19 +241,23 @@ __global__ void __launch_bounds__(kTeams * 128, 1)
       h[k][2] = v.z;
       h[k][3] = v.w;
     }
-    feed.wait();
-    Rows current = rows;
+    const Rows rows = feed.rows(tile);
     float d[2][32];
+    Channels x;
 #pragma unroll
     for (int p = 0; p <= kPairs; p++) {
       if (p < kPairs) {
-        Channels x;
-        feed.load(current, p, x);
-        if (p == kLastNear<C>) {
-          feed.next(tile + 1);
-          rows = feed.rows(tile + 1);
+        feed.take(p, x);
+        if (p + 1 == kPairs) {
+          next = course;
+          if (next.go_on(args, tile)) middle = middle_of<C>(share, next.bundle);
+          feed.find(tile + 1, middle);
         }
-        add_encoding<C, T>(current, frequency, p, x);
+        feed.bring((p + 1) % kPairs);
+        add_encoding<C, T>(rows, frequency, p, x);
+        if (p == 0 && tile == 0) delivery.wait();
+      }
+      if (p < kPairs) {
 #pragma unroll
         for (int b = 0; b < 2; b++) set_rows<T>(x[b], d[p % 2] + 16 * b);
         pair_product<C, H, T>(d[p % 2], h, weights + 64 * p * kBlockBytes / 16);
@@ -266,13 +269,11 @@ __global__ void __launch_bounds__(kTeams * 128, 1)
           wgmma_wait<0>();
         }
         pin(d[(p + 1) % 2]);
-        Channels z;
-#pragma unroll
-        for (int b = 0; b < 2; b++) round_channels<T>(d[(p + 1) % 2] + 16 * b, z[b]);
-        take_largest<C, T>(args, share, walk, warp, tile, segment, p - 1, z, bias, &largest[p - 1]);
+        largest.take(p - 1, d[(p + 1) % 2]);
       }
     }
-    segment = segment_after(args, walk, tile, segment);
+    largest.template write<C>(args, share, warp, course, tile, 0, args.units[0].out_bias);
+    course = next;
   }
 }
 
@@ -289,29 +290,32 @@ __global__ void __launch_bounds__(384, 1)
   const int axis = __shfl_sync(kLanes, threadIdx.x / 128, 0);  // so that it is known to be a warp's
   float* const sums = reinterpret_cast<float*>(room + 2 * kWeight);
   float* const in_bias = sums + 2 * kSums;  // for the first axis, then zeros
-  float* const out_bias = in_bias + 3 * H;
-  float* const frequency = out_bias + C;
-  load_in_weight<C, H>(args.units[0].in_weight, room);
-  load_out_weight<C, H>(args.units[0].out_weight, room + kWeight);
+  float* const frequency = in_bias + 3 * H;
+  char* const maxima = reinterpret_cast<char*>(frequency + C / 6);
   for (int i = threadIdx.x; i < 3 * H; i += blockDim.x) in_bias[i] = i < H ? args.units[0].in_bias[i] : 0;
-  load_out_bias<C>(args.units[0].out_bias, out_bias);
   load_frequency<C>(args, frequency);
+  const Delivery delivery(maxima + Largest<kParts, kParts, T>::kBytes + AxisStream<C>::kBytes);
   const int64_t warp = static_cast<int64_t>(blockIdx.x) * 4 + threadIdx.x % 128 / 32;
-  const Walk walk = walk_of(args, share, warp);
+  Course course = course_of(args, share, warp);
   wait_for_kernels();
   let_next_begin();
-  publish();
-
+  __syncthreads();
+  delivery.begin<2 * kWeight>(room, share.located.image);
   const uint64_t in_weight = descriptor(room + axis * 2 * kParts * H * kBlockBytes);
   const uint64_t out_weight = descriptor(room + kWeight + axis * 64 * kParts * kBlockBytes);
-  AxisStream<C> feed(args, share, walk, axis, reinterpret_cast<char*>(frequency + C / 6));
+  AxisStream<C> feed(args, share, course, axis, maxima + Largest<kParts, kParts, T>::kBytes);
+  Course ahead = course;
+  int middle = middle_of<C>(share, course.bundle);
   Channels x[kParts];
   uint32_t h[H / 16][4];
   float hidden[H / 2];
   const auto build = [&](int tile, int p) {  // and begin the first layer of it
     feed.take(x[p]);
     const float offset[2] = {feed.offset[0], feed.offset[1]};
-    if (p + 1 == kParts) feed.find(tile + 1);
+    if (p + 1 == kParts) {
+      if (ahead.go_on(args, tile)) middle = middle_of<C>(share, ahead.bundle);
+      feed.find(tile + 1, middle);
+    }
     feed.bring((p + 1) % kParts);
     add_sines<T>(offset, frequency + 32 * p + threadIdx.x % 4 * 8, x[p]);
     in_product<H, T>(hidden, x[p], in_weight + 2 * p * H * kBlockBytes / 16);
@@ -335,20 +339,18 @@ __global__ void __launch_bounds__(384, 1)
       d[4 * k + 2] = a.z + b.z + c.z;
       d[4 * k + 3] = a.w + b.w + c.w;
     }
-    relu_hidden<T, H>(d, h);
+    positive_hidden<T, H>(d, h);
     set_bias<H>(in_bias + axis * H, hidden);
     pin(hidden);
   };
   set_bias<H>(in_bias + axis * H, hidden);
   pin(hidden);
+  delivery.wait();
 #pragma unroll
   for (int p = 0; p < kParts; p++) build(0, p);
   add_up(0);
 
-  uint32_t largest[kParts];
-#pragma unroll
-  for (uint32_t& each : largest) each = kLowest<T>;
-  int segment = 0;
+  Largest<kParts, kParts, T> largest(maxima);
   for (int tile = 0; tile < share.tiles; tile++) {
 #pragma unroll
     for (int p = 0; p < kParts; p++) {
@@ -359,28 +361,28 @@ __global__ void __launch_bounds__(384, 1)
       build(tile + 1, p);
       wgmma_wait<1>();
       pin(d);
-      Channels z;
-#pragma unroll
-      for (int b = 0; b < 2; b++) round_channels<T>(d + 16 * b, z[b]);
-      take_largest<C, T>(args, share, walk, warp, tile, segment, axis * kParts + p, z, out_bias, &largest[p]);
+      largest.take(p, d);
     }
     add_up(tile + 1);
-    segment = segment_after(args, walk, tile, segment);
+    largest.template write<C>(args, share, warp, course, tile, axis * kParts, args.units[0].out_bias);
+    course.go_on(args, tile);
   }
 }
 
 // Launches.
 
-constexpr int64_t kHidden = 160 << 20;  // bytes of hidden channels at a time, about
+constexpr int64_t kHidden = 256 << 20;  // bytes of hidden channels at a time, about
 
 // How the tiles of all rows are cut into launches, and what they need.
 struct Plan {
+  int64_t bundles;
   int64_t tiles;
   int64_t parts;
   int64_t warps;  // of a part, with rows of their own, at most
 
   Plan(int64_t groups, int64_t neighbors, int64_t hidden, int teams, int processors)
-      : tiles(divided(groups * neighbors, kRows)),
+      : bundles(divided(groups, kTogether)),
+        tiles(bundles * ((neighbors + 1) / 2)),
         parts(std::max<int64_t>(1, divided(tiles * kRows * hidden * 2, kHidden))),
         warps(int64_t{4} * teams * processors) {}
 
@@ -388,11 +390,22 @@ struct Plan {
   int each(int64_t left, int64_t part) const {
     return static_cast<int>(divided(divided(left, parts - part), warps));
   }
-  int64_t row_bytes() const { return tiles * kRows * static_cast<int64_t>(sizeof(float4) + sizeof(int)); }
-  int64_t head_bytes(int64_t width) const { return warps * width * 2; }
+  int64_t row_bytes() const { return tiles * kRows * static_cast<int64_t>(sizeof(float4)); }
+  int64_t middle_bytes() const { return bundles * kTogether * static_cast<int64_t>(sizeof(int)); }
+  int64_t head_bytes(int64_t width) const { return warps * kTogether * width * 2; }
   int64_t hidden_bytes(int64_t hidden) const { return warps * each(tiles, 0) * kRows * hidden * 2; }
 };
 
+// A launch that may begin before the end of the kernel before it in the stream (programmatic dependent
+// launch). Every thread of every kernel launched so passes wait_for_kernels(), which is the end of that
+// kernel with all that it wrote, before it writes anything but shared memory, and before it reads what the
+// call has written; before, it reads nothing but biases and wavelengths. None lets the next one begin, and no
+// thread ends, without having passed it, so that a kernel's end, or only the beginning of the one after it,
+// implies the end of all those two before: neither results nor scratch memory are written while an earlier
+// kernel reads them. locate_kernel, the first of a call, is launched in the ordinary way, after the end of
+// all that is in the stream, so biases are there, and memory that the caching allocator hands on in the order
+// of the stream is free. What follows in the stream in the ordinary way waits for the end of join_kernel, and
+// thereby of all.
 template <typename Kernel, typename... Args>
 int start(Kernel kernel, int64_t blocks, int threads, size_t bytes, cudaStream_t stream, Args... args) {
   cudaLaunchAttribute early;  // before the end of the kernel that is in the stream before
@@ -415,40 +428,74 @@ int launch(Kernel kernel, const HopperAggregate& args, const Share& share, int t
   const int bytes = static_cast<int>(shared);
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error != cudaSuccess) return error;
-  const int64_t blocks = divided(share.end - share.first, int64_t{4} * teams * share.tiles * kRows);
+  const int64_t blocks = divided(share.end - share.first, int64_t{4} * teams * share.tiles);
   return start(kernel, blocks, 384, shared, stream, args, share);
 }
 
 template <int C, typename T>
 int join(const HopperAggregate& args, const Share& share, const float* bias, cudaStream_t stream) {
-  const int64_t warps = divided(share.end - share.first, int64_t{share.tiles} * kRows);
-  return start(join_kernel<C, T>, warps, C / 2, 0, stream, args, share, warps, bias);
+  const int64_t length = length_of(args), bundles = (share.end - 1) / length - share.first / length + 1;
+  return start(join_kernel<C, T>, bundles, C, 0, stream, args, share, bias);
 }
 
 constexpr int kTeams = 3;  // of a block, with rows of their own unless they share them
 
 template <int C, int H, int kUnits, typename T>
 int whole(const HopperAggregate& args, const Share& share, cudaStream_t stream) {
-  const size_t shared = kUnits * (4 * C * H + 4 * (H + C)) + kTeams * Stream<C, 3>::kBytes + 4 * (C / 6);
+  const size_t shared = kUnits * (4 * C * H + 4 * H) + 4 * (kUnits - 1) * C + kTeams * Stream<C, 2>::kBytes +
+                        4 * (C / 6) + Largest<C / 64, C / 64, T>::kBytes + Delivery::kBytes;
   const int error = launch(whole_kernel<C, H, kUnits, kTeams, T>, args, share, kTeams, shared, stream);
   return error ? error : join<C, T>(args, share, args.units[kUnits - 1].out_bias, stream);
 }
 
 template <int C, int H, typename T>
 int split(const HopperAggregate& args, const Share& share, cudaStream_t stream) {
-  const size_t shared = 2 * C * H + kTeams * Stream<C, 2>::kBytes + 4 * (C / 6);
-  int error = launch(project_kernel<C, H, kTeams, T>, args, share, kTeams, shared + 4 * H, stream);
+  const size_t shared = 2 * C * H + 4 * (C / 6) + Delivery::kBytes;
+  int error = launch(project_kernel<C, H, kTeams, T>, args, share, kTeams,
+                     shared + kTeams * Stream<C, 2>::kBytes + 8 * H, stream);
   if (!error) {
-    error = launch(finish_kernel<C, H, kTeams, T>, args, share, kTeams, shared + 4 * C, stream);
+    error = launch(finish_kernel<C, H, kTeams, T>, args, share, kTeams,
+                   shared + PairStream<C>::kBytes + Largest<C / 64, kFinishRoom, T>::kBytes, stream);
   }
   return error ? error : join<C, T>(args, share, args.units[0].out_bias, stream);
 }
 
 template <int C, int H, typename T>
 int axes(const HopperAggregate& args, const Share& share, cudaStream_t stream) {
-  const size_t shared = 4 * C * H + 2 * 3 * 128 * 2 * H + 4 * (3 * H + C + C / 6) + AxisStream<C>::kBytes;
+  const size_t shared = 4 * C * H + 2 * 3 * 128 * 2 * H + 4 * (3 * H + C / 6) +
+                        Largest<Order<C>::kParts, Order<C>::kParts, T>::kBytes + AxisStream<C>::kBytes +
+                        Delivery::kBytes;
   const int error = launch(axes_kernel<C, H, T>, args, share, 1, shared, stream);
   return error ? error : join<C, T>(args, share, args.units[0].out_bias, stream);
+}
+
+template <int C, int H, int kUnits>
+int locate(const HopperAggregate& args, const Located& located, int64_t bundles, cudaStream_t stream) {
+  int each = 4;  // bundles of a block, if they are many and of one cloud
+  while (each > 1 && bundles < 512 * each) each /= 2;
+  const int64_t bytes = args.rows * static_cast<int64_t>(sizeof(float4));
+  const bool cached = args.centers % (each * kTogether) == 0 && bytes <= 48 << 10;
+  if (!cached) each = 1;
+  const unsigned blocks = static_cast<unsigned>(kImageBlocks<C, H, kUnits> + bundles / each);
+  if (cached) {
+    locate_kernel<C, H, kUnits, true>
+        <<<blocks, kLocateThreads, static_cast<size_t>(bytes), stream>>>(args, located, each);
+  } else {
+    locate_kernel<C, H, kUnits, false><<<blocks, kLocateThreads, 0, stream>>>(args, located, each);
+  }
+  return cudaGetLastError();
+}
+
+int locate(const HopperAggregate& args, int64_t width, const Located& located, int64_t bundles,
+           cudaStream_t stream) {
+  switch (width) {
+    case 192:
+      return locate<192, 96, 2>(args, located, bundles, stream);
+    case 384:
+      return locate<384, 192, 1>(args, located, bundles, stream);
+    default:
+      return locate<768, 32, 1>(args, located, bundles, stream);
+  }
 }
 
 template <typename T>
@@ -467,6 +514,8 @@ Plan plan_of(int64_t width, int64_t hidden, int64_t groups, int64_t neighbors, i
   return Plan(groups, neighbors, width == 384 ? hidden : 0, width == 768 ? 1 : kTeams, processors);
 }
 
+int64_t image_bytes(int64_t width, int64_t hidden) { return (width == 192 ? 2 : 1) * 4 * width * hidden; }
+
 }  // namespace
 
 bool hopper_has(int64_t width, int64_t hidden, int64_t units) {
@@ -484,7 +533,8 @@ int hopper_processors() {
 int64_t hopper_scratch(int64_t width, int64_t hidden, int64_t groups, int64_t neighbors, int processors) {
   if (groups == 0) return 0;
   const Plan plan = plan_of(width, hidden, groups, neighbors, processors);
-  return plan.row_bytes() + plan.head_bytes(width) + (width == 384 ? plan.hidden_bytes(hidden) : 0);
+  return image_bytes(width, hidden) + plan.row_bytes() + plan.middle_bytes() + plan.head_bytes(width) +
+         (width == 384 ? plan.hidden_bytes(hidden) : 0);
 }
 
 int hopper_aggregate(const HopperAggregate& args, int64_t width, int64_t hidden, int processors,
@@ -494,16 +544,15 @@ int hopper_aggregate(const HopperAggregate& args, int64_t width, int64_t hidden,
   const Plan plan = plan_of(width, hidden, args.groups, args.neighbors, processors);
   char* room = static_cast<char*>(scratch);
   Share share{};
-  share.located.rows = reinterpret_cast<float4*>(room);
-  share.located.middles = reinterpret_cast<int*>(share.located.rows + plan.tiles * kRows);
-  share.heads = reinterpret_cast<uint32_t*>(room + plan.row_bytes());
-  share.hidden = reinterpret_cast<uint4*>(room + plan.row_bytes() + plan.head_bytes(width));
-  locate_kernel<<<static_cast<unsigned>(divided(args.groups, 4)), 128, 0, stream>>>(args, share.located);
-  int error = cudaGetLastError();
-  const int64_t rows = args.groups * args.neighbors;
-  for (int64_t part = 0; share.first < rows && !error; part++, share.first = share.end) {
-    share.tiles = plan.each(plan.tiles - share.first / kRows, part);
-    share.end = std::min(rows, share.first + plan.warps * share.tiles * kRows);
+  share.located.image = room;
+  share.located.rows = reinterpret_cast<float4*>(room += image_bytes(width, hidden));
+  share.located.middles = reinterpret_cast<int*>(room += plan.row_bytes());
+  share.heads = reinterpret_cast<uint4*>(room += plan.middle_bytes());
+  share.hidden = reinterpret_cast<uint4*>(room + plan.head_bytes(width));
+  int error = locate(args, width, share.located, plan.bundles, stream);
+  for (int64_t part = 0; share.first < plan.tiles && !error; part++, share.first = share.end) {
+    share.tiles = plan.each(plan.tiles - share.first, part);
+    share.end = std::min(plan.tiles, share.first + plan.warps * share.tiles);
     error = args.bfloat16 ? run<__nv_bfloat16>(args, width, share, stream)
                           : run<__half>(args, width, share, stream);
   }

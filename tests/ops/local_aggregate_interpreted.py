@@ -21,13 +21,12 @@ def evaluate(points, features, center, neighbor, units, *, normalize="scan", gua
     if normalize == "mn40":
         offset = group_offsets(points, center, neighbor, group)
         divisor = offset_deviation(offset, guard=guard).expand(len(points)).contiguous()
-    wavelength = wavelengths(2 * features.shape[-1], 1000.0, like=points)
-    folded = []
-    for unit in units:
-        for layer in (unit[:3], unit[3:]):
-            folded += fold(*layer, 1e-5, torch.float32)
-            for got, want in zip(folded[-2:], _fold(*layer, 1e-5)):
-                torch.testing.assert_close(got, want)
+    layers = [layer for unit in units for layer in (unit[:3], unit[3:])]
+    width = 2 * features.shape[-1]
+    wavelength, *folded = fold(layers, width, 1000.0, 1e-5, torch.float32)
+    torch.testing.assert_close(wavelength, wavelengths(width, 1000.0, like=points))
+    want = [tensor for layer in layers for tensor in _fold(*layer, 1e-5)]
+    torch.testing.assert_close(folded, want)
     return local_aggregate(points, features, center, neighbor, divisor, wavelength, folded, 100.0, guard)
 
 

@@ -73,7 +73,7 @@ def precision(request: pytest.FixtureRequest) -> Iterator[str]:
 
 SIZES = [
     ((2, 100, 17, 81, 96, 96), 2),
-    ((2, 100, 17, 81, 192, 192), 1),
+    ((2, 100, 16, 81, 192, 192), 1),  # points in shared memory on their way to the rows
     ((2, 100, 17, 81, 384, 32), 1),
     ((1, 70, 9, 64, 96, 96), 2),
     ((16, 300, 257, 20, 96, 96), 2),
@@ -200,10 +200,10 @@ def test_same_bits_whatever_was_in_memory(sizes: tuple[int, ...], units: int, dt
 @pytest.mark.gpu
 def test_large_batch_equals_its_clouds() -> None:
     """More rows than one launch takes, and groups that launches share."""
-    kwargs = samples((32, 300, 257, 81, 192, 192), 1)
+    kwargs = samples((40, 300, 257, 81, 192, 192), 1)
     kwargs["features"] = kwargs["features"].half()
     whole = fused(kwargs)
-    for i in (0, 15, 16, 31):
+    for i in (0, 19, 20, 39):
         names = ("points", "features", "center", "neighbor")
         assert_same(fused(kwargs | {name: kwargs[name][i : i + 1] for name in names}), whole[i : i + 1])
 
