@@ -96,15 +96,17 @@ __global__ void __launch_bounds__(kTeams * 128, 1)
   feed.next(0);
   Largest<kPairs, kPairs, T> largest(reinterpret_cast<char*>(frequency + C / 6));
   int middle = middle_of<C>(share, course.bundle);
+  delivery.wait();
   for (int tile = 0; tile < share.tiles; tile++) {
     Channels x[kPairs];
     wait_for_copies();
     const Rows rows = feed.rows(tile, middle);
 #pragma unroll
-    for (int p = 0; p < kPairs; p++) feed.load(rows, p, x[p]);
-    feed.next(tile + 1);
-#pragma unroll
-    for (int p = 0; p < kPairs; p++) add_encoding<C, T>(rows, frequency, p, x[p]);
+    for (int p = 0; p < kPairs; p++) {
+      feed.load(rows, p, x[p]);
+      if (p == kLastNear<C>) feed.next(tile + 1);
+      add_encoding<C, T>(rows, frequency, p, x[p]);
+    }
 #pragma unroll
     for (int u = 0; u < kUnits; u++) {
       uint32_t h[H / 16][4];
@@ -112,7 +114,6 @@ __global__ void __launch_bounds__(kTeams * 128, 1)
         float d[H / 2];
         set_bias<H>(in_bias + u * H, d);
         pin(d);
-        if (u == 0 && tile == 0) delivery.wait();
         wgmma_fence();
 #pragma unroll
         for (int k = 0; k < C / 16; k++) {
@@ -241,6 +242,7 @@ __global__ void __launch_bounds__(kTeams * 128, 1)
       h[k][2] = v.z;
       h[k][3] = v.w;
     }
+    if (threadIdx.x % 128 == 0 && tile + 1 < share.tiles) to_cache(from + H / 16 * 128, H * 128);
     const Rows rows = feed.rows(tile);
     float d[2][32];
     Channels x;

@@ -352,6 +352,11 @@ class AxisStream {
   int from_[2][2];  // where a thread's channels begin, sine and cosine, in 16 bytes; below 0: none
 };
 
+// Bytes, a multiple of 16, to the L2 cache.
+__device__ __forceinline__ void to_cache(const void* from, uint32_t bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+}
+
 // A copy of bytes (a multiple of 16) to shared memory, by one thread for all of the block.
 class Delivery {
  public:

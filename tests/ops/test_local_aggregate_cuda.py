@@ -105,9 +105,10 @@ def test_tf32_where_torch_allows_it(precision: str) -> None:
 
 
 @pytest.mark.gpu
-def test_missing_neighbours_nan_and_flat_groups() -> None:
+@pytest.mark.parametrize("sizes", [(2, 40, 7, 13, 48, 70), (2, 40, 7, 13, 96, 96)], ids=str)
+def test_missing_neighbours_nan_and_flat_groups(sizes: tuple[int, ...]) -> None:
     for dtype in (*LOW, torch.float32):
-        kwargs = samples((2, 40, 7, 13, 48, 70), 2)
+        kwargs = samples(sizes, 2)
         kwargs["neighbor"][0, 2, 1:3] = -1
         kwargs["center"][1, 4] = -1
         kwargs["neighbor"][1, 4] = -1
@@ -128,13 +129,23 @@ def test_missing_neighbours_nan_and_flat_groups() -> None:
 
 
 @pytest.mark.gpu
-def test_index_outside_of_the_cloud_is_nan() -> None:
-    kwargs = samples((2, 40, 7, 13, 48, 70), 1)
+@pytest.mark.parametrize(
+    ("sizes", "dtype"),
+    [
+        ((2, 40, 7, 13, 48, 70), torch.float32),
+        ((2, 40, 8, 13, 192, 192), torch.float16),
+        ((2, 40, 7, 13, 384, 32), torch.bfloat16),
+    ],
+    ids=str,
+)
+def test_index_outside_of_the_cloud_is_nan(sizes: tuple[int, ...], dtype: torch.dtype) -> None:
+    kwargs = samples(sizes, 1)
+    kwargs["features"] = kwargs["features"].to(dtype)
     want = fused(kwargs)
     kwargs["neighbor"][1, 3, 2] = 40
     kwargs["center"][0, 2] = 1 << 40
     got = fused(kwargs)
-    wrong = torch.zeros(2, 7, dtype=torch.bool, device="cuda")
+    wrong = torch.zeros(sizes[0], sizes[2], dtype=torch.bool, device="cuda")
     wrong[1, 3] = wrong[0, 2] = True
     assert torch.equal(got.isnan().all(-1), wrong)
     assert_same(got[~wrong], want[~wrong])
