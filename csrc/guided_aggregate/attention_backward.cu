@@ -1,6 +1,6 @@
 // Gradient of the attention among the tokens of each cell: a block per cloud, view and part of the heads, all
 // that it reads in shared memory (or what is too much for it, in workspace), fetched at once; a thread per
-// token and head.
+// token and head. More blocks sum up the projection's gradient.
 #include <type_traits>
 
 #include "guided_aggregate/device.cuh"
@@ -11,6 +11,19 @@ namespace guided {
 namespace {
 
 constexpr int kMostThreads = 384;  // so that three blocks have room on a processor
+
+// Sums over the clouds of the parts [B, V, M + 1, C] of the projection's gradient, by blocks beyond those of
+// the attention.
+template <int N>
+__device__ void sum_projection(const GuidedBackward& args, const float* __restrict__ parts, int64_t block) {
+  const int64_t columns = args.views * (args.inner + 1) * args.channels;
+  const int64_t i = (block * blockDim.x + threadIdx.x) * N;
+  if (i >= columns) return;
+  Lane<N> sum = zero<N>();
+#pragma unroll 8
+  for (int64_t b = 0; b < args.clouds; b++) add(&sum, 1.0f, load<N>(parts + b * columns + i));
+  store(args.grad_proj + i, sum);
+}
 
 // Parts of the heads that blocks share: two or three, if they are equal.
 __host__ __device__ inline int parts_of(int64_t heads) { return heads % 2 == 0 ? 2 : heads % 3 == 0 ? 3 : 1; }
@@ -50,10 +63,17 @@ struct Layout {
 template <typename Q, int kHead, bool kShared>
 __global__ void __launch_bounds__(kMostThreads, kHead > 0 ? 3 : 1)
     attention_kernel(GuidedBackward args, const float* __restrict__ parts,  // [slices, V, R, K]
-                     int slices, bool by_token, char* workspace) {
+                     int slices, bool by_token, char* workspace,
+                     const float* __restrict__ proj_parts) {  // [B, V, M + 1, C]
+  const int64_t beyond = int64_t(blockIdx.x) - args.clouds * args.views;
+  if (beyond >= 0) {
+    const int64_t number = beyond * gridDim.y + blockIdx.y;
+    return args.channels % 4 == 0 ? sum_projection<4>(args, proj_parts, number)
+                                  : sum_projection<1>(args, proj_parts, number);
+  }
   extern __shared__ float4 room[];
   const Layout layout(args);
-  const int64_t block = int64_t(blockIdx.y) * gridDim.x + blockIdx.x;
+  const int64_t block = int64_t(blockIdx.y) * args.clouds * args.views + blockIdx.x;
   char* shared = kShared ? reinterpret_cast<char*>(room) : workspace + block * layout.bytes;
   int32_t* order = reinterpret_cast<int32_t*>(shared + layout.order);
   int32_t* begins = reinterpret_cast<int32_t*>(shared + layout.begin);
@@ -73,6 +93,12 @@ __global__ void __launch_bounds__(kMostThreads, kHead > 0 ? 3 : 1)
   constexpr int kChannels = kHead > 0 ? kHead : 1;  // read at once
   constexpr int kSums = kHead > 0 ? kHead : 4;      // summed up at once
 
+  // Loads that wait for one another have others between them.
+  const int64_t layer = view * rows + base;
+  const int mine = static_cast<int>(threadIdx.x);
+  const bool inside = mine < tokens;
+  const int64_t cell = inside ? args.segment[layer + mine] : 0, place = inside ? args.order[layer + mine] : 0;
+  const float kept_token = inside && args.keep ? args.keep[layer + mine] : 1.0f;
   const Q* const from = static_cast<const Q*>(args.qkv) + own_at;
   const int pieces = wide / kChannels, of_each = inner / kChannels;
 #pragma unroll 4
@@ -81,6 +107,8 @@ __global__ void __launch_bounds__(kMostThreads, kHead > 0 ? 3 : 1)
     const int k = which * all + (piece - which * of_each) * kChannels;
     store(qkv + i * kChannels, load<kChannels>(from + token * stride + k));
   }
+  const int32_t* const start = args.start + view * (rows + 1);
+  const int32_t first = inside ? start[cell] : 0, last = inside ? start[cell + 1] : 0;
   const int own = by_token ? tokens : args.count[view * args.clouds + cloud];
   parts += (view * rows + base) * pad + blockIdx.y * inner;
   for (int i = threadIdx.x; i < own * of_each; i += blockDim.x) {
@@ -92,14 +120,18 @@ __global__ void __launch_bounds__(kMostThreads, kHead > 0 ? 3 : 1)
     }
     store(grads + i * kChannels, sum);
   }
-  for (int i = threadIdx.x; i < tokens; i += blockDim.x) {
-    const int64_t cell = args.segment[view * rows + base + i];
-    const int32_t* start = args.start + view * (rows + 1) + cell;
-    order[i] = static_cast<int>(args.order[view * rows + base + i] - base);
-    row_of[i] = by_token ? i : static_cast<int>(cell - base);
-    keep[i] = args.keep ? args.keep[view * rows + base + i] : 1.0f;
-    begins[i] = static_cast<int>(start[0] - base);
-    ends[i] = static_cast<int>(start[1] - base);
+  const auto keep_token = [&](int i, int64_t of_cell, int64_t token, int32_t begin, int32_t end, float kept) {
+    order[i] = static_cast<int>(token - base);
+    row_of[i] = by_token ? i : static_cast<int>(of_cell - base);
+    keep[i] = kept;
+    begins[i] = static_cast<int>(begin - base);
+    ends[i] = static_cast<int>(end - base);
+  };
+  if (inside) keep_token(mine, cell, place, first, last, kept_token);
+  for (int i = mine + blockDim.x; i < tokens; i += blockDim.x) {
+    const int64_t its = args.segment[layer + i];
+    keep_token(i, its, args.order[layer + i], start[its], start[its + 1],
+               args.keep ? args.keep[layer + i] : 1.0f);
   }
   __syncthreads();
 
@@ -179,11 +211,14 @@ int64_t attention_backward_workspace(const Guided& args) {
 }
 
 int attention_backward(const GuidedBackward& args, const float* parts, int64_t slices, bool by_token,
-                       void* workspace, cudaStream_t stream) {
+                       const float* proj_parts, void* workspace, cudaStream_t stream) {
   const int heads = parts_of(args.heads), bytes = Layout(args).bytes;
-  const dim3 blocks(static_cast<unsigned>(args.clouds * args.views), static_cast<unsigned>(heads));
   const int64_t needed = (args.tokens * (args.heads / heads) + kWarp - 1) / kWarp * kWarp;
   const int threads = static_cast<int>(needed < kMostThreads ? needed : kMostThreads);
+  const int64_t columns = args.views * (args.inner + 1) * args.channels;
+  const int64_t each = int64_t(threads) * heads * (args.channels % 4 == 0 ? 4 : 1);
+  const dim3 blocks(static_cast<unsigned>(args.clouds * args.views + (columns + each - 1) / each),
+                    static_cast<unsigned>(heads));
   char* const memory = static_cast<char*>(workspace);
   const bool fits = attention_backward_workspace(args) == 0;
   int error = 0;
@@ -192,7 +227,8 @@ int attention_backward(const GuidedBackward& args, const float* parts, int64_t s
     const int own = decltype(shared)::value ? bytes : 0;
     error = allow_shared(kernel, own);
     if (error) return;
-    kernel<<<blocks, threads, own, stream>>>(args, parts, static_cast<int>(slices), by_token, memory);
+    kernel<<<blocks, threads, own, stream>>>(args, parts, static_cast<int>(slices), by_token, memory,
+                                             proj_parts);
   };
   with_type(args.qkv_dtype, [&](auto type) {
     if (!fits) {

@@ -1,19 +1,23 @@
 // Guided aggregation backward on CUDA; kernel.h has the formulas. Rows are pooled again instead of kept.
 // Then, where views are blended by how they agree with space and a slice of a cloud fits in shared memory,
-// the passes of gradient.cuh: how G pulls at the views of every token (pull.cu; for 16-bit features
-// pull_matrix.cu, that pools too), dy of the rows of views and voxels with the sums that batch
-// normalisation's gradient needs (gradient.cu), dz and its products (products.cu). Else the walks below: a
-// block per token for the factors of its views, dy, dz as what each token gets of it, its products with the
-// projection, the sum over views. At last attention (attention_backward.cu); after all of it autograd takes
-// LayerNorm and its product (product_backward.cu).
+// the passes of gradient.cuh: how G pulls at the views of every token (pull.cu), dy of the rows of views and
+// voxels with the sums that batch normalisation's gradient needs (gradient.cu), dz and its products
+// (products.cu). For 16-bit features of clouds of up to 128 tokens these go by tiles of 16 rows (tiles.cuh):
+// pull_tiles.cu, that pools too, gradient_tiles.cu and product_tiles.cu. Else the walks below: a block per
+// token for the factors of its views, dy, dz as what each token gets of it, its products with the projection,
+// the sum over views. At last attention (attention_backward.cu); after all of it autograd takes LayerNorm and
+// its product (product_backward.cu).
 //
-// H200, B = 32, S = 128, C = 768, V = 6, M = 12, bfloat16, 12 blocks in a CUDA graph: 2.8 ms with 39 cells.
-// The floor, tokens and their gradient read and written once, is 0.05 ms. Of the 252 us of a block before
-// products took rows by half warps, voxels had a kernel of their own and GELU was one tanh (3.0 ms; 5.3 with
-// 400 cells), products took 66, pooling and pull 55, rows 42, LayerNorm and product 32, voxels 17, attention
-// 14, torch's additions 10, factors 6, sums 5. Rows and products wait for memory half of the time, of which
-// there is too little on its way: what they keep in registers and shared memory leaves room for 36 and 24
-// warps.
+// H200, B = 32, S = 128, C = 768, V = 6, M = 12, bfloat16, 12 blocks in a CUDA graph. The floor, tokens and
+// their gradient read and written once, is 0.05 ms. Without tiles 2.8 ms with 39 cells, 4.8 with 400: 38 and
+// 110 rows of a view and cloud hold tokens then, products of rows with all tokens of a cloud grow with the
+// rows, and rows of all views did not fit in shared memory at once. A first form of the tiles, whose blocks
+// made the factors themselves, two on a processor, took 2.9 and 3.7 ms: dy 69 and 93 us of a block, products
+// 41 and 61, pull 29 and 44, voxels 30, LayerNorm and product 33, attention 16, torch's additions 14,
+// projection 4, sums 3. With a kernel for the factors (8) and three blocks on a processor dy takes 36 and all
+// 2.6 ms with 39 cells. Voxels by slices of 64 channels, two of a lane, took 21 for their gradient alone:
+// what finds their tokens is done too often. Weights fetched at once, not one after the other, made products
+// no faster (40).
 #include "guided_aggregate/gradient.cuh"
 #include "guided_aggregate/passes.h"
 #include "guided_aggregate/rows.cuh"
@@ -33,6 +37,9 @@ bool is_sliced(const Guided& args) {
   return (rows > products ? rows : products) <= shared_limit(kOptIn);
 }
 
+// Whether those of tiles.cuh take over.
+bool is_tiled(const Guided& args) { return is_sliced(args) && has_tiles(args); }
+
 int slices_of_products(const Guided& args) {
   if (is_sliced(args) && !args.maximum) return slices_of(args, kSlice);
   return static_cast<int>(packs(args) ? Walk<4>::slices(args) : Walk<1>::slices(args));
@@ -46,13 +53,15 @@ struct Workspace {
   float* bents;
   float2* pairs;
   float* gammas;
-  uint32_t* won;
-  float* dy;          // [L, R, C], or in the features' 16 bits
-  uint16_t* normed;   // [L, R, C]: rows, if they wait in 16 bits
-  float2* parts;      // [B, L, C]: sums of dy and of dy z^
-  float2* sums;       // [L, C]: their means over all rows
-  float* grads;       // [V, R, C]: dz per token of a segment, or by token with maxima
-  float* grad_parts;  // [slices, V, R, K]
+  uint8_t* won;
+  float* dy;                        // [L, R, C], or in the features' 16 bits; of voxels alone beside tiles
+  uint16_t* normed;                 // likewise rows, if they wait in 16 bits
+  uint4 *tiles, *tile_dy, *tables;  // rows and dy of views, in tiles
+  float2* parts;                    // [B, L, C]: sums of dy and of dy z^
+  float2* voxel_parts;              // [voxel_parts, C]: of voxels, if sliced
+  float2* sums;                     // [L, C]: their means over all rows
+  float* grads;                     // [V, R, C]: dz per token of a segment, or by token with maxima
+  float* grad_parts;                // [slices, V, R, K]
   char* attention;
   float* proj_parts;  // [B, V, M + 1, C]
   int64_t bytes;
@@ -61,24 +70,31 @@ struct Workspace {
     Room room(memory);
     const int64_t rows = args.clouds * args.tokens, pad = coefficients(args.inner);
     const bool adaptive = args.ensemble == Ensemble::adaptive, sliced = is_sliced(args);
-    z = room.take<float>(sliced && pulls_by_matrix(args) ? 0 : args.layers * rows * args.channels);
+    const bool tiled = is_tiled(args), walked = sliced && !tiled;
+    z = room.take<float>(tiled ? 0 : args.layers * rows * args.channels);
     heads = room.take<float>(args.maximum ? args.views * rows * pad : 0);
     inner = room.take<float>(args.maximum ? args.views * rows * pad : 0);
     tokens.factors = room.take<float>(sliced ? 0 : 3 * args.views * rows);
     tokens.space = room.take<float>(adaptive ? (rows + 1) * args.channels : 0);  // or in 16 bits
     tokens.grad_space = room.take<float>(adaptive ? rows * args.channels : 0);
     tokens.shares = room.take<float>(args.ensemble == Ensemble::max ? args.views * rows * args.channels : 0);
-    pulls = room.take<float>(sliced ? pull_slices(args) * args.views * rows : 0);
-    factors = room.take<float4>(sliced ? args.views * rows : 0);
-    pairs = room.take<float2>(sliced ? args.views * rows : 0);
-    bents = room.take<float>(sliced ? args.views * rows : 0);
-    gammas = room.take<float>(sliced ? rows : 0);
-    won = room.take<uint32_t>(sliced ? 2 * rows * slices_of(args, kSlice) : 0);
+    const int pulled = tiled ? slices_of(args, kSlice) : pull_slices(args);
+    pulls = room.take<float>(sliced ? pulled * args.views * rows : 0);
+    factors = room.take<float4>(walked ? args.views * rows : 0);
+    pairs = room.take<float2>(walked ? args.views * rows : 0);
+    bents = room.take<float>(walked ? args.views * rows : 0);
+    gammas = room.take<float>(walked ? rows : 0);
+    won = room.take<uint8_t>(sliced ? rows * eights_of(args) : 0);
     const bool narrow = sliced && is_narrow(args);
-    const int64_t numbers = args.layers * rows * args.channels;
+    const int64_t numbers = (tiled ? 1 : args.layers) * rows * args.channels;
     dy = room.take<float>(narrow ? (numbers + 1) / 2 : numbers);
     normed = room.take<uint16_t>(narrow ? numbers : 0);
+    const int64_t words = tiled ? tile_words(args) : 0;
+    tiles = room.take<uint4>(words);
+    tile_dy = room.take<uint4>(words);
+    tables = room.take<uint4>(tiled ? tile_tables(args) / 16 : 0);
     parts = room.take<float2>(args.clouds * args.layers * args.channels);
+    voxel_parts = room.take<float2>(sliced ? guided::voxel_parts(args) * args.channels : 0);
     sums = room.take<float2>(args.layers * args.channels);
     grads = args.maximum ? room.take<float>(args.views * rows * args.channels) : dy;
     grad_parts = room.take<float>(slices_of_products(args) * args.views * rows * pad);
@@ -87,9 +103,36 @@ struct Workspace {
     bytes = room.used;
   }
   GradientWork sliced(const Guided& args) const {
-    void* const rows = is_narrow(args) ? static_cast<void*>(normed) : z;
-    return {z,  rows,  pulls, tokens.space, factors,    bents,     pairs, gammas, tokens.grad_space,
-            dy, parts, sums,  won,          grad_parts, proj_parts};
+    GradientWork work{};
+    work.z = z;
+    work.pulls = pulls;
+    work.space = tokens.space;
+    work.tokens = factors;
+    work.bents = bents;
+    work.pairs = pairs;
+    work.gammas = gammas;
+    work.grad_space = tokens.grad_space;
+    work.parts = parts;
+    work.sums = sums;
+    work.voxel_parts = voxel_parts;
+    work.tables = tables;
+    work.won = won;
+    work.grad_parts = grad_parts;
+    work.proj_parts = proj_parts;
+    if (is_tiled(args)) {
+      work.rows = tiles;
+      work.dy = tile_dy;
+      work.voxels = normed;
+      work.voxel_dy = dy;
+      return work;
+    }
+    const bool narrow = is_narrow(args);
+    const int64_t views = args.views * args.clouds * args.tokens * args.channels * (narrow ? 2 : 4);
+    work.rows = narrow ? static_cast<void*>(normed) : z;
+    work.dy = dy;
+    work.voxels = static_cast<char*>(work.rows) + views;
+    work.voxel_dy = static_cast<char*>(work.dy) + views;
+    return work;
   }
 };
 
@@ -191,17 +234,23 @@ __global__ void __launch_bounds__(kThreads, 2) segments_kernel(GuidedBackward ar
 }
 
 // Sums over the clouds in float64, and their means over the rows: 32 columns of 8 threads.
-__global__ void __launch_bounds__(kThreads) sums_kernel(GuidedBackward args, Workspace work) {
+__global__ void __launch_bounds__(kThreads)
+    sums_kernel(GuidedBackward args, Workspace work, int64_t of_voxels) {  // parts
   __shared__ double shared[3][kWarps][kWarp];
   const int64_t columns = args.layers * args.channels, split = args.views * args.channels;
   const int lane = threadIdx.x % kWarp, group = threadIdx.x / kWarp;
   const int64_t own = int64_t(blockIdx.x) * kWarp + lane, i = own < columns ? own : columns - 1;
   double plain = 0.0, scaled = 0.0, rows = 0.0;
-#pragma unroll 4
-  for (int64_t p = group; p < args.clouds; p += kWarps) {
-    const float2 part = work.parts[p * columns + i];
+  const bool apart = of_voxels > 0 && i >= split;
+  const float2* const parts = apart ? work.voxel_parts + (i - split) : work.parts + i;
+  const int64_t count = apart ? of_voxels : args.clouds, stride = apart ? args.channels : columns;
+#pragma unroll 8
+  for (int64_t p = group; p < count; p += kWarps) {
+    const float2 part = parts[p * stride];
     plain += part.x;
     scaled += part.y;
+  }
+  for (int64_t p = group; p < args.clouds; p += kWarps) {
     rows += args.count[i / args.channels * args.clouds + p];
   }
   shared[0][group][lane] = plain;
@@ -435,17 +484,6 @@ __global__ void __launch_bounds__(kThreads) features_kernel(GuidedBackward args,
   store(static_cast<T*>(args.grad_features) + at, sum);
 }
 
-__global__ void __launch_bounds__(kThreads)
-    proj_kernel(GuidedBackward args, const float* __restrict__ parts) {
-  const int64_t columns = args.views * (args.inner + 1) * args.channels;
-  const int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (i >= columns) return;
-  float sum = 0.0f;
-#pragma unroll 8
-  for (int64_t b = 0; b < args.clouds; b++) sum += parts[b * columns + i];
-  args.grad_proj[i] = sum;
-}
-
 int blocks_of(int64_t items) { return static_cast<int>((items + kThreads - 1) / kThreads); }
 
 template <typename T, int N>
@@ -472,13 +510,17 @@ int backward(const GuidedBackward& args, const Workspace& work, cudaStream_t str
   if (args.maximum) {
     if (const int error = attention_forward(args, work.heads, work.inner, stream)) return error;
   }
-  const bool sliced = is_sliced(args);
-  if (!sliced || !pulls_by_matrix(args)) {
+  const bool sliced = is_sliced(args), tiled = is_tiled(args);
+  if (!tiled) {
     const Rows rows_args{work.heads, args.inner_means, work.z, nullptr};
     if (const int error = pool_rows(args, rows_args, false, stream)) return error;
   }
   const GradientWork passes = work.sliced(args);
-  if (sliced) {
+  if (tiled) {
+    if (const int error = pull_tiles(args, passes, stream)) return error;
+    if (const int error = tile_gradients(args, passes, stream)) return error;
+    if (const int error = voxel_gradients(args, passes, stream)) return error;
+  } else if (sliced) {
     if (const int error = pull_views(args, passes, stream)) return error;
     if (const int error = row_gradients(args, passes, stream)) return error;
   } else {
@@ -486,8 +528,10 @@ int backward(const GuidedBackward& args, const Workspace& work, cudaStream_t str
     if (const int error = walk_segments<T, N>(args, work, stream)) return error;
   }
   sums_kernel<<<static_cast<int>((args.layers * args.channels + kWarp - 1) / kWarp), kThreads, 0, stream>>>(
-      args, work);
-  if (sliced && !args.maximum) {
+      args, work, sliced ? voxel_parts(args) : 0);
+  if (tiled) {
+    if (const int error = tile_products(args, passes, stream)) return error;
+  } else if (sliced && !args.maximum) {
     if (const int error = row_products(args, passes, stream)) return error;
   } else {
     if (args.ensemble == Ensemble::adaptive) {
@@ -499,10 +543,8 @@ int backward(const GuidedBackward& args, const Workspace& work, cudaStream_t str
     cells_kernel<T, N><<<blocks, kThreads, products, stream>>>(args, work);
     features_kernel<T, N><<<blocks_of(rows * args.channels / N), kThreads, 0, stream>>>(args, work);
   }
-  proj_kernel<<<blocks_of(args.views * (args.inner + 1) * args.channels), kThreads, 0, stream>>>(
-      args, work.proj_parts);
-  return attention_backward(args, work.grad_parts, slices_of_products(args), args.maximum, work.attention,
-                            stream);
+  return attention_backward(args, work.grad_parts, slices_of_products(args), args.maximum, work.proj_parts,
+                            work.attention, stream);
 }
 
 }  // namespace

@@ -10,10 +10,12 @@ namespace guided {
 namespace {
 
 constexpr int kRowThreads = kRowWarps * kWarp;
-constexpr int kVoxelWarps = 12;
 constexpr int kAhead = 3;     // rows on their way
 constexpr int kTogether = 3;  // tokens of a row likewise
 constexpr int kPair = 2;      // tokens whose voxels are fetched at once
+constexpr int kStretch = 2;   // voxels of a warp
+constexpr int kVoxelWarps = 8;
+constexpr int kVoxelSlice = 8 * kWarp;
 
 // Activations wait for the tokens in 16 bits of more digits than the features' if those have 16.
 template <typename T>
@@ -302,111 +304,98 @@ __global__ void __launch_bounds__(kRowThreads, 3)
   }
 }
 
-// What the tokens of a voxel want of it, and which of them have its maximum. Voxels are dealt to the clouds
-// in turn: they need not belong to one. A block takes two slices, a lane two channels of each.
+// What the tokens of a voxel want of it, and which of them have its maximum. A warp takes voxels one after
+// the other, a lane eight channels. Grid: voxels, slices of channels.
 template <typename Format>
-__global__ void __launch_bounds__(kVoxelWarps* kWarp, 2)
+__global__ void __launch_bounds__(kVoxelWarps* kWarp, 3)
     voxels_kernel(GuidedBackward args, GradientWork work) {
   using T = typename Format::T;
   using Pooled = typename Format::Row;
   using Gradient = typename Format::Gradient;
-  __shared__ float2 sums[kVoxelWarps][2][kSlice];
+  __shared__ float2 sums[kVoxelWarps][kVoxelSlice];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  const int tokens = static_cast<int>(args.tokens), channels = static_cast<int>(args.channels);
-  const int clouds = static_cast<int>(args.clouds), slices = slices_of(args, kSlice);
-  const int64_t rows = args.clouds * args.tokens, layer = args.views;
-  const int32_t *order = args.order + layer * rows, *start = args.start + layer * (rows + 1);
-  int c[2];
-  bool active[2];
-#pragma unroll
-  for (int h = 0; h < 2; h++) {
-    c[h] = (2 * blockIdx.y + h) * kSlice + 2 * lane;
-    active[h] = c[h] < channels;
-    c[h] = active[h] ? c[h] : 0;
-  }
-  const Activation<T, 2, Format::kNarrow> activation[2] = {{args, args.mean, args.deviation, layer, c[0]},
-                                                           {args, args.mean, args.deviation, layer, c[1]}};
+  const int channels = static_cast<int>(args.channels), eights = eights_of(args);
+  const int rows = static_cast<int>(args.clouds * args.tokens), layer = static_cast<int>(args.views);
+  const int own = blockIdx.y * kVoxelSlice + 8 * lane;
+  const bool active[2] = {own < channels, own + 4 < channels};
+  const int c[2] = {active[0] ? own : 0, active[1] ? own + 4 : 0};
+  const int32_t *order = args.order + int64_t(layer) * rows,
+                *start = args.start + int64_t(layer) * (rows + 1);
   const T* const x = static_cast<const T*>(args.features);
-  const Pooled* const pooled = static_cast<const Pooled*>(work.rows) + layer * rows * channels;
-  Gradient* const out = static_cast<Gradient*>(work.dy) + layer * rows * channels;
-  uint2* const all_won = reinterpret_cast<uint2*>(work.won) + 2 * blockIdx.y;
-  Lane<2> plain[2] = {}, scaled[2] = {};
-  for (int k = warp; k < tokens; k += kVoxelWarps * kWarp) {
-    const int mine = k + lane * kVoxelWarps, voxel = mine * clouds + blockIdx.x;
-    const int begin = mine < tokens ? start[voxel] : 0, end = mine < tokens ? start[voxel + 1] : 0;
-    const int earliest = begin < end ? order[begin] : 0;
-    unsigned held = __ballot_sync(kAll, begin < end);
-    for (; held; held &= held - 1) {
-      const int from = __ffs(held) - 1, at = __shfl_sync(kAll, voxel, from) * channels;
-      const int place = __shfl_sync(kAll, begin, from), stop = __shfl_sync(kAll, end, from);
-      int next = __shfl_sync(kAll, earliest, from);
-      Lane<2> row[2], most[2], dg[2];
-      int first[2][2];
+  const Pooled* const pooled = static_cast<const Pooled*>(work.voxels);
+  Gradient* const out = static_cast<Gradient*>(work.voxel_dy);
+  Lane<4> plain[2] = {}, scaled[2] = {};
+  const int first_voxel = (blockIdx.x * kVoxelWarps + warp) * kStretch;
+  for (int voxel = first_voxel; voxel < min(first_voxel + kStretch, rows); voxel++) {
+    const int begin = start[voxel], end = start[voxel + 1], at = voxel * channels;
+    if (begin == end) continue;
+    Lane<4> most[2], dg[2] = {}, row[2];
+    int first[2][4];
 #pragma unroll
-      for (int h = 0; h < 2; h++) {
-        row[h] = load<2>(pooled + at + c[h]);
-        most[h] = load<2>(x + next * channels + c[h]);
-        dg[h] = load<2>(work.grad_space + next * channels + c[h]);
-        first[h][0] = first[h][1] = next;
-      }
-      for (int p = place + 1; p < stop; p++) {
-        next = order[p];
+    for (int h = 0; h < 2; h++) row[h] = load<4>(pooled + at + c[h]);
+    for (int p = begin; p < end; p += 2) {
+      Lane<4> value[2][2], ds[2][2];
+      int token[2];
+#pragma unroll
+      for (int j = 0; j < 2; j++) token[j] = order[min(p + j, end - 1)];
+#pragma unroll
+      for (int j = 0; j < 2; j++) {
 #pragma unroll
         for (int h = 0; h < 2; h++) {
-          const Lane<2> value = load<2>(x + next * channels + c[h]);
-          add(&dg[h], 1.0f, load<2>(work.grad_space + next * channels + c[h]));
+          value[j][h] = load<4>(x + token[j] * channels + c[h]);
+          ds[j][h] = load<4>(work.grad_space + token[j] * channels + c[h]);
+        }
+      }
 #pragma unroll
-          for (int n = 0; n < 2; n++) {
-            if (!exceeds(value.at[n], most[h].at[n])) continue;
-            most[h].at[n] = value.at[n];
-            first[h][n] = next;
+      for (int j = 0; j < 2; j++) {
+        if (p + j == end) break;
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+          add(&dg[h], 1.0f, ds[j][h]);
+#pragma unroll
+          for (int n = 0; n < 4; n++) {
+            if (p + j > begin && !exceeds(value[j][h].at[n], most[h].at[n])) continue;
+            most[h].at[n] = value[j][h].at[n];
+            first[h][n] = token[j];
           }
         }
       }
-      for (int p = place; p < stop; p++) {
-        next = order[p];
-        uint2 won[2];
+    }
+    for (int p = begin; p < end; p++) {
+      const int token = order[p];
+      uint32_t bits = 0;
 #pragma unroll
-        for (int h = 0; h < 2; h++) {
-          won[h].x = __ballot_sync(kAll, first[h][0] == next);
-          won[h].y = __ballot_sync(kAll, first[h][1] == next);
-        }
-        if (lane < 2 && 2 * blockIdx.y + lane < slices) {
-          all_won[next * slices + lane] = lane == 0 ? won[0] : won[1];
-        }
+      for (int n = 0; n < 8; n++) bits |= (first[n / 4][n % 4] == token ? 1u : 0u) << n;
+      if (active[0]) work.won[token * eights + own / 8] = static_cast<uint8_t>(bits);
+    }
+#pragma unroll
+    for (int h = 0; h < 2; h++) {
+      const Activation<T, 4, Format::kNarrow> activation(args, args.mean, args.deviation, layer, c[h]);
+      Lane<4> dy;
+#pragma unroll
+      for (int n = 0; n < 4; n++) {
+        const float normed = activation.normed(n, row[h].at[n]);
+        dy.at[n] = dg[h].at[n] * activation(n, normed).slope;
+        plain[h].at[n] += dy.at[n];
+        scaled[h].at[n] = fmaf(dy.at[n], normed, scaled[h].at[n]);
       }
-#pragma unroll
-      for (int h = 0; h < 2; h++) {
-        Lane<2> dy;
-#pragma unroll
-        for (int n = 0; n < 2; n++) {
-          const float normed = activation[h].normed(n, row[h].at[n]);
-          dy.at[n] = dg[h].at[n] * activation[h](n, normed).slope;
-          plain[h].at[n] += dy.at[n];
-          scaled[h].at[n] = fmaf(dy.at[n], normed, scaled[h].at[n]);
-        }
-        if (active[h]) store(out + at + c[h], dy);
-      }
+      if (active[h]) store(out + at + c[h], dy);
     }
   }
 #pragma unroll
-  for (int h = 0; h < 2; h++) {
-#pragma unroll
-    for (int n = 0; n < 2; n++) {
-      sums[warp][h][2 * lane + n] = make_float2(plain[h].at[n], scaled[h].at[n]);
-    }
+  for (int n = 0; n < 8; n++) {
+    sums[warp][8 * lane + n] = make_float2(plain[n / 4].at[n % 4], scaled[n / 4].at[n % 4]);
   }
   __syncthreads();
-  const int column = threadIdx.x % kSlice, half = threadIdx.x / kSlice;
-  const int channel = (2 * blockIdx.y + half) * kSlice + column;
-  if (half > 1 || channel >= channels) return;
+  const int column = threadIdx.x, channel = blockIdx.y * kVoxelSlice + column;
+  if (column >= kVoxelSlice || channel >= channels) return;
   float2 sum = make_float2(0.0f, 0.0f);
 #pragma unroll
   for (int w = 0; w < kVoxelWarps; w++) {
-    sum.x += sums[w][half][column].x;
-    sum.y += sums[w][half][column].y;
+    sum.x += sums[w][column].x;
+    sum.y += sums[w][column].y;
   }
-  work.parts[(blockIdx.x * args.layers + layer) * channels + channel] = sum;
+  work.voxel_parts[int64_t(blockIdx.x) * channels + channel] = sum;
 }
 
 }  // namespace
@@ -434,10 +423,20 @@ int row_gradients(const GuidedBackward& args, const GradientWork& work, cudaStre
         args, work, kept, pull_slices(args), static_cast<int>(sizeof(T)),
         static_cast<int>(sizeof(typename Format::Row)), static_cast<int>(kSlice * sizeof(Kept<T>)), each);
     rows_kernel<Format><<<grid, kRowThreads, bytes, stream>>>(args, work, kept);
-    const dim3 pairs(grid.x, (grid.y + 1) / 2);
-    voxels_kernel<Format><<<pairs, kVoxelWarps * kWarp, 0, stream>>>(args, work);
   });
-  return error ? error : cudaGetLastError();
+  return error ? error : voxel_gradients(args, work, stream);
+}
+
+int64_t voxel_parts(const Guided& args) {
+  return (args.clouds * args.tokens + kVoxelWarps * kStretch - 1) / (kVoxelWarps * kStretch);
+}
+
+int voxel_gradients(const GuidedBackward& args, const GradientWork& work, cudaStream_t stream) {
+  const dim3 grid(static_cast<unsigned>(voxel_parts(args)), slices_of(args, kVoxelSlice));
+  with_format(args, [&](auto format) {
+    voxels_kernel<decltype(format)><<<grid, kVoxelWarps * kWarp, 0, stream>>>(args, work);
+  });
+  return cudaGetLastError();
 }
 
 }  // namespace guided

@@ -23,25 +23,32 @@ constexpr int kRows = 256;    // rows of a slice in shared memory, if a view has
 
 // Workspace. Rows of voxels are those of layer V.
 struct GradientWork {
-  float* z;           // [L, R, C]
-  void* rows;         // the same in the format's type, normalised if it is narrow
-  float* pulls;       // [pull_slices, V, R]: parts of G g_v by token
-  void* space;        // [R + 1, C] like rows: activations of voxels, zeros at last
-  float4* tokens;     // [V, R]: factors of G and s in dg_v, offsets in bytes of G in the cloud and of s
-  float* bents;       // [V, R]: factor of g_v in dg_v
-  float2* pairs;      // [R, V]: factor of g_v in ds, offset in bytes of its row among those kept
-  float* gammas;      // [R]: factor of s in ds
-  float* grad_space;  // [R, C]: ds by token; later what rounds before the last one add to dx
-  void* dy;           // [L, R, C] in the format's type
-  float2* parts;      // [B, L, C]: sums of dy and of dy z^
-  float2* sums;       // [L, C]: their means over all rows
-  uint32_t* won;      // [R, 2 * slices]: by bits whether a token has its voxel's maximum
-  float* grad_parts;  // [slices, V, R, K]: of the gradient of the heads
-  float* proj_parts;  // [B, V, M + 1, C]
+  float* z;             // [L, R, C]
+  void* rows;           // the same in the format's type, normalised if it is narrow; or in tiles
+  float* pulls;         // [pull_slices, V, R]: parts of G g_v by token
+  void* space;          // [R + 1, C] like rows: activations of voxels, zeros at last
+  float4* tokens;       // [V, R]: factors of G and s in dg_v, offsets in bytes of G in the cloud and of s
+  float* bents;         // [V, R]: factor of g_v in dg_v
+  float2* pairs;        // [R, V]: factor of g_v in ds, offset in bytes of its row among those kept
+  float* gammas;        // [R]: factor of s in ds
+  float* grad_space;    // [R, C]: ds by token; later what rounds before the last one add to dx
+  void* dy;             // [L, R, C] in the format's type
+  float2* parts;        // [B, L, C]: sums of dy and of dy z^, for views
+  float2* sums;         // [L, C]: their means over all rows
+  void* voxels;         // [R, C]: rows of voxels among `rows`, or beside its tiles
+  void* voxel_dy;       // [R, C]: likewise
+  float2* voxel_parts;  // [voxel_parts, C]: of voxels
+  uint4* tables;        // of tiles.cuh, by cloud
+  uint8_t* won;         // [R, C / 8]: by bits whether a token has its voxel's maximum
+  float* grad_parts;    // [slices, V, R, K]: of the gradient of the heads
+  float* proj_parts;    // [B, V, M + 1, C]
 };
 
 __host__ __device__ inline int slices_of(const Guided& args, int width) {
   return static_cast<int>((args.channels + width - 1) / width);
+}
+__host__ __device__ inline int eights_of(const Guided& args) {
+  return static_cast<int>((args.channels + 7) / 8);
 }
 
 // Rows of a slice that a block keeps: all of one view at least, and a tile that products may read beyond
@@ -175,15 +182,25 @@ int64_t products_shared(const Guided& args);
 // Each takes what those before it have written.
 int pull_views(const GuidedBackward& args, const GradientWork& work,
                cudaStream_t stream);  // pulls, space, rows
-// The same as products of matrices, for what this is made for.
-bool pulls_by_matrix(const Guided& args);
-int pull_by_matrix(const GuidedBackward& args, const GradientWork& work, cudaStream_t stream);
-inline int pull_slices(const Guided& args) {
-  return slices_of(args, pulls_by_matrix(args) ? kSlice : kPulled);
-}
+inline int pull_slices(const Guided& args) { return slices_of(args, kPulled); }
 int row_gradients(const GuidedBackward& args, const GradientWork& work,
                   cudaStream_t stream);  // dy, parts, won
+int64_t voxel_parts(const Guided& args);
+int voxel_gradients(const GuidedBackward& args, const GradientWork& work, cudaStream_t stream);
 int row_products(const GuidedBackward& args, const GradientWork& work, cudaStream_t stream);  // the rest
+
+// The same by tiles of 16 rows (tiles.cuh), for what that is made for.
+bool has_tiles(const Guided& args);
+inline int64_t tile_words(const Guided& args) {  // of 16 bytes
+  const int64_t tiles = (args.tokens + kRowTile - 1) / kRowTile * args.views * args.clouds;
+  return tiles * kRowTile * slices_of(args, kSlice) * (kSlice / 8);
+}
+int64_t tile_rows_shared(const Guided& args);
+int64_t tile_tables(const Guided& args);  // bytes
+int64_t tile_products_shared(const Guided& args);
+int pull_tiles(const GuidedBackward& args, const GradientWork& work, cudaStream_t stream);
+int tile_gradients(const GuidedBackward& args, const GradientWork& work, cudaStream_t stream);
+int tile_products(const GuidedBackward& args, const GradientWork& work, cudaStream_t stream);
 
 }  // namespace guided
 }  // namespace any2point

@@ -10,23 +10,36 @@
 namespace any2point {
 namespace guided {
 
+__device__ __forceinline__ unsigned shared_address(const void* at) {
+#ifdef __CUDA_ARCH__
+  return static_cast<unsigned>(__cvta_generic_to_shared(at));
+#else
+  return 0;
+#endif
+}
 // Four matrices of 8 x 8; lane i gives the address of row i % 8 of matrix i / 8.
-__device__ __forceinline__ void load_matrices(uint32_t (&to)[4], const void* at) {
+__device__ __forceinline__ void load_matrices(uint32_t (&to)[4], unsigned at) {
 #if __CUDA_ARCH__ >= 800
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-               : "r"(static_cast<unsigned>(__cvta_generic_to_shared(at)))
+               : "r"(at)
                : "memory");
 #endif
 }
+__device__ __forceinline__ void load_matrices(uint32_t (&to)[4], const void* at) {
+  load_matrices(to, shared_address(at));
+}
 // The same, each transposed.
-__device__ __forceinline__ void load_transposed(uint32_t (&to)[4], const void* at) {
+__device__ __forceinline__ void load_transposed(uint32_t (&to)[4], unsigned at) {
 #if __CUDA_ARCH__ >= 800
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
-               : "r"(static_cast<unsigned>(__cvta_generic_to_shared(at)))
+               : "r"(at)
                : "memory");
 #endif
+}
+__device__ __forceinline__ void load_transposed(uint32_t (&to)[4], const void* at) {
+  load_transposed(to, shared_address(at));
 }
 
 // sum [16, 8] += a [16, 16] b [16, 8], in the fragments of mma.m16n8k16.

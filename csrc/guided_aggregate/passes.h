@@ -12,10 +12,10 @@ namespace guided {
 // over the cells, by segment.
 int attention_forward(const Guided& args, float* heads, float* inner, cudaStream_t stream);
 // parts [slices, V, R, K]: of the gradient of the heads, by token or by segment (the same for all tokens of a
-// cell).
+// cell). proj_parts [B, V, M + 1, C]: of the projection's gradient, which is summed up too.
 int64_t attention_backward_workspace(const Guided& args);
 int attention_backward(const GuidedBackward& args, const float* parts, int64_t slices, bool by_token,
-                       void* workspace, cudaStream_t stream);
+                       const float* proj_parts, void* workspace, cudaStream_t stream);
 
 struct Rows {
   const float *heads, *inner;  // [V, R, K]

@@ -5,8 +5,9 @@
 //
 // The sums over channels are products with what is there: sum dn = G sum(W'), sum dn x^ = G (qkv - b). One
 // kernel takes them and rounds d G to 16 bits; of that both products are plain ones on tensor cores, whose
-// operands are copied as they are: dW = (d G)' x - (d G)' m, where the last is a number for each column. A
-// third kernel adds the parts of dW that the tokens were taken in.
+// operands are copied as they are: dW = (d G)' x - (d G)' m, where the last is a number for each column. Of
+// 256 tokens and 96 channels, that are one block for each processor in the model's case, all three operands
+// fit in shared memory at once. A third kernel adds the parts of dW that the tokens were taken in.
 #include <type_traits>
 
 #include "guided_aggregate/copy.cuh"
@@ -21,19 +22,13 @@ constexpr int kWarps = kThreads / kWarp;
 constexpr int kEach = 4;  // tokens of a warp that scales
 constexpr int kScaled = kWarps * kEach;
 constexpr int kChunk = 4 * kWarp;      // columns that it takes at once
-constexpr int kTall = 128;             // tokens of a block of the first product
-constexpr int kWide = 96;              // its channels
+constexpr int kWide = 96;              // channels of a block of the products
 constexpr int kDeep = 224;             // columns of G at once
 constexpr int kFirst = 128;            // of those, what is waited for first
 constexpr int kGradPitch = kDeep + 8;  // elements: rows lie in different banks
 constexpr int kWidePitch = kWide + 8;
-constexpr int kChannels = 64;  // of a block of the second product
-constexpr int kPart = 256;     // its tokens
-constexpr int kStep = 64;      // of those at once
-constexpr int kStages = 2;
-constexpr int kChannelPitch = kChannels + 8;
-constexpr int kDeepWarps = kDeep / 32;
-static_assert(kPart % kScaled == 0 && kDeepWarps <= kWarps, "parts are whole, and all columns have a warp");
+constexpr int kTalls[] = {256, 64};  // tokens of a block, as many as there is memory for
+static_assert(kTalls[0] % kScaled == 0 && kTalls[1] % kScaled == 0, "parts are whole");
 
 // Two numbers, rounded, the first in the low half.
 template <typename T>
@@ -140,49 +135,59 @@ __global__ void __launch_bounds__(kThreads) scale_kernel(GuidedProductBackward a
   }
 }
 
-// dx of kTall tokens and kWide channels, by warps of 32 tokens and 48 channels.
-template <typename T>
-__device__ __forceinline__ void multiply_features(const GuidedProductBackward& args, const Scaled<T>& from,
-                                                  int tile, char* memory) {
-  T* const left = reinterpret_cast<T*>(memory);  // [kTall, kGradPitch]: d G
-  T* const right = left + kTall * kGradPitch;    // [kDeep, kWidePitch]: W
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
+// dx of kTall tokens and kWide channels by warps of 32 tokens and 48 channels, and the part of dW of these
+// tokens by warps of 32 columns and 48 channels. One block for each processor, if kTall is 256.
+template <typename T, int kTall>
+__global__ void __launch_bounds__(2 * kTall, 1) products_kernel(GuidedProductBackward args, Scaled<T> from,
+                                                                float* __restrict__ all) {  // [parts, N, C]
+  extern __shared__ float4 room[];
+  constexpr int kBlock = 2 * kTall, kGroups = kTall / 16;  // threads, warps
+  T* const grad = reinterpret_cast<T*>(room);              // [kTall, kGradPitch]: d G
+  T* const weight = grad + kTall * kGradPitch;             // [kDeep, kWidePitch]: W
+  T* const x = weight + kDeep * kWidePitch;                // [kTall, kWidePitch]
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, g = lane / 4, q = lane % 4;
   const int columns = static_cast<int>(args.columns), channels = static_cast<int>(args.channels);
-  const int across = (channels + kWide - 1) / kWide;
-  const int64_t first = int64_t(tile / across) * kTall;
-  const int channel = tile % across * kWide, top = warp / 2 * 32, side = warp % 2 * 48;
-  const T* const weight = static_cast<const T*>(args.weight);
-  const auto fetch = [&](int deep, int begin, int end) {
-    const int chunks = (end - begin) / 8;
-#pragma unroll 1
-    for (int i = threadIdx.x; i < kTall * chunks; i += kThreads) {
-      const int r = i / chunks, n = begin + i % chunks * 8;
-      const bool inside = first + r < args.rows && deep + n < from.pitch;
-      copy_async<16>(left + r * kGradPitch + n,
+  const int64_t first = int64_t(blockIdx.x) * kTall;
+  const int count = static_cast<int>(min(int64_t(kTall), args.rows - first)), channel = blockIdx.y * kWide;
+  const auto fetch_grad = [&](int deep, auto begin, auto end) {  // columns of it
+    constexpr int kFrom = decltype(begin)::value, kChunks = (decltype(end)::value - kFrom) / 8;
+#pragma unroll 4
+    for (int i = threadIdx.x; i < kTall * kChunks; i += kBlock) {
+      const int r = i / kChunks, n = kFrom + i % kChunks * 8;
+      const bool inside = r < count && deep + n < from.pitch;
+      copy_async<16>(grad + r * kGradPitch + n,
                      inside ? from.grad + (first + r) * from.pitch + deep + n : from.grad, inside);
     }
-#pragma unroll 1
-    for (int i = threadIdx.x; i < (end - begin) * (kWide / 8); i += kThreads) {
-      const int n = begin + i / (kWide / 8), c = i % (kWide / 8) * 8;
-      const bool inside = deep + n < columns && channel + c < channels;
-      copy_async<16>(right + n * kWidePitch + c,
-                     inside ? weight + int64_t(deep + n) * channels + channel + c : weight, inside);
-    }
-    copy_commit();
   };
+  const auto fetch_rows = [&](T* to, const void* source, int64_t row, int rows, int last) {
+    const T* const matrix = static_cast<const T*>(source);
+#pragma unroll 4
+    for (int i = threadIdx.x; i < rows * (kWide / 8); i += kBlock) {
+      const int r = i / (kWide / 8), c = i % (kWide / 8) * 8;
+      const bool inside = r < last && channel + c < channels;
+      copy_async<16>(to + r * kWidePitch + c, inside ? matrix + (row + r) * channels + channel + c : matrix,
+                     inside);
+    }
+  };
+  const int top = warp / 2 * 32, side = warp % 2 * 48;
   float sum[2][6][4] = {};
-  const auto multiply_all = [&](int begin, int end) {
+  const auto multiply_all = [&](const T* left, const T* right, int depth, auto transposed) {
 #pragma unroll 2
-    for (int k = begin; k < end; k += 16) {
+    for (int k = 0; k < depth; k += 16) {
       uint32_t a[2][4];
 #pragma unroll
       for (int m = 0; m < 2; m++) {
-        load_matrices(a[m], left + (top + 16 * m + lane % 16) * kGradPitch + k + lane / 16 * 8);
+        if constexpr (decltype(transposed)::value) {
+          load_transposed(a[m],
+                          left + (k + lane / 16 * 8 + lane % 8) * kGradPitch + 16 * m + lane / 8 % 2 * 8);
+        } else {
+          load_matrices(a[m], left + (16 * m + lane % 16) * kGradPitch + k + lane / 16 * 8);
+        }
       }
 #pragma unroll
       for (int n = 0; n < 3; n++) {
         uint32_t b[4];
-        load_transposed(b, right + (k + lane % 16) * kWidePitch + side + 16 * n + lane / 16 * 8);
+        load_transposed(b, right + (k + lane % 16) * kWidePitch + 16 * n + lane / 16 * 8);
 #pragma unroll
         for (int m = 0; m < 2; m++) {
           multiply<T>(sum[m][2 * n], a[m], b[0], b[1]);
@@ -191,169 +196,98 @@ __device__ __forceinline__ void multiply_features(const GuidedProductBackward& a
       }
     }
   };
-  fetch(0, 0, kFirst);
-  fetch(0, kFirst, kDeep);
-  Pack<T, 2> x[2][2][6];
-#pragma unroll
-  for (int m = 0; m < 2; m++) {
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-      const int64_t row = min(first + top + 16 * m + lane / 4 + i * 8, args.rows - 1);
-      const T* const at = static_cast<const T*>(args.features) + row * channels;
-#pragma unroll
-      for (int n = 0; n < 6; n++) {
-        const int c = channel + side + 8 * n + lane % 4 * 2;
-        x[m][i][n] = *reinterpret_cast<const Pack<T, 2>*>(at + (c < channels ? c : 0));
-      }
-    }
-  }
+  constexpr std::integral_constant<int, 0> kBegin;
+  constexpr std::integral_constant<int, kFirst> kMiddle;
+  constexpr std::integral_constant<int, kDeep> kEnd;
   for (int deep = 0; deep < columns; deep += kDeep) {
-    if (deep > 0) {
-      __syncthreads();
-      fetch(deep, 0, kFirst);
-      fetch(deep, kFirst, kDeep);
-    }
+    if (deep > 0) __syncthreads();
+    const T* const rows = static_cast<const T*>(args.weight) + int64_t(deep) * channels;
+    fetch_rows(weight, rows, 0, kFirst, columns - deep);
+    fetch_grad(deep, kBegin, kMiddle);
+    copy_commit();
+    fetch_rows(weight + kFirst * kWidePitch, rows, kFirst, kDeep - kFirst, columns - deep - kFirst);
+    fetch_grad(deep, kMiddle, kEnd);
+    copy_commit();
+    if (deep == 0) fetch_rows(x, args.features, first, kTall, count);
+    copy_commit();
+    copy_wait<2>();
+    __syncthreads();
+    multiply_all(grad + top * kGradPitch, weight + side, kFirst, std::false_type{});
     copy_wait<1>();
     __syncthreads();
-    multiply_all(0, kFirst);
-    copy_wait<0>();
-    __syncthreads();
-    multiply_all(kFirst, kDeep);
+    multiply_all(grad + top * kGradPitch + kFirst, weight + kFirst * kWidePitch + side, kDeep - kFirst,
+                 std::false_type{});
   }
+  copy_wait<0>();
+  __syncthreads();
 #pragma unroll
   for (int m = 0; m < 2; m++) {
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-      const int64_t row = first + top + 16 * m + lane / 4 + i * 8;
-      if (row >= args.rows) continue;
+      const int r = top + 16 * m + g + i * 8;
+      if (r >= count) continue;
+      const int64_t row = first + r;
       const float2 mean = from.means[row];
       const float center = args.moments[row], inverse = args.moments[args.rows + row];
-      T* const out = static_cast<T*>(args.grad_features) + row * channels;
+      T* const out = static_cast<T*>(args.grad_features) + row * channels + channel;
 #pragma unroll
       for (int n = 0; n < 6; n++) {
-        const int c = channel + side + 8 * n + lane % 4 * 2;
-        if (c >= channels) continue;
+        const int c = side + 8 * n + 2 * q;
+        if (channel + c >= channels) continue;
+        const Lane<2> value = load<2>(x + r * kWidePitch + c);
         Lane<2> dx;
 #pragma unroll
         for (int j = 0; j < 2; j++) {
-          const float normed = (widen(x[m][i][n].at[j]) - center) * inverse;
-          dx.at[j] = fmaf(-normed, mean.y, sum[m][n][2 * i + j] - mean.x);
+          dx.at[j] = fmaf(-(value.at[j] - center) * inverse, mean.y, sum[m][n][2 * i + j] - mean.x);
         }
         store(out + c, dx);
       }
     }
   }
-}
-
-// A part of dW, of kPart tokens, kDeep columns of G and kChannels channels, by warps of 32 columns.
-template <typename T>
-__device__ __forceinline__ void multiply_weights(const GuidedProductBackward& args, const Scaled<T>& from,
-                                                 int tile,
-                                                 float* __restrict__ all,  // [parts, N, C]
-                                                 char* memory) {
-  constexpr int kStage = kStep * (kGradPitch + kChannelPitch);
-  T* const stages =
-      reinterpret_cast<T*>(memory);  // [kStages]: d G [kStep, kGradPitch], x [.., kChannelPitch]
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int columns = static_cast<int>(args.columns), channels = static_cast<int>(args.channels);
-  const int across = (channels + kChannels - 1) / kChannels, deeps = (columns + kDeep - 1) / kDeep;
-  const int part = tile / (across * deeps), deep = tile / across % deeps * kDeep;
-  const int channel = tile % across * kChannels, top = warp * 32;
-  const int64_t first = int64_t(part) * kPart;
-  const int count = static_cast<int>(min(int64_t(kPart), args.rows - first));
-  const T* const x = static_cast<const T*>(args.features);
-  const auto fetch = [&](int step) {
-    T* const left = stages + step % kStages * kStage;
-    T* const right = left + kStep * kGradPitch;
-    const int64_t row = first + step * kStep;
-    const int rows = count - step * kStep;
-    if (rows > 0) {
-#pragma unroll 1
-      for (int i = threadIdx.x; i < kStep * (kDeep / 8); i += kThreads) {
-        const int r = i / (kDeep / 8), n = i % (kDeep / 8) * 8;
-        const bool inside = r < rows && deep + n < from.pitch;
-        copy_async<16>(left + r * kGradPitch + n,
-                       inside ? from.grad + (row + r) * from.pitch + deep + n : from.grad, inside);
-      }
-#pragma unroll 1
-      for (int i = threadIdx.x; i < kStep * (kChannels / 8); i += kThreads) {
-        const int r = i / (kChannels / 8), c = i % (kChannels / 8) * 8;
-        const bool inside = r < rows && channel + c < channels;
-        copy_async<16>(right + r * kChannelPitch + c, inside ? x + (row + r) * channels + channel + c : x,
-                       inside);
-      }
+  float* const to = all + int64_t(blockIdx.x) * columns * channels + channel;
+  for (int deep = 0; deep < columns; deep += kDeep) {
+    if (columns > kDeep) {
+      __syncthreads();
+      fetch_grad(deep, kBegin, kEnd);
+      copy_commit();
+      copy_wait<0>();
+      __syncthreads();
     }
-    copy_commit();
-  };
-#pragma unroll
-  for (int s = 0; s < kStages; s++) fetch(s);
-  float moved = 0.0f;  // of column top + lane
-  if (warp < kDeepWarps && deep + top + lane < columns) {
-    const float2* const sums = from.sums + first / kScaled * columns + deep + top + lane;
-    const int blocks = (count + kScaled - 1) / kScaled;
+    for (int unit = warp; unit < kDeep / 32 * 2; unit += kGroups) {
+      const int upper = unit / 2 * 32, left = unit % 2 * 48, own = deep + upper + lane;
+      float moved = 0.0f;
+      if (own < columns) {
+        const float2* const sums = from.sums + first / kScaled * columns + own;
+        const int blocks = (count + kScaled - 1) / kScaled;
 #pragma unroll 8
-    for (int b = 0; b < blocks; b++) moved += sums[int64_t(b) * columns].y;
-  }
-  float sum[2][8][4] = {};
-  for (int step = 0; step * kStep < count; step++) {
-    const T* const left = stages + step % kStages * kStage;
-    const T* const right = left + kStep * kGradPitch;
-    copy_wait<kStages - 1>();
-    __syncthreads();
-    if (warp < kDeepWarps) {
+        for (int b = 0; b < blocks; b++) moved += sums[int64_t(b) * columns].y;
+      }
 #pragma unroll
-      for (int k = 0; k < kStep; k += 16) {
-        uint32_t a[2][4];
+      for (int m = 0; m < 2; m++) {
 #pragma unroll
-        for (int m = 0; m < 2; m++) {
-          load_transposed(
-              a[m], left + (k + lane / 16 * 8 + lane % 8) * kGradPitch + top + 16 * m + lane / 8 % 2 * 8);
+        for (int n = 0; n < 6; n++) {
+#pragma unroll
+          for (int i = 0; i < 4; i++) sum[m][n][i] = 0.0f;
         }
+      }
+      multiply_all(grad + upper, x + left, kTall, std::true_type{});
 #pragma unroll
-        for (int n = 0; n < 4; n++) {
-          uint32_t b[4];
-          load_transposed(b, right + (k + lane % 16) * kChannelPitch + 16 * n + lane / 16 * 8);
+      for (int m = 0; m < 2; m++) {
 #pragma unroll
-          for (int m = 0; m < 2; m++) {
-            multiply<T>(sum[m][2 * n], a[m], b[0], b[1]);
-            multiply<T>(sum[m][2 * n + 1], a[m], b[2], b[3]);
+        for (int i = 0; i < 2; i++) {
+          const int r = 16 * m + g + i * 8, column = deep + upper + r;
+          const float less = __shfl_sync(kAll, moved, r);
+          if (column >= columns) continue;
+#pragma unroll
+          for (int n = 0; n < 6; n++) {
+            const int c = left + 8 * n + 2 * q;
+            if (channel + c >= channels) continue;
+            store(to + int64_t(column) * channels + c,
+                  Lane<2>{{sum[m][n][2 * i] - less, sum[m][n][2 * i + 1] - less}});
           }
         }
       }
     }
-    __syncthreads();
-    fetch(step + kStages);
-  }
-  float* const to = all + int64_t(part) * columns * channels;
-#pragma unroll
-  for (int m = 0; m < 2; m++) {
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-      const int r = 16 * m + lane / 4 + i * 8, n = deep + top + r;
-      const float less = __shfl_sync(kAll, moved, r);
-      if (warp >= kDeepWarps || n >= columns) continue;
-#pragma unroll
-      for (int j = 0; j < 8; j++) {
-        const int c = channel + 8 * j + lane % 4 * 2;
-        if (c >= channels) continue;
-        store(to + int64_t(n) * channels + c,
-              Lane<2>{{sum[m][j][2 * i] - less, sum[m][j][2 * i + 1] - less}});
-      }
-    }
-  }
-}
-
-// Both products, that of the weights in the first blocks, which take longer.
-template <typename T>
-__global__ void __launch_bounds__(kThreads, 2)
-    products_kernel(GuidedProductBackward args, Scaled<T> from, int weights, float* __restrict__ parts) {
-  extern __shared__ float4 room[];
-  char* const memory = reinterpret_cast<char*>(room);
-  const int tile = static_cast<int>(blockIdx.x);
-  if (tile < weights) {
-    multiply_weights(args, from, tile, parts, memory);
-  } else {
-    multiply_features(args, from, tile - weights, memory);
   }
 }
 
@@ -380,6 +314,10 @@ __global__ void __launch_bounds__(kThreads)
 
 int64_t blocks_of(int64_t items, int64_t each) { return (items + each - 1) / each; }
 
+// Bytes of shared memory of a block of products_kernel.
+constexpr int bytes_of(int tall) { return 2 * (tall * kGradPitch + kDeep * kWidePitch + tall * kWidePitch); }
+int tall() { return bytes_of(kTalls[0]) <= shared_limit(kOptIn) ? kTalls[0] : kTalls[1]; }
+
 // The arrays of the workspace.
 struct Sizes {
   int64_t pitch, parts, blocks;  // of d G; of dW; of the sums
@@ -387,7 +325,7 @@ struct Sizes {
 
   explicit Sizes(const GuidedProductBackward& args) {
     pitch = blocks_of(args.columns, 8) * 8;
-    parts = blocks_of(args.rows, kPart);
+    parts = blocks_of(args.rows, tall());
     blocks = blocks_of(args.rows, kScaled);
     grad = take(2 * args.rows * pitch);
     means = take(8 * args.rows);
@@ -419,19 +357,22 @@ int guided_product_backward_cuda(const GuidedProductBackward& args, void* worksp
   int error = 0;
   const auto launch = [&](auto type) {
     using T = decltype(type);
-    constexpr int kFeatures = 2 * (kTall * kGradPitch + kDeep * kWidePitch);
-    constexpr int kWeights = 2 * kStages * kStep * (kGradPitch + kChannelPitch);
-    constexpr int kBytes = kFeatures > kWeights ? kFeatures : kWeights;
-    error = allow_shared(products_kernel<T>, kBytes);
-    if (error || args.rows == 0) return;
     const Scaled<T> scaled{reinterpret_cast<T*>(memory + sizes.grad),
                            reinterpret_cast<float2*>(memory + sizes.means), sums,
                            static_cast<int>(sizes.pitch)};
-    scale_kernel<T><<<blocks, kThreads, 0, stream>>>(args, scaled);
-    const int64_t weights = parts * blocks_of(args.channels, kChannels) * blocks_of(args.columns, kDeep);
-    const int64_t features = blocks_of(args.rows, kTall) * blocks_of(args.channels, kWide);
-    products_kernel<T><<<static_cast<unsigned>(weights + features), kThreads, kBytes, stream>>>(
-        args, scaled, static_cast<int>(weights), all);
+    const auto multiply_both = [&](auto constant) {
+      constexpr int kTall = decltype(constant)::value, kBytes = bytes_of(kTall);
+      error = allow_shared(products_kernel<T, kTall>, kBytes);
+      if (error || args.rows == 0) return;
+      scale_kernel<T><<<blocks, kThreads, 0, stream>>>(args, scaled);
+      const dim3 grid(static_cast<unsigned>(parts), static_cast<unsigned>(blocks_of(args.channels, kWide)));
+      products_kernel<T, kTall><<<grid, 2 * kTall, kBytes, stream>>>(args, scaled, all);
+    };
+    if (tall() == kTalls[0]) {
+      multiply_both(std::integral_constant<int, kTalls[0]>{});
+    } else {
+      multiply_both(std::integral_constant<int, kTalls[1]>{});
+    }
   };
   if (args.dtype == Dtype::f16) {
     launch(Half{});

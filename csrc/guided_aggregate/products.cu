@@ -165,13 +165,14 @@ __global__ void __launch_bounds__(kProductThreads, 3)
     const int64_t voxel_layer = views * rows * channels + c;
     const auto* const voxel_z = all_rows + voxel_layer;
     const auto* const voxel_dy = all_dy + voxel_layer;
-    const uint2* const all_won = reinterpret_cast<const uint2*>(work.won) + base * gridDim.y + blockIdx.y;
+    const int eights = eights_of(args);
+    const uint8_t* const all_won = work.won + base * eights + c / 8;
     const Gradient voxel_gradient(args, work.sums, views, c);
     for (int next = 2 * warp + half; next < tokens; next += 2 * kPair * kProductWarps) {
       Lane<4> dx[kPair];
       Dy dys[kPair];
       Row zs[kPair];
-      uint2 won[kPair];
+      uint32_t won[kPair];
       int voxel[kPair];
 #pragma unroll
       for (int i = 0; i < kPair; i++) {
@@ -185,7 +186,7 @@ __global__ void __launch_bounds__(kProductThreads, 3)
         const int from = max(voxel[i], 0) * channels;
         dys[i] = fetched(voxel_dy + from);
         zs[i] = fetched(voxel_z + from);
-        won[i] = all_won[token * gridDim.y];
+        won[i] = all_won[token * eights];
       }
 #pragma unroll
       for (int i = 0; i < kPair; i++) {
@@ -196,8 +197,7 @@ __global__ void __launch_bounds__(kProductThreads, 3)
           const float share = voxel_shares[token];
 #pragma unroll
           for (int n = 0; n < 4; n++) {
-            const uint32_t bits = n % 2 == 0 ? won[i].x : won[i].y;  // of a channel of two by lane
-            dx[i].at[n] += dz.at[n] * share + (bits >> (column / 2 + n / 2) & 1 ? dz.at[n] : 0.0f);
+            dx[i].at[n] += dz.at[n] * share + (won[i] >> (c % 8 + n) & 1 ? dz.at[n] : 0.0f);
           }
         }
         const int32_t* const place = index + token * views;

@@ -134,7 +134,6 @@ __global__ void __launch_bounds__(kPullWarps* kWarp, 1) pull_kernel(GuidedBackwa
 }  // namespace
 
 int pull_views(const GuidedBackward& args, const GradientWork& work, cudaStream_t stream) {
-  if (pulls_by_matrix(args)) return pull_by_matrix(args, work, stream);
   const dim3 grid(static_cast<unsigned>(args.clouds), slices_of(args, kPulled));
   with_format(args, [&](auto format) {
     pull_kernel<decltype(format)><<<grid, kPullWarps * kWarp, 0, stream>>>(args, work);

@@ -241,6 +241,51 @@ def test_clouds_in_low_precision(dtype: torch.dtype, name: str, option: str) -> 
             torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
 
 
+# As above: odd numbers, tiles of rows in more than one turn, more views than tiles have room for.
+GRADIENTS = {
+    "odd": (3, 29, 72, 3, 9, 6),
+    "one token": (5, 1, 40, 2, 5, 4),
+    "a row for every token": (2, 128, 72, 6, 4000, 12),
+    "one row for all tokens": (9, 128, 64, 2, 1, 15),
+    "rows of a tile and one": (2, 100, 136, 5, 17, 12),
+    "many views": (2, 50, 64, 9, 20, 15),
+    "too many views": (2, 20, 24, 48, 6, 4),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", GRADIENTS)
+@pytest.mark.parametrize("option", ["plain", "empty cells count", "voxels across clouds"])
+def test_gradients_of_clouds_in_low_precision(dtype: torch.dtype, name: str, option: str) -> None:
+    """Of features and weights, as near those of float32 as rounding allows; and the same bits again."""
+    batch, count, width, views, cells, hidden = GRADIENTS[name]
+    kwargs = make(batch=batch, s=count, width=width, views=views, cells=cells, hidden=hidden)
+    kwargs["attention"] = kwargs["attention"]._replace(
+        qkv_weight=kwargs["attention"].qkv_weight * width**-0.5
+    )
+    kwargs["count_empty"] = option == "empty cells count"
+    if option == "voxels across clouds":  # and tokens without a voxel
+        kwargs["cluster"] = torch.arange(batch * count).view(batch, count) * 7 % (batch * count // 2 + 1)
+        kwargs["cluster"][:, ::3] = -1
+    kwargs = on_cuda(kwargs | {"num_heads": 1, "training": True})
+    low = kwargs["features"].to(dtype)
+    results = []
+    for features in (low, low.float(), low):
+        given = tree_map(lambda x: x.clone() if isinstance(x, Tensor) else x, kwargs)
+        norms = [*given["view_norm"][:2], *given["space_norm"][:2]]
+        leaves = [features.clone(), given["attention"].proj_weight, given["attention"].qkv_weight, *norms]
+        leaves = [leaf.requires_grad_() for leaf in leaves]
+        out = guided_aggregate(**given | {"features": leaves[0]})
+        eighths = (torch.arange(out.numel(), device="cuda") * 7 % 17 - 8).view(out.shape).to(out.dtype) / 8
+        found = torch.autograd.grad(out, leaves, eighths)
+        results.append([found[0].float() - eighths.float(), *found[1:]])
+    got, want, again = results
+    assert_same(again, got)
+    bound = 6e-3 if dtype == torch.float16 else 4e-2
+    for x, y in zip(got, want, strict=True):
+        assert float((x - y).norm()) <= bound * float(y.norm()) + 1e-3, (x - y).norm() / y.norm()
+
+
 def _floats(x: Any) -> bool:
     return isinstance(x, Tensor) and x.is_floating_point()
 
