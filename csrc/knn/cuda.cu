@@ -55,19 +55,20 @@ __device__ __forceinline__ void distances(const float* x, const float* y, const 
 
 // Small clouds.
 
-constexpr int kSmallTile = 32;  // queries of a block
+// Queries of a block: as many as its warps if that leaves few blocks.
+constexpr int kSmallTile = 32, kFewBlocks = 256;
 
 // Clouds with above < N <= 32 * kPoints.
 template <int kPoints, int kKeys>
 __global__ __launch_bounds__(32 * kWarps,
                              kPoints > 32 ? 2 : 3) void nearest_small_kernel(Neighbours<float> run,
-                                                                             int64_t above) {
+                                                                             int64_t above, int size) {
   constexpr int kCloud = 32 * kPoints, kMost = 32 * kKeys;
   __shared__ alignas(16) float axis[3][kCloud];
   __shared__ Candidate list_of[kWarps][kMost];
   __shared__ int valid;
 
-  const Tile tile = tile_of(run.query_rows, kSmallTile, blockIdx.x);
+  const Tile tile = tile_of(run.query_rows, size, blockIdx.x);
   const int64_t count = run.rows.count(tile.cloud);
   if (tile.first < 0 || tile.first >= tile.last || count <= above || count > kCloud) return;
 
@@ -278,8 +279,9 @@ constexpr int64_t kSmallest = 1024;  // points that a warp holds in half as many
 
 template <int kPoints, int kKeys>
 cudaError_t launch_small(const Neighbours<float>& run, int64_t above, cudaStream_t stream) {
-  const auto blocks = static_cast<unsigned>(tiles_of(run.query_rows, kSmallTile));
-  nearest_small_kernel<kPoints, kKeys><<<blocks, 32 * kWarps, 0, stream>>>(run, above);
+  const int size = tiles_of(run.query_rows, kSmallTile) < kFewBlocks ? kWarps : kSmallTile;
+  const auto blocks = static_cast<unsigned>(tiles_of(run.query_rows, size));
+  nearest_small_kernel<kPoints, kKeys><<<blocks, 32 * kWarps, 0, stream>>>(run, above, size);
   return cudaGetLastError();
 }
 

@@ -98,13 +98,21 @@ struct Local {
   }
 };
 
+// Threads of a block that compare one point with all others: as many as there is room for, of one warp.
+int lanes_per_point(int64_t padded) {
+  int lanes = kWarp;
+  while (lanes > 1 && lanes * padded > kSmallPoints) lanes /= 2;
+  return lanes;
+}
+
 template <typename T>
-__global__ void small_kernel(VoxelPoints points, VoxelOut out, uint32_t* counts) {
+__global__ void __launch_bounds__(kSmallPoints)
+    small_kernel(VoxelPoints points, VoxelOut out, uint32_t* counts, int lanes) {
   __shared__ uint64_t high[kSmallPoints], low[kSmallPoints];
   __shared__ bool heads[kSmallPoints];
   __shared__ Code<T> lowest[kVoxelDims];
-  const int64_t cloud = blockIdx.x, n = points.rows.padded;
-  const int i = threadIdx.x;
+  const int64_t cloud = blockIdx.x;
+  const int n = static_cast<int>(points.rows.padded), i = threadIdx.x / lanes, lane = threadIdx.x % lanes;
   const int64_t row = cloud * n + i;
   const T* point = static_cast<const T*>(points.points) + row * points.dim;
   bool valid = i < points.rows.count(cloud) && finite(point, points.dim);
@@ -114,12 +122,12 @@ __global__ void small_kernel(VoxelPoints points, VoxelOut out, uint32_t* counts)
     for (int d = 0; d < points.dim; d++)
       origin[d] = static_cast<const T*>(points.origin)[cloud * points.dim + d];
   } else {
-    if (i < kVoxelDims) lowest[i] = ~Code<T>(0);
+    if (threadIdx.x < kVoxelDims) lowest[threadIdx.x] = ~Code<T>(0);
     __syncthreads();
     for (int d = 0; d < points.dim; d++) {
       Code<T> code = valid ? encode(point[d]) : ~Code<T>(0);
       for (int s = kWarp / 2; s > 0; s /= 2) code = min(code, __shfl_xor_sync(kAll, code, s));
-      if (i % kWarp == 0) atomicMin(lowest + d, code);
+      if (threadIdx.x % kWarp == 0) atomicMin(lowest + d, code);
     }
     __syncthreads();
     for (int d = 0; d < points.dim; d++) origin[d] = decode(lowest[d]);
@@ -129,24 +137,31 @@ __global__ void small_kernel(VoxelPoints points, VoxelOut out, uint32_t* counts)
   // Points without a voxel come last.
   const uint64_t my_high = valid ? voxel[2] : ~0ull;
   const uint64_t my_low = valid ? uint64_t(voxel[1]) << 32 | voxel[0] : ~0ull;
-  high[i] = my_high;
-  low[i] = my_low;
+  const bool first = lane == 0 && i < n;
+  if (first) high[i] = my_high, low[i] = my_low;
   __syncthreads();
+  const auto less = [&](int j) { return (high[j] < my_high) | ((high[j] == my_high) & (low[j] < my_low)); };
   Local local{0, 0, valid, valid};
-  for (int j = 0; j < n; j++) {
-    const bool less = high[j] < my_high || (high[j] == my_high && low[j] < my_low);
-    const bool earlier = j < i && high[j] == my_high && low[j] == my_low;
-    local.rank += less || earlier;
-    local.head = local.head && !earlier;
+  uint32_t earlier = 0;
+#pragma unroll 4
+  for (int j = lane; j < n; j += lanes) {
+    const bool before = (j < i) & (high[j] == my_high) & (low[j] == my_low);
+    local.rank += less(j) | before;
+    earlier |= before;
   }
-  heads[i] = local.head;
-  const int kept = __syncthreads_count(valid), clusters = __syncthreads_count(local.head);
-  for (int j = 0; j < n; j++) {
-    const bool less = high[j] < my_high || (high[j] == my_high && low[j] < my_low);
-    local.cluster += heads[j] && less;
+  for (int s = lanes / 2; s > 0; s /= 2) {
+    local.rank += __shfl_xor_sync(kAll, local.rank, s);
+    earlier |= __shfl_xor_sync(kAll, earlier, s);
   }
-  if (i < n) out.cluster[row] = local.packed();
-  if (i == 0) {
+  local.head = valid && !earlier;
+  if (first) heads[i] = local.head;
+  const int kept = __syncthreads_count(first && valid);
+  const int clusters = __syncthreads_count(first && local.head);
+#pragma unroll 4
+  for (int j = lane; j < n; j += lanes) local.cluster += heads[j] & less(j);
+  for (int s = lanes / 2; s > 0; s /= 2) local.cluster += __shfl_xor_sync(kAll, local.cluster, s);
+  if (first) out.cluster[row] = local.packed();
+  if (threadIdx.x == 0) {
     counts[2 * cloud] = kept;
     counts[2 * cloud + 1] = clusters;
   }
@@ -184,11 +199,12 @@ __global__ void small_join_kernel(VoxelPoints points, VoxelOut out, const uint32
 int small(const VoxelPoints& points, const VoxelOut& out, void* workspace, cudaStream_t stream) {
   uint32_t* counts = static_cast<uint32_t*>(workspace);
   const int blocks = static_cast<int>(points.rows.clouds);
-  const int threads = static_cast<int>((points.rows.padded + kWarp - 1) / kWarp * kWarp);
+  const int lanes = lanes_per_point(points.rows.padded);
+  const int threads = static_cast<int>((points.rows.padded * lanes + kWarp - 1) / kWarp * kWarp);
   if (points.wide) {
-    small_kernel<double><<<blocks, threads, 0, stream>>>(points, out, counts);
+    small_kernel<double><<<blocks, threads, 0, stream>>>(points, out, counts, lanes);
   } else {
-    small_kernel<float><<<blocks, threads, 0, stream>>>(points, out, counts);
+    small_kernel<float><<<blocks, threads, 0, stream>>>(points, out, counts, lanes);
   }
   small_join_kernel<<<blocks, kThreads, 0, stream>>>(points, out, counts);
   return cudaGetLastError();
