@@ -20,10 +20,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from any2point.triton import tf32_allowed
-from any2point.triton.block import load_stacked, rows_of, shared_memory_of, unstacked
+from any2point.triton.block import load_stacked, rows_of, unstacked
 from any2point.triton.local_aggregate import _operand
 
 WIDEST = 64  # bottleneck
+_FEW = 1024  # rows with which a program for each 16 leaves most of a GPU idle
+_ROWS, _COLUMNS = 128, 64  # of a program of the last pass backwards
 
 
 @triton.jit
@@ -68,6 +70,7 @@ def _join_kernel(
     PADDED: tl.constexpr,
     ROWS: tl.constexpr,
     CHUNK: tl.constexpr,
+    SHARE: tl.constexpr,  # columns of the result that a program computes, of a number of its own
     DTYPE: tl.constexpr,  # of products
     PRECISION: tl.constexpr,
 ):
@@ -90,11 +93,11 @@ def _join_kernel(
         )
     a += tl.load(down_bias + rank, mask=rank < RANK, other=0.0).to(tl.float32)[None, :]
     place, held = row[:, None] * RANK + rank[None, :], known[:, None] & (rank < RANK)[None, :]
-    tl.store(hidden + place, a, mask=held)
+    tl.store(hidden + place, a, mask=held & (tl.program_id(1) == 0))
     h, _slope = _hidden(a, keep, place, held, rescale)
     h = _operand(h, DTYPE, PRECISION)
-    for first in range(0, WIDTH, CHUNK):
-        column = first + tl.arange(0, CHUNK)
+    for step in range(0, SHARE, CHUNK):
+        column = tl.program_id(1) * SHARE + step + tl.arange(0, CHUNK)
         real = column < WIDTH
         at, inside = row[:, None] * WIDTH + column[None, :], known[:, None] & real[None, :]
         both = (rank < RANK)[:, None] & real[None, :]
@@ -108,17 +111,60 @@ def _join_kernel(
 
 
 @triton.jit
-def _join_backward_kernel(
-    y,  # [R, WIDTH]
-    layer_scale,  # [WIDTH], or nothing
-    down,  # [RANK, WIDTH]
+def _hidden_backward_kernel(
     up,  # [WIDTH, RANK]
     keep,  # [R, RANK], or nothing
     hidden,  # [R, RANK]
     grad,  # [split, WIDTH]
     grad_tail,  # [R - split, WIDTH], or nothing
-    grad_y,  # [R, WIDTH]
-    parts,  # [tiles, gradients of down, its bias, up, its bias]
+    grad_hidden,  # out [R, RANK] float32
+    split,
+    count,
+    factor,
+    rescale,
+    WIDTH: tl.constexpr,
+    RANK: tl.constexpr,
+    PADDED: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    rank = tl.arange(0, PADDED)
+    known = row < count
+    of_h = tl.zeros((ROWS, PADDED), tl.float32)
+    for first in range(0, WIDTH, CHUNK):
+        column = first + tl.arange(0, CHUNK)
+        real = column < WIDTH
+        inside = known[:, None] & real[None, :]
+        both = (rank < RANK)[None, :] & real[:, None]
+        weight = tl.load(up + column[:, None] * RANK + rank[None, :], mask=both, other=0.0)
+        value = load_stacked(grad, grad_tail, row[:, None], column[None, :], split, WIDTH, inside)
+        of_h = tl.dot(
+            _operand(value, DTYPE, PRECISION),
+            _operand(weight, DTYPE, PRECISION),
+            of_h,
+            input_precision=PRECISION,
+        )
+    place, held = row[:, None] * RANK + rank[None, :], known[:, None] & (rank < RANK)[None, :]
+    a = tl.load(hidden + place, mask=held, other=0.0)
+    _h, slope = _hidden(a, keep, place, held, rescale)
+    tl.store(grad_hidden + place, factor * of_h * slope, mask=held)
+
+
+@triton.jit
+def _join_backward_kernel(
+    y,  # [R, WIDTH]
+    layer_scale,  # [WIDTH], or nothing
+    down,  # [RANK, WIDTH]
+    keep,  # [R, RANK], or nothing
+    hidden,  # [R, RANK]
+    grad_hidden,  # [R, RANK]
+    grad,  # [split, WIDTH]
+    grad_tail,  # [R - split, WIDTH], or nothing
+    grad_y,  # out [R, WIDTH]
+    parts,  # out [tiles of rows, gradients of down, its bias, up, its bias]
     split,
     count,
     factor,
@@ -135,52 +181,36 @@ def _join_backward_kernel(
     rank = tl.arange(0, PADDED)
     known = row < count
     parts += tl.program_id(0).to(tl.int64) * (2 * RANK * WIDTH + RANK + WIDTH)
-    grad_h = tl.zeros((ROWS, PADDED), tl.float32)
-    for first in range(0, WIDTH, CHUNK):
-        column = first + tl.arange(0, CHUNK)
-        real = column < WIDTH
-        at, inside = row[:, None] * WIDTH + column[None, :], known[:, None] & real[None, :]
-        both = (rank < RANK)[None, :] & real[:, None]
-        weight = tl.load(up + column[:, None] * RANK + rank[None, :], mask=both, other=0.0)
-        value = load_stacked(grad, grad_tail, row[:, None], column[None, :], split, WIDTH, inside)
-        grad_h = tl.dot(
-            _operand(value, DTYPE, PRECISION),
-            _operand(weight, DTYPE, PRECISION),
-            grad_h,
-            input_precision=PRECISION,
-        )
+    column = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)
+    real = column < WIDTH
+    at, inside = row[:, None] * WIDTH + column[None, :], known[:, None] & real[None, :]
     place, held = row[:, None] * RANK + rank[None, :], known[:, None] & (rank < RANK)[None, :]
+    both = (rank < RANK)[:, None] & real[None, :]
+    of_weight = rank[:, None] * WIDTH + column[None, :]
+    weight = tl.load(down + of_weight, mask=both, other=0.0)
+    value, by = _branch(y, layer_scale, at, column, inside, real)
+    of_out = load_stacked(grad, grad_tail, row[:, None], column[None, :], split, WIDTH, inside)
+    of_a = tl.load(grad_hidden + place, mask=held, other=0.0)
     a = tl.load(hidden + place, mask=held, other=0.0)
-    h, slope = _hidden(a, keep, place, held, rescale)
-    grad_a = factor * grad_h * slope
-    tl.store(parts + RANK * WIDTH + rank, tl.sum(grad_a, 0), mask=rank < RANK)
-    h, grad_a = _operand(factor * h, DTYPE, PRECISION), _operand(grad_a, DTYPE, PRECISION)
-    for first in range(0, WIDTH, CHUNK):
-        column = first + tl.arange(0, CHUNK)
-        real = column < WIDTH
-        at, inside = row[:, None] * WIDTH + column[None, :], known[:, None] & real[None, :]
-        both = (rank < RANK)[:, None] & real[None, :]
-        of_weight = rank[:, None] * WIDTH + column[None, :]
-        weight = tl.load(down + of_weight, mask=both, other=0.0)
-        value, by = _branch(y, layer_scale, at, column, inside, real)
-        of_out = load_stacked(grad, grad_tail, row[:, None], column[None, :], split, WIDTH, inside)
-        of_y = tl.dot(grad_a, _operand(weight, DTYPE, PRECISION), input_precision=PRECISION)
-        tl.store(grad_y + at, ((of_out + of_y) * by).to(grad_y.dtype.element_ty), mask=inside)
-        of_down = tl.dot(tl.trans(grad_a), _operand(value, DTYPE, PRECISION), input_precision=PRECISION)
-        tl.store(parts + of_weight, of_down, mask=both)
-        of_up = tl.dot(tl.trans(_operand(of_out, DTYPE, PRECISION)), h, input_precision=PRECISION)
-        of_weight = column[:, None] * RANK + rank[None, :]
-        tl.store(parts + RANK * WIDTH + RANK + of_weight, of_up, mask=real[:, None] & (rank < RANK)[None, :])
-        tl.store(parts + 2 * RANK * WIDTH + RANK + column, factor * tl.sum(of_out, 0), mask=real)
+    h, _slope = _hidden(a, keep, place, held, rescale)
+    of_bias = parts + RANK * WIDTH + rank
+    tl.store(of_bias, tl.sum(of_a, 0), mask=(rank < RANK) & (tl.program_id(1) == 0))
+    tl.store(parts + 2 * RANK * WIDTH + RANK + column, factor * tl.sum(of_out, 0), mask=real)
+    of_a, h = _operand(of_a, DTYPE, PRECISION), _operand(factor * h, DTYPE, PRECISION)
+    of_y = tl.dot(of_a, _operand(weight, DTYPE, PRECISION), input_precision=PRECISION)
+    tl.store(grad_y + at, ((of_out + of_y) * by).to(grad_y.dtype.element_ty), mask=inside)
+    of_down = tl.dot(tl.trans(of_a), _operand(value, DTYPE, PRECISION), input_precision=PRECISION)
+    tl.store(parts + of_weight, of_down, mask=both)
+    of_up = tl.dot(tl.trans(h), _operand(of_out, DTYPE, PRECISION), input_precision=PRECISION)
+    of_weight = column[None, :] * RANK + rank[:, None]
+    tl.store(parts + RANK * WIDTH + RANK + of_weight, of_up, mask=both)
 
 
-def _sizes(count: int, width: int, rank: int, dtype: torch.dtype, *, backward: bool) -> dict[str, Any]:
-    rows, chunk = 16, 256
-    if backward:  # more rows keep the partial sums of a large batch small
-        rows, chunk = 16 if count <= 1024 else 32 if count <= 16384 else 64, 128
+def _sizes(width: int, rank: int, dtype: torch.dtype, rows: int, chunk: int) -> dict[str, Any]:
+    """Arguments of all kernels; `dtype` is that of products."""
     exact = dtype == torch.float32 and not tf32_allowed()
-    if exact or (dtype == torch.float32 and backward):
-        chunk = 64
+    if exact:
+        rows, chunk = min(rows, 32), min(chunk, 64)
     return {
         "WIDTH": width,
         "RANK": rank,
@@ -189,8 +219,6 @@ def _sizes(count: int, width: int, rank: int, dtype: torch.dtype, *, backward: b
         "CHUNK": max(16, min(chunk, triton.next_power_of_2(width))),
         "DTYPE": {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}.get(dtype, tl.float32),
         "PRECISION": "ieee" if exact else "tf32",
-        "num_warps": 4,
-        "num_stages": 3 if rows < 64 and (backward or dtype != torch.float32) else 2,
     }
 
 
@@ -225,10 +253,12 @@ class AdapterJoin(torch.autograd.Function):
         ctx.numbers, ctx.dtype = (x.numel() // width, count, factor, rescale), dtype
         ctx.save_for_backward(y, layer_scale, tensors[1], tensors[3], keep, hidden)
         if count:
-            sizes = _sizes(count, width, rank, dtype, backward=False)
+            few = count <= _FEW
+            sizes = _sizes(width, rank, dtype, 16, 128 if few else 256)
+            share = sizes["CHUNK"] * (1 if few else triton.cdiv(width, sizes["CHUNK"]))
             with torch.cuda.device_of(x):
-                _join_kernel[(triton.cdiv(count, sizes["ROWS"]),)](
-                    x, tail, y, *tensors, out, hidden, *ctx.numbers, **sizes
+                _join_kernel[(triton.cdiv(count, sizes["ROWS"]), triton.cdiv(width, share))](
+                    x, tail, y, *tensors, out, hidden, *ctx.numbers, **sizes, SHARE=share, num_warps=4
                 )
         return unstacked(out, x, tail)
 
@@ -239,17 +269,20 @@ class AdapterJoin(torch.autograd.Function):
         grad, grad_tail = grad.contiguous(), None if grad_tail is None else grad_tail.contiguous()
         rank, width = down.shape
         count = len(hidden)
-        sizes = _sizes(count, width, rank, ctx.dtype, backward=True)
-        if y.is_cuda and shared_memory_of(y.get_device()) < 120_000:
-            sizes["num_stages"] = 1
-        tiles = triton.cdiv(count, sizes["ROWS"])
         lengths = [rank * width, rank, rank * width, width]
+        sizes = _sizes(width, rank, ctx.dtype, _ROWS, _COLUMNS)
+        tiles = triton.cdiv(count, sizes["ROWS"])
         parts = torch.empty(tiles, sum(lengths), dtype=torch.float32, device=y.device)
-        grad_y = torch.empty_like(y)
+        grad_y, grad_hidden = torch.empty_like(y), torch.empty_like(hidden)
         if tiles:
-            _join_backward_kernel[(tiles,)](
-                y, layer_scale, down, up, keep, hidden, grad, grad_tail, grad_y, parts, *ctx.numbers, **sizes
+            first = _sizes(width, rank, ctx.dtype, 16, 128)
+            _hidden_backward_kernel[(triton.cdiv(count, first["ROWS"]),)](
+                up, keep, hidden, grad, grad_tail, grad_hidden, *ctx.numbers, **first, num_warps=4
             )
+            _join_backward_kernel[(tiles, triton.cdiv(width, sizes["CHUNK"]))](
+                y, layer_scale, down, keep, hidden, grad_hidden, grad, grad_tail, grad_y, parts,
+                *ctx.numbers, **sizes, num_warps=8,
+            )  # fmt: skip
         of_down, of_down_bias, of_up, of_up_bias = parts.sum(0).split(lengths)
         weights = of_down.view_as(down), of_down_bias, of_up.view_as(up), of_up_bias
         return grad, grad_tail, grad_y, None, *(w.to(down.dtype) for w in weights), None, None, None, None
