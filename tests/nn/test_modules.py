@@ -157,7 +157,7 @@ def test_position_encodings_are_added_as_often_as_said(family: str, adds: str, t
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="needs Triton")
-@pytest.mark.parametrize("part", ["stacked", "embed", "clouds", "pool"])
+@pytest.mark.parametrize("part", ["stacked", "embed", "clouds", "pool", "head"])
 def test_interpreted(part: str) -> None:
     script = Path(__file__).with_name(f"{part}_interpreted.py")
     run = subprocess.run(
