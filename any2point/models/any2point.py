@@ -20,9 +20,10 @@ from any2point.models.build import (
 from any2point.models.checks import check_names
 from any2point.models.config import Any2PointConfig
 from any2point.nn import Neighborhoods
+from any2point.nn.beside import Beside
 from any2point.nn.positions import build_positions
 from any2point.nn.stacked import is_stacked, run_stacked
-from any2point.ops import group, voxel_cluster
+from any2point.ops import GuidedPlan, group, voxel_cluster
 from any2point.sources import Source
 from any2point.sources.glue import is_hooked
 
@@ -113,7 +114,7 @@ class Any2Point(PointModel):
             Sequence `[B, 1 + R + T, C]` (class token, registers, tokens) and its position encodings, cells
             `[B, V, T]`, voxels `[B, T]`, and the points `[B, T]` that the tokens are centred on.
         """
-        parts, cell, cluster, index = self._start(points, features, lengths, neighborhoods)
+        parts, cell, cluster, _, index = self._start(points, features, lengths, neighborhoods)
         return torch.cat(parts[:2], dim=1), torch.cat(parts[2:], dim=1), cell, cluster, index
 
     def _start(
@@ -122,12 +123,23 @@ class Any2Point(PointModel):
         features: Tensor | None,
         lengths: Tensor | None,
         neighborhoods: Neighborhoods | None,
-    ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor, Tensor, Tensor]:
-        """As `embed`; the first is class token with registers, tokens, and the positions of both."""
-        tokens = self.tokenizer(*self.prepare(points, features, lengths), neighborhoods)
-        projected = self.projection(tokens.centers)
+    ) -> tuple[tuple[Tensor, Tensor, Tensor, Tensor], Tensor, Tensor, GuidedPlan | None, Tensor]:
+        """As `embed`; the first is class token with registers, tokens, and the positions of both.
+
+        Before the points comes what the guided aggregations share, if it needs no gradient.
+        """
+        cloud, features = self.prepare(points, features, lengths)
+        with Beside(cloud, self.projection.table) as beside:
+            near = neighborhoods or self.tokenizer.neighborhoods(cloud, beside)
+            centers = group(cloud, near.index)
+            projected = self.projection(centers)
+            cluster = voxel_cluster(centers, self.config.voxel_size).cluster
+            plan = None
+            if not torch.is_grad_enabled():
+                plan = self.encoder.plan(self.cls_token, projected.cell, cluster)
+        tokens = self.tokenizer(cloud, features, near, None if neighborhoods else beside)
+        beside.wait()
         encoding = projected.encoding if self.positions is None else self.positions(tokens.centers)
-        cluster = voxel_cluster(tokens.centers, self.config.voxel_size).cluster
         dtype = self.cls_token.dtype
         first: list[Tensor] = [self.cls_token, self.cls_position]
         if self.registers is not None:  # with their positions in them
@@ -136,7 +148,7 @@ class Any2Point(PointModel):
             first = [torch.cat(pair, dim=1) for pair in zip(first, both)]
         prefix, position = (each.expand(points.shape[0], -1, -1) for each in first)
         parts = prefix, tokens.features.to(dtype), position, encoding.to(dtype)
-        return parts, projected.cell, cluster, tokens.index
+        return parts, projected.cell, cluster, plan, tokens.index
 
     def encode(
         self,
@@ -172,12 +184,13 @@ class Any2Point(PointModel):
         parts: tuple[Tensor, ...],
         cell: Tensor,
         cluster: Tensor,
+        plan: GuidedPlan | None,
         index: Tensor,
         maps: list[Tensor] | None = None,
     ) -> Encoding:
         """`encode` of what `_start` gave; `maps` as for the encoder."""
         x, position = torch.cat(parts[:2], dim=1), torch.cat(parts[2:], dim=1)
-        x = self.norm(self.encoder(x, position, cell, cluster, maps))
+        x = self.norm(self.encoder(x, position, cell, cluster, maps, plan))
         cls, tokens = x[:, 0], x[:, self.encoder.prefix :]
         largest = tokens.amax(1)
         pair = [largest, cls] if self.config.feature_order == "max_cls" else [cls, largest]
@@ -197,7 +210,7 @@ class Any2Point(PointModel):
             return self.head(self._finish(points, *start).feature)
         from any2point.triton.pool import Pool
 
-        prefix, tokens = run_stacked(self.encoder, *start[0], *start[1:3])
+        prefix, tokens = run_stacked(self.encoder, *start[0], *start[1:4])
         cls_first = self.config.feature_order == "cls_max"
         norm = self.norm
         return self.head(Pool.apply(prefix, tokens, norm.weight, norm.bias, norm.eps, cls_first))

@@ -122,6 +122,7 @@ class AdaptedEncoder(nn.Module):
         cell: Tensor,
         cluster: Tensor,
         maps: list[Tensor] | None = None,
+        plan: GuidedPlan | None = None,
     ) -> Tensor:
         """Tokens to features.
 
@@ -131,6 +132,7 @@ class AdaptedEncoder(nn.Module):
             cell: `[B, V, S]` int64.
             cluster: `[B, S]` int64.
             maps: a list that the class token's attention `[B, H, S]` in every block is appended to.
+            plan: what `plan` gives, if it is there already.
 
         Returns:
             `[B, P + S, C]`, before the final normalisation.
@@ -138,7 +140,7 @@ class AdaptedEncoder(nn.Module):
         if self.position_adds != "every":
             x = x + position
         x = self.source.embed(x)
-        plan = self.plan(x, cell, cluster)
+        plan = self.plan(x, cell, cluster) if plan is None else plan
         for index in range(len(self.adapters)):
             if maps is not None:
                 seen = x if self.position_adds == "once" else x + position

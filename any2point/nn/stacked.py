@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from any2point.ops import GuidedPlan
 from any2point.sources.glue import attends, in_kernels, is_hooked
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ def run_stacked(
     position: Tensor,
     cell: Tensor,
     cluster: Tensor,
+    plan: GuidedPlan | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`AdaptedEncoder.forward` of prefixes `[B, P, C]`, tokens `[B, S, C]` and the positions of both."""
     batch, over_batch = len(prefix), encoder.axis == "batch"
@@ -62,7 +64,7 @@ def run_stacked(
     if adds != "every":
         prefix, tokens = prefix + prefix_position, tokens + position
     x, tokens = encoder.source.embed(prefix.flatten(0, 1)), encoder.source.embed(tokens)
-    plan = encoder.plan(tokens, cell, cluster)
+    plan = encoder.plan(tokens, cell, cluster) if plan is None else plan
     keep = _kept(encoder, batch * (prefix.shape[1] + tokens.shape[1]), tokens.device)
     for index, block in enumerate(encoder.source.blocks):
         if adds != "once":

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from any2point.nn.batch_norm import EPS, MOMENTUM, BatchNorm
+from any2point.nn.beside import Beside
 from any2point.nn.recompute import recompute
 from any2point.ops import (
     ResidualUnit,
@@ -203,8 +204,11 @@ class Tokenizer(nn.Module):
             return torch.arange(size, device=picks.device).expand(batch, size)
         return _first_true(picks[:, :, None] == level[:, None, :])
 
-    def neighborhoods(self, points: Tensor) -> Neighborhoods:
-        """Centres and neighbours of every stage; `points` as `forward` takes them."""
+    def neighborhoods(self, points: Tensor, beside: Beside | None = None) -> Neighborhoods:
+        """Centres and neighbours of every stage; `points` as `forward` takes them.
+
+        If they are computed beside something, every stage ends with a mark.
+        """
         first = first_centers(points, self.start)
         levels = farthest_point_hierarchy(points, list(self.sizes), start=first, tie=self.tie)
         if self.tie == "lowest":  # with the official order, samples repeat by themselves
@@ -216,21 +220,29 @@ class Tokenizer(nn.Module):
             centers = group(points, center)
             chosen.append(center)
             neighbors.append(knn(centers, points, count, sorted=False).index)
+            if beside is not None:
+                beside.mark()
             points = centers
         return Neighborhoods(tuple(chosen), tuple(neighbors), levels[-1])
 
     def forward(
-        self, points: Tensor, features: Tensor | None = None, neighborhoods: Neighborhoods | None = None
+        self,
+        points: Tensor,
+        features: Tensor | None = None,
+        neighborhoods: Neighborhoods | None = None,
+        beside: Beside | None = None,
     ) -> Tokens:
         """`points [B, N, 3]` float32 or float64, `features [B, N, F]` -> tokens of the last stage.
 
         Points with a NaN or infinite coordinate (padding, say) are left out. A cloud with fewer points than
         the first stage has centres repeats its centres. `neighborhoods` are those of the points, if they are
-        there already.
+        there already, or are computed beside.
         """
         x = self._embed(points, features)
         near = self.neighborhoods(points) if neighborhoods is None else neighborhoods
         for stage, (center, neighbor) in enumerate(zip(near.center, near.neighbor)):
+            if beside is not None:
+                beside.wait(stage)
             x = self._aggregate(stage, points, x, center, neighbor)
             points = group(points, center)
         return Tokens(x, points, near.index)
@@ -304,19 +316,28 @@ class PointNetTokenizer(nn.Module):
         self.token = nn.Linear(4 * hidden, width)
         self.width = width
 
-    def neighborhoods(self, points: Tensor) -> Neighborhoods:
+    def neighborhoods(self, points: Tensor, beside: Beside | None = None) -> Neighborhoods:
         """Centres and neighbours; see `Tokenizer`."""
         first = first_centers(points, self.start)
         index = repeat_centers(farthest_point_sample(points, self.tokens, start=first, tie=self.tie))
         neighbor = knn(group(points, index), points, self.neighbors, sorted=False).index
-        return Neighborhoods((index,), (torch.where(neighbor < 0, index[..., None], neighbor),), index)
+        neighbor = torch.where(neighbor < 0, index[..., None], neighbor)
+        if beside is not None:
+            beside.mark()
+        return Neighborhoods((index,), (neighbor,), index)
 
     def forward(
-        self, points: Tensor, features: Tensor | None = None, neighborhoods: Neighborhoods | None = None
+        self,
+        points: Tensor,
+        features: Tensor | None = None,
+        neighborhoods: Neighborhoods | None = None,
+        beside: Beside | None = None,
     ) -> Tokens:
         """`points [B, N, 3]` float32 or float64, `features [B, N, F]` -> tokens; see `Tokenizer`."""
         x, _ = with_features(points, features, self.point.weight.dtype)
         near = self.neighborhoods(points) if neighborhoods is None else neighborhoods
+        if beside is not None:
+            beside.wait(0)
         index, (neighbor,) = near.index, near.neighbor
         centers = group(points, index)
         offset = (group(points, neighbor) - centers[:, :, None]).to(x.dtype)
