@@ -64,23 +64,24 @@ def measure(request: pytest.FixtureRequest) -> Callable[..., None]:
         row = Row(op, name, shape, run.MODES.get(mode, mode), match=match, command="pytest benchmarks")
         row.floor_us, row.direct_us = case.floor(machine, mode)
         benchmark.group = f"{op} {shape} {row.mode} {device}"
-        calls = run.calls_of(case, provider, mode, provider.run)
-        row.mem_mb = timing.peak(calls[0], device)
-        rows = [row]
-        if device == "cuda":
-            row.times(timing.event_times(calls, warmup=0.5, seconds=0.2))
-            if provider.graph is not None and mode != "backward":
-                rows += _replayed(case, provider, mode, row)
-        call = calls[0]
-        if device == "cuda":
+        with timing.products(case.precision):
+            calls = run.calls_of(case, provider, mode, provider.run)
+            row.mem_mb = timing.peak(calls[0], device)
+            rows = [row]
+            if device == "cuda":
+                row.times(timing.event_times(calls, warmup=0.5, seconds=0.2))
+                if provider.graph is not None and mode != "backward":
+                    rows += _replayed(case, provider, mode, row)
+            call = calls[0]
+            if device == "cuda":
 
-            def call() -> None:
-                calls[0]()
-                torch.cuda.synchronize()
+                def call() -> None:
+                    calls[0]()
+                    torch.cuda.synchronize()
 
-        seconds = min(timing.timed(call) for _ in range(3))
-        rounds = int(np.clip(0.3 / max(seconds, 1e-9), 3, 2000))
-        benchmark.pedantic(call, rounds=rounds, iterations=1, warmup_rounds=1)
+            seconds = min(timing.timed(call) for _ in range(3))
+            rounds = int(np.clip(0.3 / max(seconds, 1e-9), 3, 2000))
+            benchmark.pedantic(call, rounds=rounds, iterations=1, warmup_rounds=1)
         if device == "cpu":
             row.times([1e6 * each for each in benchmark.stats.stats.sorted_data])
         benchmark.extra_info["rows"] = [asdict(each.place(machine)) for each in rows]

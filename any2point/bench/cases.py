@@ -65,6 +65,7 @@ class Case:
         training: arguments added where gradients are measured.
         compilable: what torch.compile is given for the baseline.
         low: whether operands of products have 16 bits, on a GPU.
+        precision: "tf32" where providers may round operands of float32 products so, on a GPU.
     """
 
     op: str
@@ -79,6 +80,7 @@ class Case:
     training: dict[str, Any] = field(default_factory=dict)
     compilable: Callable[..., Any] | None = None
     low: bool = False
+    precision: str = "fp32"
 
     def floor(self, machine: Machine, mode: str) -> tuple[float, float]:
         """(floor, direct) of a mode in microseconds.

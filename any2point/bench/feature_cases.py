@@ -196,8 +196,13 @@ def _each(function: Callable[..., Tensor], *stages: tuple[Any, ...], **options: 
 
 
 def local_aggregate(device: str, shapes: Shapes | None = None) -> Iterator[Case]:
-    whole: list[tuple[Any, ...]] = []
+    whole: dict[str, list[tuple[Any, ...]]] = {"tf32": [], "float16": []}
     work = costs.Cost(0)
+    torch_ = Provider.plain("torch", peers.torch_local_aggregate)
+    ours = {
+        "tf32": Provider.plain("any2point", partial(ops.local_aggregate, operand_dtype=torch.float16)),
+        "float16": Provider.plain("any2point", ops.local_aggregate),
+    }
     for stage in shapes or [*STAGES, _ANOTHER]:
         rows, centers, k, width, hidden, count = stage
         batch = 32 if device == "cuda" else 1
@@ -206,68 +211,71 @@ def local_aggregate(device: str, shapes: Shapes | None = None) -> Iterator[Case]
         center = torch.arange(centers, device=device).expand(batch, -1).contiguous()
         features = _random(device, batch, rows, width)
         weights = residual_units(2 * width, hidden, count, device)
-        inputs = [(points.to(device), features, center, neighbor, weights)]
+        inputs = (points.to(device), features, center, neighbor, weights)
         name = f"{batch},{rows},{width} -> {centers}x{k} H={hidden}x{count}"
         cost = costs.cost_local_aggregate(batch, rows, centers, k, width, hidden, count)
         yield Case(
             "local_aggregate",
             name,
-            inputs,
-            near_reference(reference.local_aggregate, inputs, 1e-3),
+            [inputs],
+            near_reference(reference.local_aggregate, [inputs], 1e-3),
             cost,
-            [
-                Provider.plain("any2point", ops.local_aggregate),
-                Provider.plain("torch", peers.torch_local_aggregate),
-            ],
+            [ours["float16"], torch_],
             backward=True,
             reference=reference.local_aggregate,
             tolerance=2e-2,  # of many maxima and ReLUs a few go the other way
             training=_TRAINING,
         )
-        if device == "cuda":  # products in float16
-            half = features.detach().half().requires_grad_()
-            low = [(points.to(device), half, center, neighbor, weights)]
+        if device == "cpu":
+            continue
+        half = features.detach().half().requires_grad_()
+        work = work + cost if stage in STAGES else work
+        for kind, given in (("float16", (inputs[0], half, *inputs[2:])), ("tf32", inputs)):
             if stage in STAGES:
-                whole += low
-                work = work + cost
+                whole[kind].append(given)
+            elif kind == "tf32":  # for these `operand_dtype` has no kernels
+                continue
             yield Case(
                 "local_aggregate",
-                f"{name} float16",
-                low,
-                near_reference(reference.local_aggregate, low, 1e-2),
+                f"{name} {kind}",
+                [given],
+                near_reference(reference.local_aggregate, [given], 1e-2),
                 cost,
-                [
-                    Provider.plain("any2point", ops.local_aggregate),
-                    Provider.plain("torch", peers.torch_local_aggregate),
-                ],
+                [ours[kind], torch_],
                 backward=True,
                 reference=reference.local_aggregate,
                 tolerance=0.2,  # 0.04 for torch under autocast: more maxima and ReLUs go the other way
                 training=_TRAINING,
-                compilable=peers.torch_local_aggregate if stage in STAGES else None,  # half a minute each
+                # Half a minute each.
+                compilable=torch_.run if stage in STAGES and kind == "float16" else None,
                 low=True,
+                precision="tf32" if kind == "tf32" else "fp32",
             )
     if device == "cuda" and not shapes:
         composed = partial(_each, peers.torch_local_aggregate)
         specified = partial(_each, reference.local_aggregate)
-        yield Case(
-            "local_aggregate",
-            "32 clouds, three stages of the tokenizer, k=81 float16",
-            [tuple(whole)],
-            near_reference(specified, [tuple(whole)], 1e-2),
-            work,
-            [
-                Provider.plain("any2point", partial(_each, ops.local_aggregate)),
-                Provider.plain("any2point recompute", partial(_each, ops.local_aggregate, recompute=True)),
-                Provider.plain("torch", composed),
-            ],
-            backward=True,
-            reference=specified,
-            tolerance=0.2,
-            training=_TRAINING,
-            compilable=composed,
-            low=True,
-        )
+        for kind, stages in whole.items():
+            yield Case(
+                "local_aggregate",
+                f"32 clouds, three stages of the tokenizer, k=81 {kind}",
+                [tuple(stages)],
+                near_reference(specified, [tuple(stages)], 1e-2),
+                work,
+                [
+                    Provider.plain("any2point", partial(_each, ours[kind].run)),
+                    Provider.plain(
+                        "any2point recompute", partial(_each, partial(ours[kind].run, recompute=True))
+                    ),
+                    Provider.plain("torch", composed),
+                ],
+                backward=True,
+                reference=specified,
+                tolerance=0.2,
+                training=_TRAINING,
+                compilable=composed if kind == "float16" else None,
+                low=True,
+                precision="tf32" if kind == "tf32" else "fp32",
+            )
 
 
 def guided_aggregate(device: str, shapes: Shapes | None = None) -> Iterator[Case]:

@@ -24,6 +24,7 @@ from any2point.bench.timing import (
     interleave,
     machine_of,
     peak,
+    products,
 )
 
 MODES = {"both": "forward+backward"}
@@ -198,7 +199,8 @@ def measure(
     rows: list[Row] = []
     for mode in ("forward", "backward", "both") if case.backward else ("forward",):
         timer = _on_gpu if device == "cuda" else _on_cpu
-        new, failed = timer(case, right, mode, settings)
+        with products(case.precision):
+            new, failed = timer(case, right, mode, settings)
         errors |= failed
         for row in new:
             row.match = matches[row.provider]
@@ -220,7 +222,7 @@ def check(case: Case, provider: Provider) -> float:
     exact = provider.name == "any2point"
     match = 1.0
     for i in range(len(case.inputs) if exact else 1):
-        with torch.no_grad():
+        with torch.no_grad(), products(case.precision):
             result = provider.run(*provider.prepare(*case.inputs[i]))
         match = case.check(provider.finish(result, *case.inputs[i]), i, exact)
     if case.backward and case.reference is not None:
@@ -232,9 +234,10 @@ def _check_gradient(case: Case, provider: Provider) -> None:
     """Gradients of a provider's own leaves, in our layout, against the reference's."""
     inputs = case.inputs[0]
     args = provider.prepare(*inputs)
-    out = provider.finish(provider.run(*args, **case.training), *inputs)
-    grad = _gradient(out)
-    actual = torch.autograd.grad(out, _leaves(args), grad)
+    with products(case.precision):
+        out = provider.finish(provider.run(*args, **case.training), *inputs)
+        grad = _gradient(out)
+        actual = torch.autograd.grad(out, _leaves(args), grad)
     assert case.reference is not None
     wanted = torch.autograd.grad(case.reference(*inputs, **case.training), _leaves(inputs), grad)
     # Where the true gradient is zero (a bias before a normalisation) only rounding is left.
