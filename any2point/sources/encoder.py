@@ -16,6 +16,7 @@ from any2point.sources.glue import (
     attend_stacked,
     fork_norm,
     fork_norm_stacked,
+    half_mlp,
     hidden_layer,
     join,
     join_norm,
@@ -141,6 +142,9 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`x [..., C]` -> `[..., C]`."""
         inputs = _taken(x, self.fc1)
+        whole = half_mlp(inputs, self.fc1, self.fc2, self.activation)
+        if whole is not None:
+            return whole
         y = hidden_layer(inputs, self.fc1, self.activation)
         y = self._activate(self.fc1(inputs)) if y is None else y
         return _returned(self.fc2(y), x)

@@ -200,6 +200,30 @@ def hidden_layer(x: Tensor, layer: Linear, activation: str) -> Tensor | None:
     return Hidden.apply(x, weight, bias, activation)
 
 
+def half_mlp(x: Tensor, first: Linear, second: Linear, activation: str) -> Tensor | None:
+    """`second(act(first(x)))` of frozen layers in float32 with factors in float16, where torch allows TF32.
+
+    None where there are no kernels, or x has so few rows that they are not worth it.
+    """
+    if (
+        x.dtype != torch.float32
+        or torch.is_autocast_enabled("cuda")
+        or not in_kernels(x)
+        or not tf32_allowed()
+    ):
+        return None
+    from any2point.triton.half_mlp import ACTIVATIONS, FEWEST, WIDEST, HalfMLP
+
+    layers = first, second
+    if activation not in ACTIVATIONS or x.numel() < FEWEST * x.shape[-1] or x.shape[-1] > WIDEST:
+        return None
+    if is_hooked(*layers) or not all(layer.is_frozen(x) and layer.bias is not None for layer in layers):
+        return None
+    if any(tensor.dtype != torch.float32 for layer in layers for tensor in layer.parameters()):
+        return None
+    return HalfMLP.apply(x, *first.scaled(), first.bias, *second.scaled(), second.bias, activation)
+
+
 @functools.cache
 def _has_tma(device: int) -> bool:
     from any2point.triton.block import shared_memory_of

@@ -28,8 +28,8 @@ class _Copies(NamedTuple):
 class Linear(nn.Linear):
     """`nn.Linear`; the gradient of a frozen one is that of its input alone.
 
-    On CUDA a frozen one keeps its weights in the lower precision of autocast, and where torch allows TF32,
-    for gradients, transposed. They follow changes of the parameters that PyTorch counts, as by
+    On CUDA a frozen one keeps its weights in the lower precision of autocast, and where torch allows TF32, in
+    float16 or, for gradients, transposed. They follow changes of the parameters that PyTorch counts, as by
     `load_state_dict`, not those through `.data`.
     """
 
@@ -58,13 +58,17 @@ class Linear(nn.Linear):
         sources = [p for p in (self.weight, self.bias) if p is not None]
         if all(source.dtype == dtype for source in sources):
             return sources
-        return self._kept(dtype, sources, lambda source: source.to(dtype))
+        return self._kept(dtype, sources, lambda source: [source.to(dtype)])
+
+    def scaled(self) -> list[Tensor]:
+        """Weight of a frozen layer times a power of 2, in float16, and that power's reciprocal, `[1]`."""
+        return self._kept("scaled", [self.weight], scaled_weight)
 
     def _transposed(self) -> Tensor:
         """The weight `[in, out]`, contiguous."""
-        return self._kept("transposed", [self.weight], lambda source: source.t().contiguous())[0]
+        return self._kept("transposed", [self.weight], lambda source: [source.t().contiguous()])[0]
 
-    def _kept(self, form: Any, sources: list[Tensor], make: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    def _kept(self, form: Any, sources: list[Tensor], make: Callable[[Tensor], list[Tensor]]) -> list[Tensor]:
         """What `make` gives, anew only after changes."""
         versions = [source._version for source in sources]
         self._copies = self._copies or {}
@@ -73,7 +77,7 @@ class Linear(nn.Linear):
         if same and kept.versions == versions:  # type: ignore[union-attr]
             return kept.tensors  # type: ignore[union-attr]
         with torch.inference_mode(False), torch.no_grad():
-            tensors = [make(source) for source in sources]
+            tensors = [tensor for source in sources for tensor in make(source)]
             if torch.cuda.is_current_stream_capturing():  # not there before a replay
                 return tensors
             if same:  # in place, where graphs look for them
@@ -89,6 +93,13 @@ class Linear(nn.Linear):
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_copies"}
+
+
+def scaled_weight(weight: Tensor) -> list[Tensor]:
+    """The power brings the largest magnitude between 2 and 4; see any2point/triton/half_mlp.py."""
+    exponent = torch.frexp(weight.abs().amax()).exponent.clamp(-100, 127)
+    power = torch.ldexp(weight.new_ones(1), 2 - exponent)
+    return [(weight * power).half(), power.reciprocal()]
 
 
 def _in_tf32(x: Tensor, weight: Tensor) -> bool:

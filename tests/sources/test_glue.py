@@ -20,7 +20,7 @@ from any2point.sources.linear import Linear
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="needs Triton")
-@pytest.mark.parametrize("part", ["glue", "attention", "adapter", "mlp"])
+@pytest.mark.parametrize("part", ["glue", "attention", "adapter", "mlp", "half_mlp"])
 def test_interpreted(part: str) -> None:
     here = Path(__file__).parent
     run = subprocess.run(
@@ -140,6 +140,33 @@ def test_mlp_is_as_exact_as_torch(activation: str, dtype: torch.dtype) -> None:
     assert torch.equal(got, again)
     assert not torch.equal(got, plain) or torch.cuda.get_device_capability() < (9, 0)
     assert (got - want).norm() <= 2 * (plain - want).norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("size", [1.0, 1e-12])
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
+def test_mlp_in_tf32_is_as_exact_as_torch(activation: str, size: float) -> None:
+    """Also far beyond the range of float16, which its factors are rounded to; `size`: of the gradient."""
+    torch.manual_seed(0)
+    mlp = MLP(96, 328, activation).cuda().requires_grad_(False)
+    mlp.fc2.weight.mul_(1e7)
+    x = (2 * torch.randn(3, 777, 96, device="cuda")).requires_grad_()
+    grad = size * torch.randn(3, 777, 96, device="cuda")
+
+    def both(mlp: MLP, x: torch.Tensor) -> list[torch.Tensor]:
+        y = mlp(x)
+        return [y.detach(), *torch.autograd.grad(y, x, grad.to(x.dtype))]
+
+    with products("tf32"):
+        found, again = both(mlp, x), both(mlp, x)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("any2point.sources.encoder.half_mlp", lambda *_: None)
+            plain = both(mlp, x)
+    exact = both(copy.deepcopy(mlp).double(), x.detach().double().requires_grad_())
+    for got, same, other, want in zip(found, again, plain, exact):
+        assert torch.equal(got, same)
+        assert not torch.equal(got, other)
+        assert (got - want).norm() <= 1.2 * (other - want).norm()
 
 
 @pytest.mark.gpu
