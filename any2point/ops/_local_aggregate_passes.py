@@ -8,6 +8,7 @@ on sm_90, and either in Triton.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -68,8 +69,10 @@ class Unit:
 class Passes:
     """The passes. Below the maximum the gradient after a unit is an `entry` per group and channel.
 
-    Before that it is `dense` rows.
+    Before that it is `dense` rows. `single` are features in float32, if those of the rows were rounded.
     """
+
+    single: Tensor | None = None
 
     def __init__(
         self, rows: tuple[Any, ...], grad: Tensor | None = None, argmax: Tensor | None = None
@@ -254,11 +257,20 @@ class CudaPasses(Passes):
     """What lies between the passes in kernels, unless processes share statistics.
 
     Gradients of rows take each other's place. Of du there is `dense`, the first half of its channels, and
-    `center`, the second, until dz takes its place; `by_center` are sums of this half over groups.
+    `center`, the second, until dz takes its place; `by_center` are sums of this half over groups. To maxima
+    is given back what rounding rows to float16 took from them.
     """
 
     center: Tensor
     by_center: Tensor
+
+    def maximum(self, done: list[Tensor]) -> tuple[Tensor, Tensor]:
+        out, argmax = super().maximum(done)
+        if self.single is not None and importlib.util.find_spec("triton"):
+            from any2point.triton.local_aggregate_residual import add_rounding
+
+            add_rounding(out, argmax, done, self.rows[0], self.single, *self.rows[2:])
+        return out, argmax
 
     def add_up(self, part: Tensor) -> Tensor:
         return part[0] if len(part) == 1 else part.sum(0)

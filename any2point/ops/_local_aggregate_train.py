@@ -91,11 +91,15 @@ def forward(
     operand = features.half() if half else features
     rows = (points, operand, center, neighbor, divisor, wavelength, beta, guard)
     kind = _kind(rows, parameters)
-    passes = kind(rows)
+
+    def part(clouds: slice) -> Passes:
+        passes = kind(again.rows_of(rows, clouds))
+        passes.single = features[clouds] if half else None
+        return passes
+
+    passes = part(slice(None))
     if recompute:
-        out, argmax, *rest = again.results(
-            passes, lambda clouds: kind(again.rows_of(rows, clouds)), parameters, eps
-        )
+        out, argmax, *rest = again.results(passes, part, parameters, eps)
         return [out, torch.where(out > 0, argmax, -1).to(_index_dtype(neighbor)), *rest]
     done: list[Tensor] = []
     saved: list[Tensor] = []

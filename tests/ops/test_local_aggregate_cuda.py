@@ -22,7 +22,9 @@ LOW = (torch.float16, torch.bfloat16)
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="needs Triton")
-@pytest.mark.parametrize("name", ["interpreted", "train_interpreted", "train_compiled"])
+@pytest.mark.parametrize(
+    "name", ["interpreted", "residual_interpreted", "train_interpreted", "train_compiled"]
+)
 def test_without_a_gpu(name: str, tmp_path: Path) -> None:
     here = Path(__file__).parent
     path = os.pathsep.join([str(here), str(here.parent), str(here.parents[1])])
