@@ -121,7 +121,9 @@ STABLE_TORCH_LIBRARY(any2point, m) {
   // H] and bias [C] of each unit before. Sums come as one row per chunk, on the CPU padded as the kernels do.
   // Without `statistics` _project may return none. On CUDA before goes to `to` if that is there, which may be
   // that of the last unit that is done, and is empty.
-  // dense: no tensor, or du [M, C]; on CUDA its halves [M, C / 2], and dz may be the second.
+  // dense: no tensor, or du [M, C]; on CUDA its halves [M, C / 2], and dz may be the second. There, for units
+  // above or below another, du may be missing if dz has du times the weight already; if dz is empty, only sums
+  // are made; and with norm (factor, m1, m2) dy1 takes the place of dz, without sums.
   // On CUDA features, before, dense, du, dz, dy1 and the weights of _project and _max have 16 bits,
   // everything else is float32.
   m.def(
@@ -142,7 +144,7 @@ STABLE_TORCH_LIBRARY(any2point, m) {
   m.def(
       "_local_aggregate_hidden_grad(Tensor before, Tensor scale, Tensor shift, Tensor? grad, Tensor? argmax, "
       "Tensor[] dense, int neighbors, Tensor q, Tensor constant, Tensor weight, Tensor mean, Tensor "
-      "deviation, Tensor(a!) dz) -> (Tensor sum, Tensor sum_normed)");
+      "deviation, Tensor(a!) dz, Tensor[] norm) -> (Tensor sum, Tensor sum_normed)");
   m.def(
       "_local_aggregate_rows_grad(Tensor points, Tensor features, Tensor center, Tensor neighbor, Tensor? "
       "divisor, Tensor wavelength, float beta, bool guard, Tensor[] done, Tensor before, Tensor? grad, "
@@ -152,11 +154,15 @@ STABLE_TORCH_LIBRARY(any2point, m) {
   // another unit's has the halves of du instead of du: the first, the sums over groups [B S, C / 2] of the
   // second, and the second in the place of dz. With dy1, W1 [H, C], and an entry per group and channel, or
   // dense: the first half and those sums, _points_grad gives factor times the gradient of the features, in
-  // the type of dy1 or in float32. Without dy1, or without du: the part of the other.
+  // the type of dy1 or in float32. For _points_grad the first half of dense may also be sums over the points
+  // [B, N, C / 2] in float32, as _point_sums makes of it for some of all clouds, from `first` on. lists: what
+  // _point_lists gives of all clouds, or without dense none.
   m.def(
-      "_local_aggregate_points_grad(Tensor? dy1, Tensor? grad, Tensor? argmax, Tensor[] dense, Tensor "
-      "center, "
-      "Tensor neighbor, Tensor weight, Tensor? factor, SymInt points, bool single) -> Tensor");
+      "_local_aggregate_points_grad(Tensor dy1, Tensor? grad, Tensor? argmax, Tensor[] dense, Tensor center, "
+      "Tensor neighbor, Tensor weight, Tensor? factor, SymInt points, bool single, Tensor[] lists) -> "
+      "Tensor");
+  m.def("_local_aggregate_point_lists(Tensor center, Tensor neighbor, SymInt points) -> Tensor[]");
+  m.def("_local_aggregate_point_sums(Tensor dense, Tensor[] lists, int first, Tensor(a!) to) -> ()");
   // Between the passes on CUDA (csrc/local_aggregate/train_algebra.h), from the parts of their sums. single:
   // [4, H] scale, shift, mean and deviation of y1; [2, C] mean and deviation of the second layer. rows: M.
   m.def(

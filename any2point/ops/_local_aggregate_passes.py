@@ -73,6 +73,7 @@ class Passes:
     """
 
     single: Tensor | None = None
+    in_place = False  # whether y1 may take the place of another unit's
 
     def __init__(
         self, rows: tuple[Any, ...], grad: Tensor | None = None, argmax: Tensor | None = None
@@ -113,9 +114,10 @@ class Passes:
         hidden = before.shape[1]
         return before, means[:, :hidden], spreads[:, :hidden], counts
 
-    def before(self, done: list[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
-        """What `project` gives without its statistics."""
-        return self.project(done, weight, bias)[0]
+    def before(self, done: list[Tensor], weight: Tensor, bias: Tensor, to: Tensor | None = None) -> Tensor:
+        """What `project` gives without its statistics, perhaps in `to`."""
+        before = self.project(done, weight, bias)[0]
+        return before if to is None else to.copy_(before)
 
     def project_to(self, to: Tensor, done: list[Tensor], weight: Tensor, bias: Tensor) -> list[Tensor]:
         """`project` with y1 in `to`, which may be that of the last unit done; returns the statistics."""
@@ -186,10 +188,13 @@ class Passes:
         linear = [x.float().contiguous() for x in (-q.T, constant, carried)]
         return [out_grad, normed, total], linear
 
-    def hidden_grad(self, unit: Unit, linear: list[Tensor]) -> tuple[Tensor, Tensor]:
-        dense, self.dz = self.dense_rows(), self.place_for_dz(unit)
+    def hidden_grad(
+        self, unit: Unit, linear: list[Tensor], to: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Sums of `dz`, which goes to `to` if that is there."""
+        dense, self.dz = self.dense_rows(), self.place_for_dz(unit) if to is None else to
         plain, scaled = _ops._local_aggregate_hidden_grad(
-            *unit.hidden, *self.entry, dense, self.neighbors, *linear, *unit.in_single[2:], self.dz
+            *unit.hidden, *self.entry, dense, self.neighbors, *linear, *unit.in_single[2:], self.dz, []
         )
         return self.add_up(plain), self.add_up(scaled)
 
@@ -261,8 +266,10 @@ class CudaPasses(Passes):
     is given back what rounding rows to float16 took from them.
     """
 
+    in_place = True
     center: Tensor
     by_center: Tensor
+    lists: list[Tensor] = []  # of the rows of each point, once they are known
 
     def maximum(self, done: list[Tensor]) -> tuple[Tensor, Tensor]:
         out, argmax = super().maximum(done)
@@ -275,10 +282,10 @@ class CudaPasses(Passes):
     def add_up(self, part: Tensor) -> Tensor:
         return part[0] if len(part) == 1 else part.sum(0)
 
-    def before(self, done: list[Tensor], weight: Tensor, bias: Tensor) -> Tensor:
-        layer = (done, self.factor(weight), bias, False)
+    def before(self, done: list[Tensor], weight: Tensor, bias: Tensor, to: Tensor | None = None) -> Tensor:
+        layer = (done, self.factor(weight), bias, False, to)
         before: Tensor = _ops._local_aggregate_project(*self.rows, *layer)[0]
-        return before
+        return before if to is None else to
 
     def project_to(self, to: Tensor, done: list[Tensor], weight: Tensor, bias: Tensor) -> list[Tensor]:
         layer = (done, self.factor(weight), bias, True, to)
@@ -310,6 +317,15 @@ class CudaPasses(Passes):
     def dense_rows(self) -> list[Tensor]:
         return [] if self.dense is None else [self.dense, self.center]
 
+    def hidden_sums(self, unit: Unit, linear: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """What `hidden_grad` returns, without dz."""
+        return self.hidden_grad(unit, linear, unit.before[:0])
+
+    def before_grad(self, unit: Unit, linear: list[Tensor], means: list[Tensor]) -> None:
+        """dy1 in the place of y1, of the last of two units."""
+        norm = (*unit.in_single[2:], unit.before, [unit.in_single[0], *means])
+        _ops._local_aggregate_hidden_grad(*unit.hidden, *self.entry, [], self.neighbors, *linear, *norm)
+
     def place_for_dz(self, unit: Unit) -> Tensor:
         return super().place_for_dz(unit) if self.dense is None else self.center
 
@@ -324,12 +340,16 @@ class CudaPasses(Passes):
         return found
 
     def features_grad(self, unit: Unit, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
-        return self._points_grad(self.rest[0], unit, factor, dtype == torch.float32)
-
-    def dense_grad(self, unit: Unit, factor: Tensor | None) -> Tensor:
-        return self._points_grad(None, unit, factor, True)
-
-    def _points_grad(self, dy1: Tensor | None, unit: Unit, factor: Tensor | None, single: bool) -> Tensor:
         layout = (*self.rows[2:4], unit.in_weight, factor, self.rows[0].shape[1])
         dense = [] if self.dense is None else [self.dense, self.by_center]
-        return _ops._local_aggregate_points_grad(dy1, *self.entry, dense, *layout, single)
+        single = dtype == torch.float32
+        return _ops._local_aggregate_points_grad(
+            self.rest[0], *self.entry, dense, *layout, single, self.lists
+        )
+
+    def find_lists(self) -> None:
+        self.lists = [*_ops._local_aggregate_point_lists(*self.rows[2:4], self.rows[0].shape[1])]
+
+    def by_point(self, some: CudaPasses, clouds: slice, to: Tensor) -> None:
+        """The sums over points of `dense` of some clouds, which may take its place for all."""
+        _ops._local_aggregate_point_sums(some.dense, self.lists, clouds.start, to[clouds])

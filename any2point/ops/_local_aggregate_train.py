@@ -181,15 +181,16 @@ def backward(
     entries, factor = _entries(grad, out, units[-1], operand.dtype == torch.float16, kind is CudaPasses)
     del out
 
-    def part(clouds: slice) -> Passes:
+    def part(clouds: slice, entered: bool = True) -> Passes:
+        if not entered:
+            return kind(again.rows_of(rows, clouds))
         at = argmax[clouds].clamp(min=0).int() if recompute else argmax
         return kind(again.rows_of(rows, clouds), entries[clouds], at)
 
     passes = part(slice(None))
-    if recompute and again.is_large(rows, units):
+    if recompute:
         found, features_grad = again.Backward(passes, part, units, factor, features.dtype).gradients()
     else:
-        units = again.filled(passes, units) if recompute else units
         found, features_grad = _gradients(passes, units, factor, features.dtype)
     found = [x.float() for x in found]
     if factor is not None:

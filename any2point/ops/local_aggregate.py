@@ -19,7 +19,8 @@ from any2point.ops._checks import (
     exporting,
     shape_text,
 )
-from any2point.ops._local_aggregate_passes import SAVED
+from any2point.ops._local_aggregate_passes import PER_UNIT, SAVED
+from any2point.ops._local_aggregate_recompute import is_large
 from any2point.ops._local_aggregate_train import forward as train_forward
 from any2point.ops._local_aggregate_train import on_hopper
 from any2point.ops.group import checked, group
@@ -78,8 +79,8 @@ def local_aggregate(
         operand_dtype: torch.float16 allows kernels on sm_90 to round rows, hidden layers and weights to it
             where `features` are float32: to as many bits as TF32 has, but within 65504. Gradients keep the
             range of float32. It has no effect where there are no such kernels. None: operands are as below.
-        recompute: keep nothing of the rows for the gradient, but compute them again: less memory, more time,
-            the same results to rounding.
+        recompute: keep nothing of the rows for the gradient where they need more than 48 MB, but compute
+            them again: less memory, more time, the same results to rounding.
 
     Returns:
         `[B, S, 2C]` in the dtype of `features`.
@@ -94,7 +95,7 @@ def local_aggregate(
     evaluation without a gradient to keep needs O(B S C) memory, training O(B S K H) (with several units
     O(B S K C) for a while in backward), unless a gradient of the points is wanted; it differentiates once.
     With `recompute` kernels keep O(B S C) for backward. Inside forward and backward they need a hidden layer
-    of all rows, O(B S K H), and the rows of some clouds at a time, 64 MB or those of one cloud (from three
+    of all rows, O(B S K H), and the rows of some clouds at a time, 48 MB or those of one cloud (from three
     units on O(B S K C)). The composition needs what it would without while it differentiates, and in a graph
     of `torch.compile` `recompute` leaves it as it is.
     On CUDA (sm_80 and newer, with Triton) kernels evaluate, and train in as much memory; on sm_90 in float16
@@ -274,6 +275,10 @@ def _train(
         ):
             bias = weight.new_zeros(len(weight)) if bias is None else bias
             parameters += [tensor.float().contiguous() for tensor in (weight, bias, norm.weight, norm.bias)]
+    size = 2 if half else rows[1].element_size()
+    recompute = recompute and is_large(
+        rows[3].numel(), [len(w) for w in parameters[::PER_UNIT]], 2 * rows[1].shape[2], size
+    )
     out, _, *saved = checked(train_forward, *rows, beta, guard, eps, half, parameters, recompute)
     count: float | Tensor = rows[3].numel()
     if are_shared():

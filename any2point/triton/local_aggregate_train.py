@@ -208,12 +208,14 @@ class TritonPasses(Passes):
         normed = (unit.out_weight.double() * apart).sum(1) * unit.out_deviation
         self.sums = [x[None] for x in (total, normed, outer)]
 
-    def hidden_grad(self, unit: Unit, linear: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def hidden_grad(
+        self, unit: Unit, linear: list[Tensor], to: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         before, hidden = unit.before, unit.before.shape[1]
         q, constant, carried = linear
         carried = carried if self.dense is None else carried.T
         q = q if self.exact else _round(q)
-        dz = torch.empty_like(before)
+        dz = torch.empty_like(before) if to is None else to
         plain, scaled = self.room(self.tiles, hidden), self.room(self.tiles, hidden)
         block = _block(hidden, 64 if self.dtype == torch.float32 or hidden > 128 else 128)
         hidden_grad_kernel[(self.tiles, triton.cdiv(hidden, block))](

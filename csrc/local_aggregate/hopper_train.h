@@ -60,15 +60,16 @@ HopperGramParts hopper_gram_parts(int64_t rows, int64_t hidden, int processors);
 int hopper_gram(const HopperGram& args, int64_t hidden, int processors, void* stream);
 
 struct HopperPoints {
-  const void* dy1;         // [M, H], or null if hidden is 0
+  const void* dy1;         // [M, H]
   const float* grad;       // [B, S, C], or null
   const int32_t* argmax;   // [B, S, C], with grad
   const void* dense;       // [M, C / 2]: the half of the neighbour, or null
-  const float* by_center;  // [B S, C / 2], with dense: sums of the other half
+  const float* by_center;  // [B S, C / 2]: sums of the other half; without dense those of it are in direct
   const uint32_t* near;    // [B, N + 1] and [B S K]: the inverse list of neighbours, where a missing one
   const uint32_t* pairs;   //   is the centre
   const uint32_t* middle;  // [B, N + 1] and [B S]: the inverse list of centres
   const uint32_t* owned;
+  uint32_t first_pair;  // where pairs begin
   int64_t clouds;
   int64_t points;   // N
   int64_t centers;  // S
@@ -82,12 +83,14 @@ struct HopperPoints {
   const float* factor;      // of the result, or null: 1
   float* groups;            // [B S, H]: scratch
   float* by_neighbor;       // [B, N, H]: scratch
-  float* direct;            // [B, N, C / 2]: scratch, zeros if grad and dense are null
+  float* direct;            // [B, N, C / 2]: scratch, unless there is by_center without dense
   void* features;           // [B, N, C / 2], in the type of dy1 unless single
 };
 // The index of the inverse list of neighbours.
 int hopper_resolve(const int64_t* center, const int64_t* neighbor, int64_t groups, int64_t neighbors,
                    int64_t* to, void* stream);
 int hopper_points(const HopperPoints& args, void* stream);
+// Of dense alone its sums in direct.
+int hopper_point_sums(const HopperPoints& args, void* stream);
 
 }  // namespace any2point

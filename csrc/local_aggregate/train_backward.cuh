@@ -350,7 +350,7 @@ constexpr int kPrepareThreads = 512, kOperandBlocks = 32;
 
 __device__ __forceinline__ float largest_of(const Operand& o, float largest) {
   const float4* from = reinterpret_cast<const float4*>(o.from);
-#pragma unroll 4
+#pragma unroll 16
   for (int i = threadIdx.x; i < o.all * o.columns / 4; i += kPrepareThreads) {
     const float4 v = from[i];
     largest = fmaxf(fmaxf(fmaxf(largest, fabsf(v.x)), fabsf(v.y)), fmaxf(fabsf(v.z), fabsf(v.w)));

@@ -68,8 +68,13 @@ struct BackwardEntrySums {
 int64_t backward_entry_sums_scratch(const BackwardSize& size);
 int backward_entry_sums(const BackwardSize& size, const BackwardEntrySums& args, void* scratch, void* stream);
 
-// dz [M, H] = h > 0 ? du weight' + h q' + constant : 0, du as entries or dense.
+// What du is given as; added: dz has du weight' already. dy1: entries, with dy1 as below in place of dz and
+// without its sums.
+enum class BackwardGiven { entries, dense, added, dy1 };
+
+// dz [M, H] = h > 0 ? du weight' + h q' + constant : 0.
 struct BackwardHiddenGrad {
+  BackwardGiven given;
   BackwardHidden hidden;
   BackwardEntries entries;
   const void* near;  // du [M, C], 16 bits, in two halves of channels, or null
@@ -79,11 +84,13 @@ struct BackwardHiddenGrad {
   const float* weight;     // [C, H] with entries, [H, C] with dense rows
   const float* mean;       // [H] of the hidden layer before its normalisation
   const float* deviation;  // [H]
-  void* dz;                // [M, H], 16 bits, perhaps in the place of `center`
-  float* sum;              // [H] of dz
-  float* sum_normed;       // [H] of dz times the normalised hidden layer
+  // [M, H], 16 bits, perhaps in the place of `center`, or dy1 in that of y1; null: sums alone
+  void* dz;
+  float* sum;                     // [H] of dz
+  float* sum_normed;              // [H] of dz times the normalised hidden layer
+  const float *factor, *m1, *m2;  // [H] of dy1
 };
-int64_t backward_hidden_grad_scratch(const BackwardSize& size, bool dense);
+int64_t backward_hidden_grad_scratch(const BackwardSize& size, BackwardGiven given);
 int backward_hidden_grad(const BackwardSize& size, const BackwardHiddenGrad& args, void* scratch,
                          void* stream);
 

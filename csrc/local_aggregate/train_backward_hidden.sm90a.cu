@@ -4,7 +4,7 @@
 // one sum. Rows of du and of h are operands in registers, 16 rows a warp; the weights stay in shared memory.
 // Below the maximum the rows of du are made of entries, 8 channels of a row by two instructions for each
 // pair: a number where the row is its channel's argmax, otherwise 0. Teams wait for nobody but themselves.
-#include "local_aggregate/train_backward.cuh"
+#include "local_aggregate/train_backward_rows.cuh"
 
 namespace any2point {
 namespace {
@@ -41,6 +41,7 @@ struct HiddenGrad {
   const float *scale, *shift, *constant;
   uint4* dz;    // [M, H]
   float* sums;  // [workers, 2, H]: of dz and of dz y1
+  InnerNorm norm;
   int64_t rows;
   int64_t groups;
   int neighbors;
@@ -55,26 +56,38 @@ template <int C>
 constexpr int kEntryBytes = 2 * 2 * C * 2;
 constexpr int kTwoGroups = kTeamRows - 1;
 
-template <int C, int H, bool kDense>
+template <BackwardGiven kGiven>
+constexpr bool kHasEntries = kGiven == BackwardGiven::entries || kGiven == BackwardGiven::dy1;
+// Bytes of a team's rows of du, or of what it makes them of.
+template <int C, int H, BackwardGiven kGiven>
+constexpr int kGivenBytes =
+    kHasEntries<kGiven> ? 2 * kEntryBytes<C> : (kGiven == BackwardGiven::dense ? C : H) / 16 * 2048;
+
+template <int C, int H, BackwardGiven kGiven>
 constexpr int kHiddenGradBytes =
-    (C + H) * kColumns<H> * 2 + (2 * H + 5 * kColumns<H>)*4 +
-    kHiddenTeams<H> * (H / 16 * 2048 + (kDense ? C / 16 * 2048 : 2 * kEntryBytes<C>));
+    (C + H) * kColumns<H> * 2 + (2 * H + 5 * kColumns<H>)*4 + (kGiven == BackwardGiven::dy1 ? 12 * H : 0) +
+    kHiddenTeams<H> * (H / 16 * 2048 + kGivenBytes<C, H, kGiven>);
 
 // A team has 64 rows at a time and kColumns of their gradient. Rows of the gradient du are operands as they
 // are, or made of entries in registers: a number where the row is its channel's argmax, otherwise 0.
-template <int C, int H, bool kDense, typename T>
+template <int C, int H, BackwardGiven kGiven, typename T>
 __global__ void __launch_bounds__(kHiddenTeams<H> * 128, 1)
     hidden_grad_kernel(const __grid_constant__ HiddenGrad args) {
   constexpr int kN = kColumns<H>, kSlices = H / kN;
+  constexpr bool kDense = kGiven == BackwardGiven::dense, kAdded = kGiven == BackwardGiven::added;
+  constexpr bool kEntries = kHasEntries<kGiven>, kNormed = kGiven == BackwardGiven::dy1;
+  static_assert(kSlices == 1 || kGiven == BackwardGiven::entries, "all columns at once");
   extern __shared__ __align__(1024) char room[];
   char* const weight = room;
   char* const q = weight + C * kN * 2;
   float* const scale = reinterpret_cast<float*>(q + H * kN * 2);  // [H]
   float* const shift = scale + H;
   float* const constant = shift + H;  // [kN]
-  char* const slots = reinterpret_cast<char*>(constant + kN);
+  float* const norm = constant + kN;  // [3, H] of dy1
+  char* const slots = reinterpret_cast<char*>(norm + (kNormed ? 3 * H : 0));
   const int slice = blockIdx.x % kSlices, worker = blockIdx.x / kSlices, workers = gridDim.x / kSlices;
-  copy_operand(static_cast<const char*>(args.weight) + slice * C * kN * 2, C * kN * 2, weight);
+  if (!kAdded) copy_operand(static_cast<const char*>(args.weight) + slice * C * kN * 2, C * kN * 2, weight);
+  if (kNormed) load_norm<H>(args.norm, norm);
   copy_operand(static_cast<const char*>(args.q) + slice * H * kN * 2, H * kN * 2, q);
   for (int i = threadIdx.x; i < H; i += blockDim.x) {
     scale[i] = args.scale[i];
@@ -91,7 +104,7 @@ __global__ void __launch_bounds__(kHiddenTeams<H> * 128, 1)
   const uint32_t slot = shared_address(slots) + threadIdx.x / 128 * (H / 16 * 2048) + threadIdx.x % 128 * 16;
   char* const behind = slots + kHiddenTeams<H> * (H / 16 * 2048);
   const uint32_t dense_slot =
-      shared_address(behind) + threadIdx.x / 128 * (C / 16 * 2048) + threadIdx.x % 128 * 16;
+      shared_address(behind) + threadIdx.x / 128 * kGivenBytes<C, H, kGiven> + threadIdx.x % 128 * 16;
   char* const entry_slots = behind + threadIdx.x / 128 * 2 * kEntryBytes<C>;  // [2][gradient, argmax][2][C]
   const bool few = args.neighbors < kTwoGroups;
   const int64_t tiles = (args.rows + kTeamRows - 1) / kTeamRows;
@@ -110,7 +123,15 @@ __global__ void __launch_bounds__(kHiddenTeams<H> * 128, 1)
     copy_commit();
   };
   const auto fetch_dense = [&](int64_t tile) {
-    if (tile < tiles) {
+    if (kAdded && tile < tiles) {
+#pragma unroll
+      for (int i = 0; i < 2; i++) {
+        const uint4* from = args.dz + row_at(tile, i) * (H / 8) + t;
+#pragma unroll
+        for (int b = 0; b < H / 32; b++) copy_async(dense_slot + (2 * b + i) * 2048, from + 4 * b);
+      }
+    }
+    if (kDense && tile < tiles) {
 #pragma unroll
       for (int i = 0; i < 2; i++) {
         const int64_t from = row_at(tile, i) * (C / 16) + t;
@@ -140,10 +161,10 @@ __global__ void __launch_bounds__(kHiddenTeams<H> * 128, 1)
   float total[kN / 4] = {}, product[kN / 4] = {};
   int64_t tile = static_cast<int64_t>(worker) * kHiddenTeams<H> + threadIdx.x / 128;
   const int64_t step = static_cast<int64_t>(workers) * kHiddenTeams<H>;
-  if (kDense) {
-    fetch_dense(tile);
-  } else {
+  if (kEntries) {
     fetch_entries(tile, 0);
+  } else {
+    fetch_dense(tile);
   }
   fetch_hidden(tile);
   for (int number = 0; tile < tiles; tile += step, number++) {
@@ -151,7 +172,7 @@ __global__ void __launch_bounds__(kHiddenTeams<H> * 128, 1)
     const uint4 *grad[2], *argmax[2];
     uint32_t at[2];
     bool other = false;  // group, of the second row
-    if (!kDense) {
+    if (kEntries) {
       team_barrier();
       const uint32_t first = static_cast<uint32_t>(tile * kTeamRows) / args.neighbors;
 #pragma unroll
@@ -168,12 +189,12 @@ __global__ void __launch_bounds__(kHiddenTeams<H> * 128, 1)
         }
       }
     }
-    if (!kDense) other = grad[0] != grad[1];
+    if (kEntries) other = grad[0] != grad[1];
     uint4 next[2][2];
     const auto load = [&](int b) {
 #pragma unroll
       for (int i = 0; i < 2; i++) {
-        if (kDense) {
+        if (!kEntries) {
           next[i][0] = load_shared(dense_slot + (2 * b + i) * 2048);
         } else if (i == 0) {
           next[0][0] = grad[0][4 * b];
@@ -184,7 +205,15 @@ __global__ void __launch_bounds__(kHiddenTeams<H> * 128, 1)
         }
       }
     };
-    load(0);
+    if (!kAdded) load(0);
+    uint4 addend[kN / 32][2];
+    if (kAdded) {
+#pragma unroll
+      for (int b = 0; b < kN / 32; b++) {
+#pragma unroll
+        for (int i = 0; i < 2; i++) addend[b][i] = load_shared(dense_slot + (2 * b + i) * 2048);
+      }
+    }
     float d[kN / 2];
 #pragma unroll
     for (int b = 0; b < kN / 32; b++) {
@@ -195,7 +224,7 @@ __global__ void __launch_bounds__(kHiddenTeams<H> * 128, 1)
     uint32_t a[2][2][4];
     pin(d);
 #pragma unroll
-    for (int b = 0; b < C / 32; b++) {
+    for (int b = 0; b < (kAdded ? 0 : C / 32); b++) {
 #pragma unroll
       for (int i = 0; i < 2; i++) {
         const uint4 v = kDense ? next[i][0] : entries_at(next[i][0], next[i][1], at[i]);
@@ -211,10 +240,10 @@ __global__ void __launch_bounds__(kHiddenTeams<H> * 128, 1)
       wgmma_wait<1>();
     }
     copy_wait<0>();
-    if (kDense) {
-      fetch_dense(tile + step);
-    } else {
+    if (kEntries) {
       fetch_entries(tile + step, number + 1);
+    } else {
+      fetch_dense(tile + step);
     }
     uint4 before[kN / 32][2];  // of this block's columns
 #pragma unroll
@@ -225,7 +254,7 @@ __global__ void __launch_bounds__(kHiddenTeams<H> * 128, 1)
       for (int i = 0; i < 2; i++) {
         const uint4 y = load_shared(slot + (2 * block + i) * 2048), h = hidden_of<T>(y, f, s);
         set_operands(h, i, a[n % 2]);
-        if (n < kN / 32) before[n][i] = marked(h, y);
+        if (n < kN / 32) before[n][i] = kNormed ? y : marked(h, y);
       }
       if (n + 1 == H / 32) fetch_hidden(tile + step);
       wgmma_fence();
@@ -247,9 +276,22 @@ __global__ void __launch_bounds__(kHiddenTeams<H> * 128, 1)
         Eight grad;
 #pragma unroll
         for (int j = 0; j < 8; j++) grad.v[j] = d[16 * b + j / 2 * 4 + 2 * i + j % 2] * unscale;
+        uint4* const to = args.dz + row * (H / 8) + slice * (kN / 8) + 4 * b + t;
+        if constexpr (kNormed) {
+          const int c = 32 * b + 8 * t;
+          const uint4 h = hidden_of<T>(before[b][i], eight(scale + c), eight(shift + c));
+          const uint4 dz = where_positive(h, rounded<T>(grad));
+          if (row < args.rows) __stcs(to, normed_grad<T>(dz, before[b][i], line_of<H>(norm, c)));
+          continue;
+        }
+        if (kAdded) {
+          const Eight other = eight_of<T>(addend[b][i]);
+#pragma unroll
+          for (int j = 0; j < 8; j++) grad.v[j] += other.v[j];
+        }
         uint4 out = where_unmarked(before[b][i], rounded<T>(grad));
         if (row < args.rows) {
-          __stcs(args.dz + row * (H / 8) + slice * (kN / 8) + 4 * b + t, out);
+          if (args.dz) __stcs(to, out);
         } else {
           out = {0, 0, 0, 0};
         }
@@ -264,6 +306,7 @@ __global__ void __launch_bounds__(kHiddenTeams<H> * 128, 1)
     }
   }
   copy_wait<0>();
+  if (kNormed) return;
   __syncthreads();
   float* const room_sums = reinterpret_cast<float*>(slots);  // [warps][2][kN]
 #pragma unroll
@@ -283,23 +326,36 @@ __global__ void __launch_bounds__(kHiddenTeams<H> * 128, 1)
   }
 }
 
-// sums [count, 2, H], of dz and of dz y1.
-__global__ void hidden_sums_kernel(const float* sums, int count, int hidden, const float* mean,
-                                   const float* deviation, float* sum, float* normed) {
-  const int h = blockIdx.x * blockDim.x + threadIdx.x;
-  if (h >= hidden) return;
-  const double total = part_sum(sums + h, 2 * hidden, count);
-  const double product = part_sum(sums + hidden + h, 2 * hidden, count);
+constexpr int kShares = 16;  // of the parts of a sum
+
+// sums [count, 2, H], of dz and of dz y1. A block for 32 channels; each row of threads adds up some parts.
+__global__ void __launch_bounds__(32 * kShares)
+    hidden_sums_kernel(const float* sums, int count, int hidden, const float* mean, const float* deviation,
+                       float* sum, float* normed) {
+  __shared__ double room[2][kShares][32];
+  const int lane = threadIdx.x % 32, share = threadIdx.x / 32, h = blockIdx.x * 32 + lane;
+  const int first = count * share / kShares, each = count * (share + 1) / kShares - first;
+  const float* const from = sums + static_cast<int64_t>(first) * 2 * hidden + h;
+  room[0][share][lane] = part_sum(from, 2 * hidden, each);
+  room[1][share][lane] = part_sum(from + hidden, 2 * hidden, each);
+  __syncthreads();
+  if (share > 0) return;
+  double total = 0, product = 0;
+  for (int i = 0; i < kShares; i++) {
+    total += room[0][i][lane];
+    product += room[1][i][lane];
+  }
   sum[h] = static_cast<float>(total);
   normed[h] = static_cast<float>((product - mean[h] * total) * deviation[h]);
 }
 
-template <int C, int H, bool kDense, typename T>
+template <int C, int H, BackwardGiven kGiven, typename T>
 int hidden_grad(const BackwardSize& size, const BackwardHiddenGrad& from, void* scratch, cudaStream_t stream,
                 int64_t* bytes = nullptr) {
   constexpr int kN = kColumns<H>, kSlices = H / kN;
   const int workers = size.processors / kSlices;
-  const int64_t entries = kDense ? 0 : size.groups * C;
+  constexpr bool kDense = kGiven == BackwardGiven::dense;
+  const int64_t entries = kHasEntries<kGiven> ? size.groups * C : 0;
   Pieces pieces(scratch);
   T* const weight = pieces.take<T>(C * H);
   T* const q = pieces.take<T>(H * H);
@@ -311,8 +367,9 @@ int hidden_grad(const BackwardSize& size, const BackwardHiddenGrad& from, void* 
     *bytes = pieces.bytes();
     return 0;
   }
-  const Prepare first{{{from.q, H, 1, H, H, kN, false, q},
-                       {from.weight, kDense ? C : 1, kDense ? 1 : H, H, C, kN, false, weight}},
+  const Operand dense{from.q, H, 1, H, H, kN, false, q};
+  const Operand carried{from.weight, kDense ? C : 1, kDense ? 1 : H, H, C, kN, false, weight};
+  const Prepare first{{dense, kGiven == BackwardGiven::added ? dense : carried},
                       operand_scale,
                       from.entries,
                       entries,
@@ -333,45 +390,56 @@ int hidden_grad(const BackwardSize& size, const BackwardHiddenGrad& from, void* 
                         from.constant,
                         static_cast<uint4*>(from.dz),
                         sums,
+                        InnerNorm{from.mean, from.deviation, from.factor, from.m1, from.m2},
                         size.groups * size.neighbors,
                         size.groups,
                         size.neighbors};
-  error = launch_shared(hidden_grad_kernel<C, H, kDense, T>, args, workers * kSlices, kHiddenTeams<H> * 128,
-                        kHiddenGradBytes<C, H, kDense>, stream);
-  if (error) return error;
-  hidden_sums_kernel<<<(H + 31) / 32, 32, 0, stream>>>(sums, workers, H, from.mean, from.deviation, from.sum,
-                                                       from.sum_normed);
+  error = launch_shared(hidden_grad_kernel<C, H, kGiven, T>, args, workers * kSlices, kHiddenTeams<H> * 128,
+                        kHiddenGradBytes<C, H, kGiven>, stream);
+  if (error || kGiven == BackwardGiven::dy1) return error;
+  hidden_sums_kernel<<<H / 32, 32 * kShares, 0, stream>>>(sums, workers, H, from.mean, from.deviation,
+                                                          from.sum, from.sum_normed);
   return cudaGetLastError();
 }
 
 template <typename T>
-int hidden_grad_of(const BackwardSize& size, const BackwardHiddenGrad& args, bool dense, void* scratch,
+int hidden_grad_of(const BackwardSize& size, const BackwardHiddenGrad& args, void* scratch,
                    cudaStream_t stream, int64_t* bytes = nullptr) {
+  using Given = BackwardGiven;
   switch (size.width) {
     case 192:
-      return dense ? hidden_grad<192, 96, true, T>(size, args, scratch, stream, bytes)
-                   : hidden_grad<192, 96, false, T>(size, args, scratch, stream, bytes);
+      switch (args.given) {
+        case Given::entries:
+          return hidden_grad<192, 96, Given::entries, T>(size, args, scratch, stream, bytes);
+        case Given::dense:
+          return hidden_grad<192, 96, Given::dense, T>(size, args, scratch, stream, bytes);
+        case Given::added:
+          return hidden_grad<192, 96, Given::added, T>(size, args, scratch, stream, bytes);
+        default:
+          return hidden_grad<192, 96, Given::dy1, T>(size, args, scratch, stream, bytes);
+      }
     case 384:
-      return hidden_grad<384, 192, false, T>(size, args, scratch, stream, bytes);
+      return hidden_grad<384, 192, Given::entries, T>(size, args, scratch, stream, bytes);
     default:
-      return hidden_grad<768, 32, false, T>(size, args, scratch, stream, bytes);
+      return hidden_grad<768, 32, Given::entries, T>(size, args, scratch, stream, bytes);
   }
 }
 
 }  // namespace
 
-int64_t backward_hidden_grad_scratch(const BackwardSize& size, bool dense) {
+int64_t backward_hidden_grad_scratch(const BackwardSize& size, BackwardGiven given) {
   int64_t bytes = 0;
-  hidden_grad_of<__half>(size, {}, dense, nullptr, nullptr, &bytes);
+  BackwardHiddenGrad args{};
+  args.given = given;
+  hidden_grad_of<__half>(size, args, nullptr, nullptr, &bytes);
   return bytes;
 }
 
 int backward_hidden_grad(const BackwardSize& size, const BackwardHiddenGrad& args, void* scratch,
                          void* stream_) {
   const cudaStream_t stream = static_cast<cudaStream_t>(stream_);
-  const bool dense = args.near != nullptr;
-  return size.bfloat16 ? hidden_grad_of<__nv_bfloat16>(size, args, dense, scratch, stream)
-                       : hidden_grad_of<__half>(size, args, dense, scratch, stream);
+  return size.bfloat16 ? hidden_grad_of<__nv_bfloat16>(size, args, scratch, stream)
+                       : hidden_grad_of<__half>(size, args, scratch, stream);
 }
 
 }  // namespace any2point

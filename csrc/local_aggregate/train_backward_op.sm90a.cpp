@@ -88,22 +88,33 @@ Three out_sums(const Tensor& before, const Tensor& scale, const Tensor& shift, c
   return {sums.grad, sums.normed, sums.outer};
 }
 
-// On CUDA dense rows come in two halves of channels, and dz may take the place of the second.
+// Dense rows come in two halves of channels, and dz may take the place of the second. Without du dz is added
+// to what is there. An empty dz: the sums alone. norm: none, or factor, m1 and m2 of dy1, which then takes
+// the place of dz, as that may that of y1.
 Two hidden_grad(const Tensor& before, const Tensor& scale, const Tensor& shift, const OptionalTensor& grad,
                 const OptionalTensor& argmax, std::vector<Tensor> dense, int64_t neighbors, const Tensor& q,
                 const Tensor& constant, const Tensor& weight, const Tensor& mean, const Tensor& deviation,
-                Tensor dz) {
+                Tensor dz, std::vector<Tensor> norm) {
+  using Given = BackwardGiven;
   const OnDevice device(before);
   A2P_CHECK(weight.dim() == 2, "weight: expected two dimensions");
   A2P_CHECK(dense.empty() || dense.size() == 2, "dense: expected no rows, or two halves of them");
   BackwardSize size = size_of(before, neighbors, weight.size(dense.empty() ? 0 : 1));
   size.processors = hopper_processors();
   const int64_t hidden = size.hidden, rows = before.size(0);
-  hopper_aligned("dz", dz, before, {rows, hidden});
+  const Given given = !dense.empty()  ? Given::dense
+                      : !norm.empty() ? Given::dy1
+                      : grad          ? Given::entries
+                                      : Given::added;
+  const bool alone = given == Given::entries && dz.numel() == 0;
+  if (!alone) hopper_aligned("dz", dz, before, {rows, hidden});
+  A2P_CHECK(given == Given::entries || size.width == 192, "grad: expected entries for a single unit");
+  A2P_CHECK(norm.size() == (given == Given::dy1 ? 3 : 0), "norm: expected no or three tensors");
   Tensor sum = empty(before, {1, hidden}), normed = empty(before, {1, hidden});
   const std::vector<int64_t> shape =
       dense.empty() ? std::vector<int64_t>{size.width, hidden} : std::vector<int64_t>{hidden, size.width};
-  BackwardHiddenGrad args{hidden_of(before, scale, shift, before, size),
+  BackwardHiddenGrad args{given,
+                          hidden_of(before, scale, shift, before, size),
                           {},
                           nullptr,
                           nullptr,
@@ -112,17 +123,21 @@ Two hidden_grad(const Tensor& before, const Tensor& scale, const Tensor& shift, 
                           floats("weight", weight, before, shape),
                           floats("mean", mean, before, {hidden}),
                           floats("deviation", deviation, before, {hidden}),
-                          dz.mutable_data_ptr(),
+                          alone ? nullptr : dz.mutable_data_ptr(),
                           mutable_floats(sum),
-                          mutable_floats(normed)};
-  if (!dense.empty()) {
-    A2P_CHECK(size.width == 192, "dense: expected entries for a single unit");
+                          mutable_floats(normed),
+                          nullptr,
+                          nullptr,
+                          nullptr};
+  const float** const statistics[3] = {&args.factor, &args.m1, &args.m2};
+  for (size_t i = 0; i < norm.size(); i++) *statistics[i] = floats("norm", norm[i], before, {hidden});
+  if (given == Given::dense) {
     args.near = hopper_aligned("dense", dense[0], before, {rows, size.width / 2});
     args.center = hopper_aligned("dense", dense[1], before, {rows, size.width / 2});
-  } else {
+  } else if (given != Given::added) {
     args.entries = entries_of(grad, argmax, before, size);
   }
-  Tensor room = scratch(before, backward_hidden_grad_scratch(size, !dense.empty()));
+  Tensor room = scratch(before, backward_hidden_grad_scratch(size, given));
   check_cuda("local_aggregate", backward_hidden_grad(size, args, room.mutable_data_ptr(), device.stream));
   return {sum, normed};
 }

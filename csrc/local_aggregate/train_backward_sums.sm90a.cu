@@ -364,7 +364,8 @@ int dense_sums(const BackwardSize& size, const BackwardDenseSums& from, cudaStre
 }  // namespace
 
 int64_t backward_entry_sums_scratch(const BackwardSize& size) {
-  return (int64_t{size.processors} * size.width * (size.hidden + 1)) * 4 + 512;
+  const int slices = size.hidden == 192 ? 192 / kSumColumns<192> : 1;
+  return (int64_t{size.processors / slices} * size.width * (size.hidden + 1)) * 4 + 512;
 }
 
 int backward_entry_sums(const BackwardSize& size, const BackwardEntrySums& args, void* scratch,

@@ -122,49 +122,95 @@ Two maximum(const Tensor& points, const Tensor& features, const Tensor& center, 
   return {out, argmax};
 }
 
-Tensor points_grad(const OptionalTensor& dy1, const OptionalTensor& grad, const OptionalTensor& argmax,
-                   std::vector<Tensor> dense, const Tensor& center_, const Tensor& neighbor_,
-                   const Tensor& weight, const OptionalTensor& factor, int64_t points, bool single) {
-  A2P_CHECK(center_.dim() == 2 && neighbor_.dim() == 3, "center, neighbor: expected [B, S] and [B, S, K]");
-  A2P_CHECK(dense.empty() || dense.size() == 2, "dense: expected rows and their sums");
-  A2P_CHECK(dy1 || !dense.empty(), "dense: expected it where there is no dy1");
-  const Tensor& given = dy1 ? *dy1 : dense[0];
-  const int64_t clouds = center_.size(0), centers = center_.size(1), neighbors = neighbor_.size(2);
-  const int64_t rows = clouds * centers * neighbors, hidden = dy1 ? dy1->size(1) : 0;
-  const Tensor center = index_tensor("center", center_, {clouds, centers}, given);
-  const Tensor neighbor = index_tensor("neighbor", neighbor_, {clouds, centers, neighbors}, given);
-  A2P_CHECK(grad.has_value() == argmax.has_value() && !(grad && !dense.empty()),
-            "dense: expected it, or grad and argmax, or none of them");
-  A2P_CHECK(weight.dim() == 2, "weight: expected [H, C]");
-  const int64_t width = weight.size(1);
-  check_sizes(width, weight.size(0), 1);
-  A2P_CHECK(given.scalar_type() == ScalarType::Half || given.scalar_type() == ScalarType::BFloat16,
-            "dy1: expected float16 or bfloat16");
-  A2P_CHECK(!dy1 || hidden == weight.size(0), "dy1: expected [M, H]");
-  HopperPoints args{};
-  if (dy1) args.dy1 = hopper_aligned("dy1", *dy1, given, {rows, hidden});
-  args.bfloat16 = given.scalar_type() == ScalarType::BFloat16;
-  if (!dense.empty()) {
-    args.dense = hopper_aligned("dense", dense[0], given, {rows, width / 2});
-    args.by_center = floats("dense", dense[1], given, {clouds * centers, width / 2});
-  } else if (grad) {
-    args.grad = floats("grad", *grad, given, {clouds, centers, width});
-    args.argmax = static_cast<const int32_t*>(
-        hopper_data("argmax", *argmax, ScalarType::Int, given, {clouds, centers, width}));
-  }
-  const OnDevice device(given);
-  Tensor resolved = like(given, {clouds, centers * neighbors}, ScalarType::Long);
-  check_cuda(
-      "local_aggregate",
-      hopper_resolve(center.const_data_ptr<int64_t>(), neighbor.const_data_ptr<int64_t>(), clouds * centers,
-                     neighbors, resolved.mutable_data_ptr<int64_t>(), device.stream));
+// The index of the inverse list of neighbours, where a missing one is the centre.
+Tensor resolved_of(const Tensor& center, const Tensor& neighbor, void* stream) {
+  Tensor resolved = like(neighbor, {neighbor.size(0), neighbor.size(1) * neighbor.size(2)}, ScalarType::Long);
+  check_cuda("local_aggregate",
+             hopper_resolve(center.const_data_ptr<int64_t>(), neighbor.const_data_ptr<int64_t>(),
+                            neighbor.size(0) * neighbor.size(1), neighbor.size(2),
+                            resolved.mutable_data_ptr<int64_t>(), stream));
+  return resolved;
+}
+
+std::vector<Tensor> lists_of(const Tensor& center, const Tensor& resolved, int64_t points) {
   const InverseList near = inverse_list("neighbor", resolved, points);
   const InverseList owned = inverse_list("center", center, points);
-  args.neighbor = resolved.const_data_ptr<int64_t>();
-  args.near = static_cast<const uint32_t*>(near.start.const_data_ptr());
-  args.pairs = static_cast<const uint32_t*>(near.order.const_data_ptr());
-  args.middle = static_cast<const uint32_t*>(owned.start.const_data_ptr());
-  args.owned = static_cast<const uint32_t*>(owned.order.const_data_ptr());
+  return {near.start, near.order, owned.start, owned.order};
+}
+
+std::vector<Tensor> point_lists(const Tensor& center_, const Tensor& neighbor_, int64_t points) {
+  A2P_CHECK(center_.dim() == 2 && neighbor_.dim() == 3, "center, neighbor: expected [B, S] and [B, S, K]");
+  const OnDevice device(center_);
+  const int64_t clouds = center_.size(0), centers = center_.size(1), neighbors = neighbor_.size(2);
+  const Tensor center = index_tensor("center", center_, {clouds, centers}, center_);
+  const Tensor neighbor = index_tensor("neighbor", neighbor_, {clouds, centers, neighbors}, center_);
+  return lists_of(center, resolved_of(center, neighbor, device.stream), points);
+}
+
+// to = the sums of dense [M, C / 2] as neighbours, of clouds from `first` on of those that have the lists.
+void point_sums(const Tensor& dense, std::vector<Tensor> lists, int64_t first, Tensor to) {
+  A2P_CHECK(to.dim() == 3 && dense.dim() == 2 && lists.size() == 4, "dense, lists, to: expected other sizes");
+  const int64_t clouds = to.size(0), points = to.size(1), half = to.size(2), rows = dense.size(0);
+  A2P_CHECK(dense.scalar_type() == ScalarType::Half || dense.scalar_type() == ScalarType::BFloat16,
+            "dense: expected float16 or bfloat16");
+  A2P_CHECK(clouds > 0 && rows % clouds == 0 && half % 8 == 0, "to: expected [B, N, C / 2]");
+  A2P_CHECK(first >= 0 && lists[0].numel() >= (first + clouds) * (points + 1), "lists: expected more clouds");
+  HopperPoints args{};
+  args.dense = hopper_aligned("dense", dense, dense, {rows, half});
+  floats("to", to, dense, {clouds, points, half});
+  args.direct = data(to);
+  args.near = static_cast<const uint32_t*>(lists[0].const_data_ptr()) + first * (points + 1);
+  args.pairs = static_cast<const uint32_t*>(lists[1].const_data_ptr());
+  args.first_pair = static_cast<uint32_t>(first * (rows / clouds));
+  args.bfloat16 = dense.scalar_type() == ScalarType::BFloat16;
+  args.clouds = clouds;
+  args.points = points;
+  args.width = 2 * half;
+  const OnDevice device(dense);
+  check_cuda("local_aggregate", hopper_point_sums(args, device.stream));
+}
+
+Tensor points_grad(const Tensor& dy1, const OptionalTensor& grad, const OptionalTensor& argmax,
+                   std::vector<Tensor> dense, const Tensor& center_, const Tensor& neighbor_,
+                   const Tensor& weight, const OptionalTensor& factor, int64_t points, bool single,
+                   std::vector<Tensor> lists) {
+  A2P_CHECK(center_.dim() == 2 && neighbor_.dim() == 3, "center, neighbor: expected [B, S] and [B, S, K]");
+  A2P_CHECK(dense.empty() || dense.size() == 2, "dense: expected rows and their sums");
+  const int64_t clouds = center_.size(0), centers = center_.size(1), neighbors = neighbor_.size(2);
+  const int64_t rows = clouds * centers * neighbors, hidden = dy1.size(1);
+  const Tensor center = index_tensor("center", center_, {clouds, centers}, dy1);
+  const Tensor neighbor = index_tensor("neighbor", neighbor_, {clouds, centers, neighbors}, dy1);
+  A2P_CHECK(grad.has_value() == argmax.has_value() && !(grad && !dense.empty()),
+            "dense: expected it, or grad and argmax, or none of them");
+  A2P_CHECK(weight.dim() == 2 && hidden == weight.size(0), "weight: expected [H, C]");
+  const int64_t width = weight.size(1);
+  check_sizes(width, hidden, 1);
+  A2P_CHECK(dy1.scalar_type() == ScalarType::Half || dy1.scalar_type() == ScalarType::BFloat16,
+            "dy1: expected float16 or bfloat16");
+  HopperPoints args{};
+  args.dy1 = hopper_aligned("dy1", dy1, dy1, {rows, hidden});
+  args.bfloat16 = dy1.scalar_type() == ScalarType::BFloat16;
+  const bool summed = !dense.empty() && dense[0].scalar_type() == kSingle;
+  if (!dense.empty()) {
+    if (!summed) args.dense = hopper_aligned("dense", dense[0], dy1, {rows, width / 2});
+    args.by_center = floats("dense", dense[1], dy1, {clouds * centers, width / 2});
+  } else if (grad) {
+    args.grad = floats("grad", *grad, dy1, {clouds, centers, width});
+    args.argmax = static_cast<const int32_t*>(
+        hopper_data("argmax", *argmax, ScalarType::Int, dy1, {clouds, centers, width}));
+  }
+  const OnDevice device(dy1);
+  std::optional<Tensor> resolved;
+  if (lists.empty()) {
+    resolved = resolved_of(center, neighbor, device.stream);
+    args.neighbor = resolved->const_data_ptr<int64_t>();
+    lists = lists_of(center, *resolved, points);
+  }
+  A2P_CHECK(lists.size() == 4 && (resolved || !grad), "lists: expected four, and no entries");
+  args.near = static_cast<const uint32_t*>(lists[0].const_data_ptr());
+  args.pairs = static_cast<const uint32_t*>(lists[1].const_data_ptr());
+  args.middle = static_cast<const uint32_t*>(lists[2].const_data_ptr());
+  args.owned = static_cast<const uint32_t*>(lists[3].const_data_ptr());
   args.clouds = clouds;
   args.points = points;
   args.centers = centers;
@@ -172,16 +218,17 @@ Tensor points_grad(const OptionalTensor& dy1, const OptionalTensor& grad, const 
   args.hidden = hidden;
   args.width = width;
   args.single = single;
-  Tensor groups = like(given, {clouds * centers, hidden}, kSingle);
-  Tensor by_neighbor = like(given, {clouds, points, hidden}, kSingle);
-  Tensor direct = like(given, {clouds, points, width / 2}, kSingle);
-  Tensor features = like(given, {clouds, points, width / 2}, single ? kSingle : given.scalar_type());
+  Tensor groups = like(dy1, {clouds * centers, hidden}, kSingle);
+  Tensor by_neighbor = like(dy1, {clouds, points, hidden}, kSingle);
+  Tensor direct = summed ? dense[0] : like(dy1, {clouds, points, width / 2}, kSingle);
+  Tensor features = like(dy1, {clouds, points, width / 2}, single ? kSingle : dy1.scalar_type());
   args.groups = data(groups);
   args.by_neighbor = data(by_neighbor);
+  floats("dense", direct, dy1, {clouds, points, width / 2});
   args.direct = data(direct);
   args.features = features.mutable_data_ptr();
-  args.weight = floats("weight", weight, given, {weight.size(0), width});
-  if (factor) args.factor = floats("factor", *factor, given, {});
+  args.weight = floats("weight", weight, dy1, {hidden, width});
+  if (factor) args.factor = floats("factor", *factor, dy1, {});
   check_cuda("local_aggregate", hopper_points(args, device.stream));
   return features;
 }
@@ -193,5 +240,7 @@ STABLE_TORCH_LIBRARY_IMPL(any2point, CUDA, m) {
   m.impl("_local_aggregate_project", TORCH_BOX(&any2point::project));
   m.impl("_local_aggregate_gram", TORCH_BOX(&any2point::gram));
   m.impl("_local_aggregate_max", TORCH_BOX(&any2point::maximum));
+  m.impl("_local_aggregate_point_lists", TORCH_BOX(&any2point::point_lists));
+  m.impl("_local_aggregate_point_sums", TORCH_BOX(&any2point::point_sums));
   m.impl("_local_aggregate_points_grad", TORCH_BOX(&any2point::points_grad));
 }

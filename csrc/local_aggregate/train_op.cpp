@@ -192,7 +192,8 @@ Three out_sums(const Tensor& before, const Tensor& scale, const Tensor& shift, c
 Two hidden_grad(const Tensor& before, const Tensor& scale, const Tensor& shift, const OptionalTensor& grad,
                 const OptionalTensor& argmax, std::vector<Tensor> dense_, int64_t neighbors, const Tensor& q_,
                 const Tensor& constant, const Tensor& weight_, const Tensor& mean, const Tensor& deviation,
-                Tensor dz) {
+                Tensor dz, std::vector<Tensor> dy1) {
+  A2P_CHECK(dy1.empty(), "norm: expected none");
   const TrainedUnit unit = hidden_of(before, scale, shift);
   const int64_t groups = groups_of(before, neighbors), hidden = unit.hidden;
   // weight: [C, H] below a maximum, [H, C] as the layer that it is otherwise.

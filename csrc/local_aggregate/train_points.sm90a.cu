@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(kThreads) rows_kernel(const HopperPoints args,
     const uint32_t end = start[1];
 #pragma unroll 4
     for (uint32_t i = start[0] + part; i < end; i += kShares) {
-      sum.add(__ldg(from + int64_t{args.pairs[i]} * stride));
+      sum.add(__ldg(from + int64_t{args.pairs[i] - args.first_pair} * stride));
     }
     to =
         chunk < own ? args.by_neighbor + (at * own + chunk) * 8 : args.direct + (at * half + chunk - own) * 8;
@@ -236,9 +236,9 @@ __global__ void __launch_bounds__(kThreads) features_kernel(const HopperPoints a
     }
   }
   const float factor = args.factor ? *args.factor : 1.0f;
-  const bool past = args.dense || args.grad;
-  const float* const from = args.dense ? args.by_center : args.grad + half;
-  const int64_t stride = args.dense ? half : args.width;
+  const bool past = args.by_center || args.grad;
+  const float* const from = args.by_center ? args.by_center : args.grad + half;
+  const int64_t stride = args.by_center ? half : args.width;
 #pragma unroll
   for (int i = 0; i < 2; i++) {
     const int64_t point = first + warp / kAcross * 16 + g + 8 * i;
@@ -285,7 +285,7 @@ int hopper_resolve(const int64_t* center, const int64_t* neighbor, int64_t group
   return cudaGetLastError();
 }
 
-int hopper_points(const HopperPoints& args, void* stream_) {
+int hopper_point_sums(const HopperPoints& args, void* stream_) {
   if (args.clouds * args.points == 0) return 0;
   const cudaStream_t stream = static_cast<cudaStream_t>(stream_);
   const int64_t columns = args.hidden + (args.dense ? args.width / 2 : 0);
@@ -296,9 +296,17 @@ int hopper_points(const HopperPoints& args, void* stream_) {
   } else {
     rows_kernel<__half><<<grid, kThreads, 0, stream>>>(args, blocks);
   }
-  if (!args.dense && (!args.grad || args.centers == 0)) {
+  return cudaGetLastError();
+}
+
+int hopper_points(const HopperPoints& args, void* stream_) {
+  if (args.clouds * args.points == 0) return 0;
+  const cudaStream_t stream = static_cast<cudaStream_t>(stream_);
+  const int error = hopper_point_sums(args, stream_);
+  if (error) return error;
+  if (!args.by_center && (!args.grad || args.centers == 0)) {
     cudaMemsetAsync(args.direct, 0, args.clouds * args.points * args.width * 2, stream);
-  } else if (!args.dense) {
+  } else if (!args.by_center) {
     const int64_t each = std::min<int64_t>(kSparsePoints, args.points);
     const int bytes = static_cast<int>(each * kSparse * kSlices * 4);
     const cudaError_t error =

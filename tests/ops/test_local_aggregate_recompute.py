@@ -61,7 +61,7 @@ def test_in_chunks(level: str, k: int, width: int, hidden: int, units: int) -> N
             assert error(got[name], want) < 3e-5, f"{normalize}: {name}"
 
 
-def test_in_one_chunk_and_in_the_composition() -> None:
+def test_small_and_in_the_composition() -> None:
     """There the same bits as without, running statistics included."""
     for dtype in (torch.float32, torch.float64):
         kwargs = samples()
@@ -83,7 +83,8 @@ def kept(function: Any, kwargs: dict[str, Any]) -> int:
     return sum(sizes.values())
 
 
-def test_keeps_no_rows() -> None:
+def test_keeps_no_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_local_aggregate_recompute, "ROOM", 1)
     for dtype in (torch.float32, torch.float64):
         kwargs = samples(k=60)
         kwargs["features"] = kwargs["features"].to(dtype)
@@ -195,15 +196,16 @@ def on_hopper(width: int, dtype: torch.dtype, sizes: tuple[int, ...] = (5, 300, 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("width", HOPPER)
 def test_on_hopper(width: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As near to float64 as the normal mode; the same bits in one chunk and on every run."""
-    kwargs = on_hopper(width, dtype)
+    """As near to float64 as the normal mode; the same bits where rows fit, and on every run."""
+    # With few points the gradient of their features takes the place of that of the result.
+    kwargs = on_hopper(width, dtype, (5, 150 if dtype == torch.float16 else 300, 100, 27))
     features = None if dtype == torch.float32 else dtype
     kwargs |= {"operand_dtype": torch.float16 if features is None else None}
     scale = 32.0 if dtype == torch.float16 else 1.0
     normal = flat(train(ops.local_aggregate, kwargs, torch.float32, features, scale))
     whole = flat(train(again, kwargs, torch.float32, features, scale))
     assert_same(whole, normal)
-    monkeypatch.setattr(_local_aggregate_recompute, "ROOM", 3 << 20)
+    monkeypatch.setattr(_local_aggregate_recompute, "ROOM", 500_000 if width == 768 else 3 << 20)
     with Recorder() as recorder:
         got = flat(train(again, kwargs, torch.float32, features, scale))
     assert TRAIN in [call[0] for call in recorder.calls], "the composition ran"
@@ -215,6 +217,18 @@ def test_on_hopper(width: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPat
     print(f"{width} {dtype}: {text}")
     bad = [name for name, (mine, other) in found.items() if not mine <= 1.25 * other + 2e-5]
     assert not bad, f"{bad} of {text}"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", HOPPER)
+def test_statistics_of_processes_on_hopper(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    kwargs = on_hopper(width, torch.float16)
+    with shared_statistics(lambda x: 2 * x):
+        normal = flat(train(ops.local_aggregate, kwargs, torch.float32, torch.float16, 32.0))
+        monkeypatch.setattr(_local_aggregate_recompute, "ROOM", 500_000)
+        got = flat(train(again, kwargs, torch.float32, torch.float16, 32.0))
+    bad = {name: error(x, normal[name]) for name, x in got.items() if not error(x, normal[name]) < 2e-2}
+    assert not bad
 
 
 @pytest.mark.gpu

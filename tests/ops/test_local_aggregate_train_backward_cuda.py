@@ -155,21 +155,48 @@ def test_hidden_grad(sizes: tuple[int, ...], dtype: torch.dtype, dense: bool) ->
     statistics = [case.normal(hidden), case.normal(hidden).abs() + 0.5]
     hidden_layer = case.hidden_layer()
     place = torch.full_like(hidden_layer[0], torch.nan)
-    args = [*hidden_layer, *du, case.neighbors, *weights, *statistics, place]
+    args = [*hidden_layer, *du, case.neighbors, *weights, *statistics, place, []]
     exact = to_cpu(args)
     want = OPS._local_aggregate_hidden_grad(*exact)
     if dense:
         args[5] = [half.contiguous() for half in rows.chunk(2, -1)]
-    got = poisoned(OPS._local_aggregate_hidden_grad, args, (len(args) - 1,))
+    got = poisoned(OPS._local_aggregate_hidden_grad, args, (len(args) - 2,))
     tolerance = TOLERANCE[dtype]
     assert_close("sum", summed(got[0]), summed(want[0]), tolerance)
     assert_close("sum_normed", summed(got[1]), summed(want[1]), tolerance)
-    assert_close("dz", got[2], exact[-1], tolerance)
+    assert_close("dz", got[2], exact[-2], tolerance)
     if dense:  # in the place of the second half
         given = to_gpu(args)
-        given[-1] = given[5][1]
+        given[-2] = given[5][1]
         assert all(torch.equal(a.cpu(), b) for a, b in zip(OPS._local_aggregate_hidden_grad(*given), got))
-        assert torch.equal(given[-1].cpu(), got[2])
+        assert torch.equal(given[-2].cpu(), got[2])
+        return
+    given = to_gpu(args)
+    given[-2] = given[-2][:0]  # the sums alone
+    assert all(torch.equal(a.cpu(), b) for a, b in zip(OPS._local_aggregate_hidden_grad(*given), got))
+    if case.width != 192:
+        return
+    # What there is of dz already, without du; and dy1 in the place of y1.
+    part = case.low(case.rows, hidden)
+    args[3:5], args[-2] = [None, None], part
+    exact[3] = torch.zeros_like(exact[3])
+    OPS._local_aggregate_hidden_grad(*exact)
+    dz, before, mean = exact[-2], exact[0], exact[-4]
+    positive = before * exact[1] + exact[2] > 0
+    added = poisoned(OPS._local_aggregate_hidden_grad, args, (len(args) - 2,))
+    want_dz = torch.where(positive, dz + part.float(), 0.0).double()
+    normed = (before.double() - mean) * exact[-3]
+    assert_close("added", added[2], want_dz, tolerance)
+    found = added[2].double()  # sums are those of the rounded dz, from which later passes take its mean
+    assert_close("sum", summed(added[0]), found.sum(0), 1e-4)
+    assert_close("sum_normed", summed(added[1]), (found * normed).sum(0), tolerance)
+    norm = [case.normal(hidden) + 1, case.normal(hidden) * 0.3, case.normal(hidden) * 0.3]
+    for apart in (False, True):
+        given[:5], given[-1] = to_gpu([*hidden_layer, *du[:2]]), to_gpu(norm)
+        given[-2] = torch.full_like(given[0], torch.nan) if apart else given[0]
+        OPS._local_aggregate_hidden_grad(*given)
+        want_dy1 = norm[0] * (got[2].double() - norm[1] - normed * norm[2])
+        assert_close("dy1", given[-2].cpu(), want_dy1, tolerance)
 
 
 def test_small_q() -> None:
@@ -181,7 +208,7 @@ def test_small_q() -> None:
     statistics = [case.normal(96), case.normal(96).abs() + 0.5]
     hidden_layer = case.hidden_layer()
     place = torch.empty_like(hidden_layer[0])
-    args = [*hidden_layer, grad * 0, argmax, [], case.neighbors, *weights, *statistics, place]
+    args = [*hidden_layer, grad * 0, argmax, [], case.neighbors, *weights, *statistics, place, []]
     got = poisoned(OPS._local_aggregate_hidden_grad, args)
     want = OPS._local_aggregate_hidden_grad(*to_cpu(args))
     assert_close("sum", summed(got[0]), summed(want[0]), 1e-3)

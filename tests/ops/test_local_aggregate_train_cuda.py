@@ -217,8 +217,8 @@ def test_points_grad(sizes: tuple[int, ...], width: int, dtype: torch.dtype) -> 
         poison()
         rest = cuda((center, neighbor, weight, factor))
         points_grad = torch.ops.any2point._local_aggregate_points_grad
-        got = points_grad(*cuda((dy1, *given)), *rest, n, False)
-        single = points_grad(*cuda((dy1, *given)), *rest, n, True)
+        got = points_grad(*cuda((dy1, *given)), *rest, n, False, [])
+        single = points_grad(*cuda((dy1, *given)), *rest, n, True, [])
         du = dense.double().view(b * s, k, width) if given[2] else entries
         by_group = torch.cat([dy1.double().view(b * s, k, hidden), du[..., half:]], 2).sum(1)
         by_neighbor = torch.cat([dy1.double(), du.view(b * s * k, width)[:, :half]], 1)
@@ -230,10 +230,15 @@ def test_points_grad(sizes: tuple[int, ...], width: int, dtype: torch.dtype) -> 
         assert single.dtype == torch.float32
         assert torch.equal(single.to(dtype), got)
         assert error(got.flatten(0, 1), 0.5 * want) < torch.finfo(dtype).eps
-        alone = points_grad(*cuda((dy1, None, None, [])), *rest, n, True)
-        if given[2]:
-            past = points_grad(*cuda((None, *given)), *rest, n, True)
-            assert error(alone + past, single) < 1e-6
+        if given[2]:  # by point beforehand, some clouds after others
+            lists = torch.ops.any2point._local_aggregate_point_lists(*rest[:2], n)
+            rows_, sums = cuda((given[2][0], torch.full((b, n, half), torch.nan)))
+            for first, last in ((0, 1), (1, b)):
+                if first < last:
+                    some, to = rows_[first * s * k : last * s * k], sums[first:last]
+                    torch.ops.any2point._local_aggregate_point_sums(some, lists, first, to)
+            again = points_grad(*cuda((dy1, None, None)), [sums, given[2][1].cuda()], *rest, n, True, lists)
+            assert torch.equal(again, single)
 
 
 def samples(sizes: tuple[int, ...], width: int, dtype: torch.dtype) -> dict[str, Any]:
