@@ -122,10 +122,9 @@ STABLE_TORCH_LIBRARY(any2point, m) {
   // Without `statistics` _project may return none. On CUDA before goes to `to` if that is there, which may be
   // that of the last unit that is done, and is empty.
   // dense: no tensor, or du [M, C]; on CUDA its halves [M, C / 2], and dz may be the second. There, for units
-  // above or below another, du may be missing if dz has du times the weight already; if dz is empty, only sums
-  // are made; and with norm (factor, m1, m2) dy1 takes the place of dz, without sums.
-  // On CUDA features, before, dense, du, dz, dy1 and the weights of _project and _max have 16 bits,
-  // everything else is float32.
+  // above or below another, du may be missing if dz has du times the weight already; if dz is empty, only
+  // sums are made; and with norm (factor, m1, m2) dy1 takes the place of dz, without sums. On CUDA features,
+  // before, dense, du, dz, dy1 and the weights of _project and _max have 16 bits, everything else is float32.
   m.def(
       "_local_aggregate_project(Tensor points, Tensor features, Tensor center, Tensor neighbor, Tensor? "
       "divisor, Tensor wavelength, float beta, bool guard, Tensor[] done, Tensor weight, Tensor bias, bool "
