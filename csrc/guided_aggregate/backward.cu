@@ -8,16 +8,16 @@
 // the sum over views. At last attention (attention_backward.cu); after all of it autograd takes LayerNorm and
 // its product (product_backward.cu).
 //
-// H200, B = 32, S = 128, C = 768, V = 6, M = 12, bfloat16, 12 blocks in a CUDA graph. The floor, tokens and
-// their gradient read and written once, is 0.05 ms. Without tiles 2.8 ms with 39 cells, 4.8 with 400: 38 and
-// 110 rows of a view and cloud hold tokens then, products of rows with all tokens of a cloud grow with the
-// rows, and rows of all views did not fit in shared memory at once. A first form of the tiles, whose blocks
-// made the factors themselves, two on a processor, took 2.9 and 3.7 ms: dy 69 and 93 us of a block, products
-// 41 and 61, pull 29 and 44, voxels 30, LayerNorm and product 33, attention 16, torch's additions 14,
-// projection 4, sums 3. With a kernel for the factors (8) and three blocks on a processor dy takes 36 and all
-// 2.6 ms with 39 cells. Voxels by slices of 64 channels, two of a lane, took 21 for their gradient alone:
-// what finds their tokens is done too often. Weights fetched at once, not one after the other, made products
-// no faster (40).
+// H200, B = 32, S = 128, C = 768, V = 6, M = 12, bfloat16, 12 blocks in a CUDA graph: 2.4 ms with 39
+// cells, 3.2 with 400. The floor, tokens and their gradient read and written once, is 0.05 ms. us of a block:
+// dy 37 and 60, products 35 and 54, pull 35 and 50, LayerNorm and its product 28, voxels 17, attention 16 and
+// 18, torch's additions 14, factors 8, sums 5. Without tiles it was 2.8 and 4.8 ms: 38 and 110 rows of a view
+// and cloud hold tokens then, products of rows with all tokens of a cloud grow with the rows, and rows of all
+// views did not fit in shared memory at once. Tiles whose blocks made the factors themselves, two on a
+// processor, took 2.9 and 3.7 ms (dy 69 and 93 us); tiles of products with weights fetched at once, not one
+// after the other, are no faster. Limit: the passes over tiles issue in 34 to 48 % of the cycles, with a
+// third of the warps that fit; their shared memory is busy for 52 to 60 %, and what they wait for first is
+// memory.
 #include "guided_aggregate/gradient.cuh"
 #include "guided_aggregate/passes.h"
 #include "guided_aggregate/rows.cuh"

@@ -18,21 +18,20 @@
 // close to it: more of it at once in flight, or other conversions, bring the message back.
 //
 // H200, 32 clouds, us, all kernels, with the floor of products (790 TFLOP/s) and of the sine unit for one
-// building of the rows at K = 81; measured before weights came by bulk copies:
+// building of the rows at K = 81:
 //                                              K = 81              K = 64
-//   points, centres, channels, hidden, units   float16  bfloat16   float16  bfloat16   products   sines
-//     1024      512       192      96     2        351       362       284                  248      61
-//      512      256       384     192     1        414       409       330                  248      61
-//      256      128       768      32     1        233       235       184                   41      61
-// Kernels that went through one group after the other took 388, 471 and 268 us in the first column. The
-// search for rows takes 17, 10 and 6 us, and whole_kernel, project_kernel, finish_kernel and axes_kernel 337,
-// 112 + 104, 118 + 109 and 223, with tensor cores at work in 66, 53, 50 and 16 % of the cycles and schedulers
-// in 35, 25, 32 and 35 %. One cloud, three stages with their weights folded: 86 us (K = 81). Triton takes
-// 1601, 974 and 557 us (float16, K = 81). Limit: what a warp waits for. Not faster: four teams of fewer
-// registers, the residual by products with an identity, half a pair of blocks built while the products of the
-// other half run, and points in shared memory with one group a warp (+2 %). Two buffers of rows in
-// project_kernel alone bring nothing; one launch of hidden channels instead of two brings 26 us. Next: axis
-// by axis, three warps of a scheduler wait for each other in every tile of axes_kernel.
+//   points, centres, channels, hidden, units   float16  bfloat16   float16  products   sines
+//     1024      512       192      96     2        342       333       280       248      61
+//      512      256       384     192     1        400       392       323       248      61
+//      256      128       768      32     1        194       201       166        41      61
+// All three by the op, with 297 MB at most: 948 us, for K = 64 762 us, of one cloud 83 us. Kernels that went
+// through one group after the other took 386, 473 and 266 us in the first column, Triton 1601, 974 and 557.
+// The search for rows takes 17, 10 and 6 us, and whole_kernel, project_kernel, finish_kernel and axes_kernel
+// 333, 198, 203 and 189, with tensor cores at work in 68, 58, 57 and 19 % of the cycles and schedulers in 35,
+// 23, 33 and 39 %. Limit: what a warp waits for. Not faster: four teams of fewer registers, the residual by
+// products with an identity, half a pair of blocks built while the products of the other half run, points in
+// shared memory with one group a warp (+2 %), two buffers of rows in project_kernel alone. Next: axis by
+// axis, three warps of a scheduler wait for each other in every tile of axes_kernel.
 #include <algorithm>
 
 #include "local_aggregate/hopper_locate.cuh"
