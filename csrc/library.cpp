@@ -74,25 +74,24 @@ STABLE_TORCH_LIBRARY(any2point, m) {
       "_guided_product_backward(Tensor grad, Tensor product, Tensor features, Tensor low, Tensor sums, "
       "Tensor bias, Tensor moments) -> (Tensor grad_features, Tensor grad_weight, Tensor grad_bias)");
   // LN(features) weight^T + bias of 16-bit features [B, S, C], on CUDA: weight [N, C], for its gradient
-  // alone; low: the same in the features' dtype; sums [N] of its rows. moments [2, R]: mean and 1 /
-  // deviation.
+  // alone; low: the same in 16 bits; sums [N] of its rows. moments [2, R]: mean and 1 / deviation. rounded:
+  // of float32 features, what they are in low's dtype, otherwise without elements.
   m.def(
       "_guided_product(Tensor features, Tensor weight, Tensor low, Tensor sums, Tensor bias, float eps) -> "
-      "(Tensor out, Tensor moments)");
+      "(Tensor out, Tensor moments, Tensor rounded)");
   // qkv [B, S, V, 3, M]; proj [V, M + 1, C]: weight and, last, bias; norms: weight and bias [V, C] of the
   // views, then [C] of the voxels if there are any; running: likewise means and variances, or none to train;
   // keep [V, B, S]: factors on the attention branch, or none; total: rows that the statistics of views count,
-  // 0 for those with tokens; residual: the features are part of out, always on CPUs. mean, deviation (1 /
-  // root of variance + eps), unbiased: [L, C] float32. For the backward pass on CUDA, elsewhere without
-  // elements: inner [V, R, K], heads averaged over cells, agreement [2V + 1, R], products and squared norms
-  // of activations (guided_aggregate/kernel.h).
+  // 0 for those with tokens; base [B, S, C] float32: what the blend is added to, on CUDA, instead of the
+  // features. mean, deviation (1 / root of variance + eps), unbiased: [L, C] float32. For the backward pass
+  // on CUDA, elsewhere without elements: inner [V, R, K], heads averaged over cells, agreement [2V + 1, R],
+  // products and squared norms of activations (guided_aggregate/kernel.h).
   m.def(
       "_guided_aggregate(Tensor features, Tensor qkv, Tensor proj, Tensor[] norms, Tensor[] running, "
       "Tensor order, Tensor segment, Tensor start, Tensor count, Tensor? keep, int num_heads, float scale, "
-      "float coefficient, bool maximum, str ensemble, SymInt total, float eps, bool residual) -> (Tensor "
-      "out, Tensor mean, "
-      "Tensor deviation, Tensor unbiased, Tensor inner, Tensor agreement)");
-  // grad_norms like norms.
+      "float coefficient, bool maximum, str ensemble, SymInt total, float eps, Tensor? base) -> (Tensor out, "
+      "Tensor mean, Tensor deviation, Tensor unbiased, Tensor inner, Tensor agreement)");
+  // grad_norms like norms; residual: the blend was added to the features.
   m.def(
       "_guided_aggregate_backward(Tensor grad, Tensor features, Tensor qkv, Tensor proj, Tensor[] norms, "
       "Tensor mean, Tensor deviation, Tensor inner, Tensor agreement, Tensor order, Tensor segment, Tensor "

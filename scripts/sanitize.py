@@ -203,8 +203,9 @@ def main() -> int:
     for dtype in (torch.float16, torch.bfloat16):
         for batch, count in ((2, 29), (2, 130), (40, 29)):
             features = torch.randn(batch, count, 200).to(dtype).requires_grad_()
-            name = f"guided C=200 B={batch} S={count} {dtype}"
-            compare(name, guided, features, 6, 6, {"training": True})
+            for training in (True, False):
+                name = f"guided C=200 B={batch} S={count} {dtype} training={training}"
+                compare(name, guided, features, 6, 6, {"training": training})
     for turn in (spread_lines(3), spread_rotations(6)):
         sizes = (11, 5) if turn.dim() == 2 else (5, 7, 4)
         for dtype in (torch.float32, torch.float16):

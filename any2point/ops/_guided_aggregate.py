@@ -120,10 +120,10 @@ def fused(
     views = plan.proj.shape[0]
     rows = features
     if plan.low is not None and _takes(features, plan.low.dtype):
-        rows = features.to(plan.low.dtype)
-        qkv = _ops._guided_product.default(
-            rows, plan.qkv_weight, plan.low, plan.sums, plan.qkv_bias, norm_eps
-        )[0]
+        qkv, _, rounded = _ops._guided_product.default(
+            features, plan.qkv_weight, plan.low, plan.sums, plan.qkv_bias, norm_eps
+        )
+        rows = features if features.dtype == plan.low.dtype else rounded
     else:
         normalized = F.layer_norm(features.float(), (width,), eps=norm_eps)
         qkv = F.linear(normalized, plan.qkv_weight, plan.qkv_bias)
@@ -156,14 +156,14 @@ def fused(
         ensemble,
         batch * num_cells if count_empty else 0,
         eps,
-        not apart,
+        features.contiguous() if apart else None,
     )
     if training:
         with torch.no_grad():
             new = [mean[:views], unbiased[:views], mean[-1], unbiased[-1]][: len(statistics)]
             new = [value.to(old.dtype) for value, old in zip(new, statistics)]
             torch._foreach_lerp_(statistics, new, momentum)
-    return features + out if apart else out.to(features.dtype)
+    return out.to(features.dtype)
 
 
 @torch.library.register_fake("any2point::_guided_lists")
@@ -180,10 +180,11 @@ def _lists_fake(
 
 
 @torch.library.register_fake("any2point::_guided_product")
-def _product_fake(features: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+def _product_fake(features: Tensor, weight: Tensor, low: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     batch, count, _ = features.shape
     out = features.new_empty(batch, count, weight.shape[0], dtype=torch.float32)
-    return out, features.new_empty(2, batch * count, dtype=torch.float32)
+    rounded = low.new_empty(0 if features.dtype == low.dtype else features.shape)
+    return out, features.new_empty(2, batch * count, dtype=torch.float32), rounded
 
 
 @torch.library.register_fake("any2point::_guided_product_backward")
@@ -194,17 +195,23 @@ def _product_backward_fake(
     return torch.empty_like(features), weight, weight.new_empty(low.shape[0])
 
 
-def _product_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def _product_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     features, _, low, sums, bias, _ = inputs
+    ctx.dtype = features.dtype
     ctx.set_materialize_grads(False)  # of what is kept: zeros
-    ctx.save_for_backward(output[0], features, low, sums, bias, output[1])
+    rows = features if features.dtype == low.dtype else output[2]
+    ctx.save_for_backward(output[0], rows, low, sums, bias, output[1])
 
 
-def _product_backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
+def _product_backward(
+    ctx: Any, grad: Tensor | None, _: Tensor | None, grad_rounded: Tensor | None
+) -> tuple[Any, ...]:
     if grad is None:
-        return (None,) * 6
-    found = _ops._guided_product_backward.default(grad, *ctx.saved_tensors)
-    return found[0], found[1], None, None, found[2], None
+        own = None if grad_rounded is None else grad_rounded.to(ctx.dtype)
+        return own, None, None, None, None, None
+    own, *found = _ops._guided_product_backward.default(grad, *ctx.saved_tensors)
+    own = own if grad_rounded is None else own + grad_rounded
+    return own.to(ctx.dtype), found[0], None, None, found[1], None
 
 
 torch.library.register_autograd("any2point::_guided_product", _product_backward, setup_context=_product_setup)
@@ -228,7 +235,8 @@ def _fake(
         shapes += [(views, rows, (inner + 3) // 4 * 4), (2 * views + 1, rows) if adaptive else (0, 0)]
     else:
         shapes += [(0, 0, 0), (0, 0)]
-    return torch.empty_like(features), *(features.new_empty(s, dtype=torch.float32) for s in shapes)
+    out = torch.empty_like(features if rest[-1] is None else rest[-1])
+    return out, *(features.new_empty(s, dtype=torch.float32) for s in shapes)
 
 
 @torch.library.register_fake("any2point::_guided_aggregate_backward")
@@ -241,8 +249,8 @@ def _backward_fake(
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     features, qkv, proj, norms, running, *lists = inputs[:9]
-    keep, *options, _, residual = inputs[9:]
-    ctx.options = *options, not running, residual
+    keep, *options, _, base = inputs[9:]
+    ctx.options = *options, not running, base is None
     ctx.norms, ctx.running = len(norms), len(running)
     ctx.set_materialize_grads(False)  # of what is kept: zeros
     ctx.save_for_backward(features, qkv, proj, *norms, *output[1:3], *output[4:], *lists, keep)
@@ -254,9 +262,10 @@ def _backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Any, ..
     features, qkv, proj, *rest = ctx.saved_tensors
     norms, rest = rest[: ctx.norms], rest[ctx.norms :]
     found = _ops._guided_aggregate_backward.default(
-        grad.contiguous(), features, qkv, proj, norms, *rest, *ctx.options
+        grad.to(features.dtype).contiguous(), features, qkv, proj, norms, *rest, *ctx.options
     )
-    return *found, [None] * ctx.running, *[None] * 13
+    base = None if ctx.options[-1] else grad
+    return *found, [None] * ctx.running, *[None] * 12, base
 
 
 torch.library.register_autograd("any2point::_guided_aggregate", _backward, setup_context=_setup)

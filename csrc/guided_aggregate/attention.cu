@@ -4,6 +4,7 @@
 // times.
 #include <type_traits>
 
+#include "guided_aggregate/cloud.cuh"
 #include "guided_aggregate/copy.cuh"
 #include "guided_aggregate/device.cuh"
 #include "guided_aggregate/passes.h"
@@ -103,13 +104,22 @@ __device__ inline void attend(const Rows& rows, int place, int begin, int end, i
   }
 }
 
+__device__ inline void begin_clouds(const Guided& args, const CloudWork& clouds) {
+  if (!clouds.fragments) return;
+  split_projection(args, clouds.fragments);
+  const int64_t i = int64_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i < 2 + args.clouds) clouds.arrived[i] = 0;
+}
+
 // Clouds that fit in shared memory. Everything is fetched at once, by token, before anything is looked up.
 // kInner, kHeads: widths known when compiled, or 0.
 template <typename Q, int kInner, int kHeads>
 __global__ void __launch_bounds__(kStagedThreads)
     attention_staged_kernel(Guided args, float* __restrict__ heads,  // [V, R, K]
-                            float* __restrict__ inner) {             // [V, R, K]
+                            float* __restrict__ inner,               // [V, R, K]
+                            CloudWork clouds) {
   extern __shared__ float4 room[];
+  begin_clouds(args, clouds);
   const int64_t view = blockIdx.x % args.views, cloud = blockIdx.x / args.views;
   const int64_t base = cloud * args.tokens, rows = args.clouds * args.tokens;
   const int count = static_cast<int>(args.tokens), width = kInner > 0 ? kInner : int(args.inner);
@@ -181,7 +191,9 @@ __global__ void __launch_bounds__(kStagedThreads)
 template <typename Q>
 __global__ void __launch_bounds__(kThreads)
     attention_fwd_kernel(Guided args, float* __restrict__ heads,  // [V, R, K]
-                         float* __restrict__ inner) {             // [V, R, K]
+                         float* __restrict__ inner,               // [V, R, K]
+                         CloudWork clouds) {
+  begin_clouds(args, clouds);
   const Cells<Q> cells(args);
   const int pad = static_cast<int>(coefficients(args.inner)), chunks = (cells.width + kWide - 1) / kWide;
   const int count = cells.count, num_heads = static_cast<int>(args.heads), width = cells.inner;
@@ -219,20 +231,22 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
-int attention_forward(const Guided& args, float* heads, float* inner, cudaStream_t stream) {
+int attention_forward(const Guided& args, float* heads, float* inner, cudaStream_t stream,
+                      const CloudWork* clouds_) {
+  const CloudWork clouds = clouds_ ? *clouds_ : CloudWork{};
   const int blocks = static_cast<int>(args.clouds * args.views);
   int error = 0;
   with_type(args.qkv_dtype, [&](auto type) {
     using Q = decltype(type);
     const int64_t bytes = Staged<Q>(args, nullptr).bytes;
     if (bytes > shared_limit(kRoom)) {
-      attention_fwd_kernel<Q><<<blocks, kThreads, 0, stream>>>(args, heads, inner);
+      attention_fwd_kernel<Q><<<blocks, kThreads, 0, stream>>>(args, heads, inner, clouds);
     } else {
       const auto kernel = args.inner == 12 && args.heads == 6 ? attention_staged_kernel<Q, 12, 6>
                                                               : attention_staged_kernel<Q, 0, 0>;
       error = allow_shared(kernel, static_cast<int>(bytes));
       if (error) return;
-      kernel<<<blocks, kStagedThreads, bytes, stream>>>(args, heads, inner);
+      kernel<<<blocks, kStagedThreads, bytes, stream>>>(args, heads, inner, clouds);
     }
     error = cudaGetLastError();
   });

@@ -302,7 +302,7 @@ __global__ void __launch_bounds__(kBlock, 2)
 #pragma unroll
     for (int j = 0; j < kSteps; j++) {
       const T* const own = static_cast<const T*>(args.features) + at + 4 * kLanes * j;
-      x[j] = inside(j) && args.residual ? load<4>(own) : zero<4>();
+      x[j] = inside(j) ? load<4>(own) : zero<4>();
       blend[j] = zero<4>();
     }
 #pragma unroll
@@ -327,8 +327,7 @@ __global__ void __launch_bounds__(kBlock, 2)
 #pragma unroll
     for (int j = 0; j < kSteps; j++) {
       if (!inside(j)) continue;
-      add(&x[j], largest ? args.coefficient : 1.0f, blend[j]);
-      store(static_cast<T*>(args.out) + at + 4 * kLanes * j, x[j]);
+      store_out<T>(args, at + 4 * kLanes * j, x[j], largest ? args.coefficient : 1.0f, blend[j]);
     }
   }
 }

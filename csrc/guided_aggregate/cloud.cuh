@@ -60,7 +60,7 @@ struct Cloud {
     }
     if (threadIdx.x < views) held[threadIdx.x] = args.count[threadIdx.x * args.clouds + cloud];
   }
-  __device__ int tiles(int view) const { return (held[view] + kCells - 1) / kCells; }
+  __device__ int tiles(int view) const { return static_cast<unsigned>(held[view] + kCells - 1) / kCells; }
 };
 static_assert(kStartPitch == kOrderPitch, "fetched together");
 
@@ -89,65 +89,93 @@ struct Tile {
   int tokens;  // n of cell lane / 4
 };
 
+[[maybe_unused]] __device__ inline void split(float a, float b, uint32_t* high, uint32_t* low) {
+  *high = narrow_two(a, b, BFloat16{});
+  *low = narrow_two(a - detail::float_of_bits(*high << 16), b - detail::float_of_bits(*high & 0xffff0000u),
+                    BFloat16{});
+}
+
+// Tiles of 16 channels that the slices of all blocks have.
+__host__ __device__ inline int64_t tiles_of(const Guided& args) {
+  constexpr int kWidest = 4 * kRange;
+  return (args.channels + kWidest - 1) / kWidest * (kWidest / 16);
+}
+
+// The projection as the fragments of products have it: rounded, and what rounding left. By all threads of the
+// grid.
+__device__ inline void split_projection(const Guided& args, uint4* to) {
+  const int tiles = static_cast<int>(tiles_of(args)), inner = static_cast<int>(args.inner);
+  const int all = static_cast<int>(args.views) * tiles * kWarp;
+  for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < all; i += gridDim.x * blockDim.x) {
+    const int lane = i % kWarp, tile = i / kWarp % tiles, view = i / kWarp / tiles;
+    uint32_t high[4], low[4];
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+      const int k = lane % 4 * 2 + j / 2 * 8, c = 16 * tile + lane / 4 + j % 2 * 8;
+      const float* const from = args.proj + (int64_t(view) * (inner + 1) + k) * args.channels + c;
+      const float a = c < args.channels && k <= inner ? from[0] : 0.0f;
+      const float b = c < args.channels && k < inner ? from[args.channels] : 0.0f;
+      split(a, b, &high[j], &low[j]);
+    }
+    uint4* const at = to + (view * tiles + tile) * (2 * kWarp) + lane;
+    at[0] = make_uint4(high[0], high[1], high[2], high[3]);
+    at[kWarp] = make_uint4(low[0], low[1], low[2], low[3]);
+  }
+}
+
+// What the attention gives the lane's cell of eight, g.
+struct Inner {
+  float2 low, high;  // coefficients from 2q and from 2q + 8 on
+};
+
 // Rows of a view's cells at kRange channels, by a warp.
 template <typename T>
 struct CellRows {
   const Guided& args;
-  const float* inner;  // [V, R, K]
   const Cloud& cloud;
-  const T* x;  // rows of the warp's channels, as this lane gives them to ldmatrix
-  int64_t base;
-  int pitch, lane, pad;
+  const float* inner;  // [V, R, K], at the lane's cell of the first eight
+  const T* x;          // rows of the warp's channels, as this lane gives them to ldmatrix
+  int rows, pitch, lane, pad;
   uint32_t proj[kTall][4], rest[kTall][4];  // rounded, and what rounding left
 
   // x: the slice's rows, of whose channels the warp's begin at `from`
-  __device__ CellRows(const Guided& args, const float* inner, const Cloud& cloud, int64_t number,
-                      const T* rows, int pitch, int from)
-      : args(args), inner(inner), cloud(cloud), base(number * args.tokens), pitch(pitch) {
+  __device__ CellRows(const Guided& args, const Cloud& cloud, const float* inner_means, int64_t number,
+                      const T* slice, int pitch, int from)
+      : args(args), cloud(cloud), pitch(pitch) {
     lane = threadIdx.x % kWarp;
     pad = static_cast<int>(coefficients(args.inner));
-    x = rows + from + lane / 8 % 2 * 8;
-  }
-  __device__ static uint32_t rounded(float low, float high) { return narrow_two(low, high, BFloat16{}); }
-  __device__ static void split(float a, float b, uint32_t* high, uint32_t* low) {
-    *high = rounded(a, b);
-    *low = rounded(a - detail::float_of_bits(*high << 16), b - detail::float_of_bits(*high & 0xffff0000u));
+    rows = static_cast<int>(args.clouds * args.tokens);
+    inner = inner_means + (number * args.tokens + lane / 4) * pad + lane % 4 * 2;
+    x = slice + from + lane / 8 % 2 * 8;
   }
   // The projection of a view at the warp's channels, which begin at `column`.
-  __device__ void fetch(int view, int64_t column) {
-    const int g = lane / 4, q = lane % 4, width = static_cast<int>(args.inner);
-    const int channels = static_cast<int>(args.channels), left = channels - static_cast<int>(column);
-    const float* from[2] = {args.proj + (int64_t(view) * (width + 1) + 2 * q) * channels + column + g};
-    from[1] = from[0] + 8 * channels;
+  __device__ void fetch(const uint4* __restrict__ fragments, int view, int64_t column) {
+    const uint4* const from = fragments + (view * tiles_of(args) + column / 16) * (2 * kWarp) + lane;
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-      const int k = 2 * q + i / 2 * 8, c = g + i % 2 * 8;
-      const float* const first = from[i / 2] + i % 2 * 8;
-      const float* const second = first + channels;
-#pragma unroll
-      for (int m = 0; m < kTall; m++) {
-        const bool inside = 16 * m + c < left;
-        const float a = inside && k <= width ? first[16 * m] : 0.0f;
-        const float b = inside && k < width ? second[16 * m] : 0.0f;
-        split(a, b, &proj[m][i], &rest[m][i]);
-      }
+    for (int m = 0; m < kTall; m++) {
+      const uint4 high = from[2 * m * kWarp], low = from[(2 * m + 1) * kWarp];
+      proj[m][0] = high.x, proj[m][1] = high.y, proj[m][2] = high.z, proj[m][3] = high.w;
+      rest[m][0] = low.x, rest[m][1] = low.y, rest[m][2] = low.z, rest[m][3] = low.w;
     }
   }
+  // What the attention gives cells `first` on.
+  __device__ Inner fetch_inner(int view, int first) const {
+    const float* const from = inner + (view * rows + first) * pad;
+    Inner found = {};
+    if (first + lane / 4 < cloud.held[view]) {
+      if (lane % 4 * 2 < pad) found.low = *reinterpret_cast<const float2*>(from);
+      if (lane % 4 * 2 + 8 < pad) found.high = *reinterpret_cast<const float2*>(from + 8);
+    }
+    return found;
+  }
   // Of cells `first` on.
-  __device__ Tile operator()(int view, int first) const {
+  __device__ Tile operator()(int view, int first, const Inner& inner) const {
     constexpr uint32_t kOne = std::is_same<T, Half>::value ? 0x3c00 : 0x3f80;
     const int g = lane / 4, q = lane % 4;
     const uint8_t* const start = cloud.start + view * kStartPitch + first;
     const uint8_t* const order = cloud.order + view * kOrderPitch + lane % 8 + lane / 16 * 8;
-    const bool held = first + g < cloud.held[view];
     const int begin = start[0], end = start[kCells];  // behind the last cell all tokens end
-    const int own = start[g], tokens = held ? start[g + 1] - own : 0;
-    const float* const from = inner + ((view * args.clouds * args.tokens) + base + first + g) * pad + 2 * q;
-    float2 low = make_float2(0.0f, 0.0f), high = low;
-    if (held) {
-      if (2 * q < pad) low = *reinterpret_cast<const float2*>(from);
-      if (2 * q + 8 < pad) high = *reinterpret_cast<const float2*>(from + 8);
-    }
+    const int own = start[g], tokens = first + g < cloud.held[view] ? start[g + 1] - own : 0;
     Tile tile = {};
     tile.tokens = tokens;
     for (int place = begin; place < end; place += 16) {
@@ -164,8 +192,8 @@ struct CellRows {
     }
     const float n = static_cast<float>(tokens);
     uint32_t most[2], left[2];
-    split(low.x * n, low.y * n, &most[0], &left[0]);
-    split(high.x * n, high.y * n, &most[1], &left[1]);
+    split(inner.low.x * n, inner.low.y * n, &most[0], &left[0]);
+    split(inner.high.x * n, inner.high.y * n, &most[1], &left[1]);
 #pragma unroll
     for (int m = 0; m < kTall; m++) {
       multiply<BFloat16>(tile.at[m], proj[m], left[0], left[1]);
@@ -180,39 +208,60 @@ struct CellRows {
     const int q = threadIdx.x % 4;
     return make_float2(__shfl_sync(kAll, share, 8 * q), __shfl_sync(kAll, share, 8 * q + 4));
   }
-  // Calls use(view, first cell, number of the tile) for this warp's part of the tiles of views [first, last),
-  // begin(view) before and finish(view) after those of each.
+  // Calls use(view, first cell, number of the tile, inner) for this warp's part of the tiles of views [first,
+  // last), begin(view) before and finish(view) after those of each.
   template <typename Begin, typename Use, typename Finish>
   __device__ void each(int first, int last, int group, const Begin& begin, const Use& use,
                        const Finish& finish) const {
     int total = 0;
     for (int view = first; view < last; view++) total += cloud.tiles(view);
     const int stop = total * (group + 1) / kRowGroups;
-    int before = 0;
-    for (int view = first, tile = total * group / kRowGroups; view < last && tile < stop; view++) {
-      const int end = min(before + cloud.tiles(view), stop);
-      if (tile < end) {
-        begin(view);
-        for (; tile < end; tile++) use(view, (tile - before) * kCells, tile);
-        finish(view);
+    int view = first, tile = total * group / kRowGroups, before = 0;
+    if (tile >= stop) return;
+    const auto find = [&] {  // the view of a tile
+      while (tile - before >= cloud.tiles(view)) before += cloud.tiles(view++);
+    };
+    find();
+    Inner next = fetch_inner(view, (tile - before) * kCells);
+    begin(view);
+    while (tile < stop) {
+      const Inner inner = next;
+      const int own = view, at = (tile - before) * kCells, number = tile++;
+      if (tile < stop) {
+        find();
+        next = fetch_inner(view, (tile - before) * kCells);
       }
-      before += cloud.tiles(view);
+      use(own, at, number, inner);
+      if (tile == stop || view > own) finish(own);
+      if (tile < stop && view > own) begin(view);
     }
   }
 };
 
 // Workspace of the kernels of clouds.
 struct CloudWork {
-  float* z;        // [R, C], rows of the voxels
-  float2* parts;   // [B, L, C]: mean and spread about it
-  int* voxels;     // [B]: how many the parts are of
-  int* arrived;    // [1 + B]: blocks that have statistics, and slices of each cloud that have products
-  float* slices;   // [blocks, numbers]: those products
-  float* partial;  // [R, C]: blends of the first groups of views
+  float2* parts;     // [B, L, C]: mean and spread about it
+  int* voxels;       // [B]: how many the parts of the last layer are of
+  int* arrived;      // [2 + B]: blocks that have parts, statistics; slices of each cloud that have products
+  float* slices;     // [blocks, numbers]: those products
+  uint4* fragments;  // [V, tiles, 2, 32]: the projection, by split_projection
+  Half* spilled;     // [blocks, V - 1, kTokens, slice]: activated rows that a block has no room for
 };
 
-// In evaluation, rows of voxels alone. The counters of `arrived` begin at zero.
-int pool_parts(const GuidedForward& args, const CloudWork& work, cudaStream_t stream);
+// A part from `count` sums and squares about a pivot, `apart` from one another, of `held` rows in all.
+__device__ inline void store_part(const GuidedForward& args, const CloudWork& work, int64_t cloud,
+                                  int64_t layer, int64_t channel, float pivot, const float2* from, int apart,
+                                  int count, int held) {
+  if (channel >= args.channels) return;
+  float total = 0.0f, squares = 0.0f;
+  for (int i = 0; i < count; i++) {
+    total += from[i * apart].x;
+    squares += from[i * apart].y;
+  }
+  const float mean = held > 0 ? total / static_cast<float>(held) : 0.0f;
+  work.parts[(cloud * args.layers + layer) * args.channels + channel] =
+      make_float2(pivot + mean, squares - total * mean);
+}
 
 }  // namespace guided
 }  // namespace any2point

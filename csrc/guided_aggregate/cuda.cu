@@ -1,17 +1,18 @@
 // Guided aggregation forward on CUDA. Before it LayerNorm and the product with the weights of queries, keys
-// and values, for 16-bit features under autocast in one kernel (product.cu). Here attention in cells, and
-// then, for 16-bit clouds that fill the processors once, the two kernels of cloud.cu; otherwise rows of all
-// segments with partial sums for the statistics (pool.cu), statistics, activation of the rows, blend
-// (blend.cu).
+// and values, for 16-bit features under autocast in one kernel (product.cu). In evaluation of few clouds the
+// rest is in small_batch.cu, for most shapes with the attention. Otherwise here attention in cells, and then,
+// for 16-bit clouds that fill the processors once, cloud.cu; for others rows of all segments with partial
+// sums for the statistics (pool.cu), statistics, activation of the rows, blend (blend.cu).
 //
 // H200, B = 32, S = 128, C = 768, V = 6, M = 12, 39 cells, 12 blocks in a CUDA graph, forward: bfloat16
-// features 1.10 ms in training, 0.92 in evaluation (B = 1: 0.60); float32 features with tf32 products 1.53
-// and 1.44. The floor, tokens read and written once, is 0.04 ms (float32: 0.07). Of a block in bfloat16
-// training cloud.cu takes 37 us, the parts of the statistics 19, product 15, attention 8, running statistics
-// 2; in evaluation cloud.cu 36, rows of voxels 8. Without the kernels of clouds the pool takes 32, activation
-// 21, blend 11, statistics 3. The pool (13 M instructions, 0.51 a cycle and scheduler) and the activation (10
-// M, 0.49) are limited by instructions that wait for one another, not by memory. Kernels that start while the
-// one before ends made it slower (1.36 to 1.40 ms then).
+// features 1.04 ms in training, 0.81 in evaluation (400 cells: 1.45, 1.12), float32 features that are rounded
+// 1.21 in training, with tf32 products 1.53 in training, 1.44 in evaluation. The floor, tokens read and
+// written once, is 0.07 ms (bfloat16: 0.04). Of a block in bfloat16 cloud.cu takes 48 us in training, 31 in
+// evaluation, LayerNorm and product 28, attention 8. The pool of bfloat16 features takes 32 us of a block
+// where cloud.cu is not used, activation 21, blend 11, statistics 3. The pool (13 M instructions, 0.51 a
+// cycle and scheduler) and the activation (10 M, 0.49) are limited by instructions that wait for one another,
+// not by memory. Kernels that start while the one before ends made it slower (1.36 to 1.40 ms then).
+#include "guided_aggregate/cloud.cuh"
 #include "guided_aggregate/passes.h"
 #include "guided_aggregate/rows.cuh"
 #include "guided_aggregate/statistics.cuh"
@@ -58,6 +59,11 @@ struct Workspace {
     z = heads = nullptr;
     parts = nullptr;
     blend = clouds = nullptr;
+    if (is_small_batch(args)) {
+      if (!small_batch_attends(args)) heads = room.take<float>(args.views * rows * pad);
+      bytes = room.used;
+      return;
+    }
     if (fits_clouds(args)) {
       clouds = room.take<char>(clouds_workspace(args));
       bytes = room.used;
@@ -74,8 +80,15 @@ struct Workspace {
 int forward(const GuidedForward& args, const Workspace& work, cudaStream_t stream) {
   const int64_t rows = args.clouds * args.tokens;
   if (rows > 0) {
-    if (const int error = attention_forward(args, work.heads, args.inner_means, stream)) return error;
-    if (fits_clouds(args)) return forward_of_clouds(args, work.clouds, stream);
+    const bool few = is_small_batch(args), fits = !few && fits_clouds(args);
+    if (few && small_batch_attends(args)) return forward_of_small_batch(args, stream);
+    const CloudWork clouds = fits ? work_of_clouds(args, work.clouds) : CloudWork{};
+    if (const int error =
+            attention_forward(args, work.heads, args.inner_means, stream, fits ? &clouds : nullptr)) {
+      return error;
+    }
+    if (few) return forward_of_small_batch(args, stream);
+    if (fits) return forward_of_clouds(args, work.clouds, stream);
     const Rows rows_args{work.heads, args.inner_means, work.z, work.parts};
     if (const int error = pool_rows(args, rows_args, args.training, stream)) return error;
   }

@@ -136,9 +136,41 @@ __device__ inline void add(Lane<N>* to, float factor, const Lane<N>& from) {
   for (int n = 0; n < N; n++) to->at[n] = fmaf(factor, from.at[n], to->at[n]);
 }
 
+// Eight channels, rounded to T.
+template <typename T>
+__device__ inline uint4 narrow_eight(const float* from) {
+  const float4 a = *reinterpret_cast<const float4*>(from), b = *reinterpret_cast<const float4*>(from + 4);
+  return make_uint4(narrow_two(a.x, a.y, T{}), narrow_two(a.z, a.w, T{}), narrow_two(b.x, b.y, T{}),
+                    narrow_two(b.z, b.w, T{}));
+}
+
+// Writes x + blend at `at` of out, given x unless there is another base.
+template <typename T, int N>
+__device__ inline void store_out(const GuidedForward& args, int64_t at, const Lane<N>& x, float factor,
+                                 const Lane<N>& blend) {
+  Lane<N> sum = args.base ? load<N>(args.base + at) : x;
+  add(&sum, factor, blend);
+  if (args.base) {
+    store(static_cast<float*>(args.out) + at, sum);
+  } else {
+    store(static_cast<T*>(args.out) + at, sum);
+  }
+}
+
 // NaN is the largest value.
 __device__ inline bool exceeds(float value, float most) {
   return value > most || (value != value && most == most);
+}
+
+// The larger; NaN if one is (sm_80 and later).
+__device__ inline float largest(float a, float b) {
+#if __CUDA_ARCH__ >= 800
+  float most;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(most) : "f"(a), "f"(b));
+  return most;
+#else
+  return exceeds(b, a) ? b : a;
+#endif
 }
 
 __device__ inline float sum_of_warp(float value) {

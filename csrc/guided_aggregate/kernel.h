@@ -30,7 +30,7 @@ struct Guided {
   int64_t total;  // rows that the statistics of views count, 0: the segments that hold tokens
   bool maximum;   // views pool by maximum + mean
   bool training;
-  bool residual;  // x is part of out; without, out is the blend alone, and dout no part of dx
+  bool residual;  // x is part of out; without, dout is no part of dx
   Ensemble ensemble;
   float scale, coefficient, eps;
   const void* features;                                                  // [R, C]
@@ -51,7 +51,8 @@ A2P_ALWAYS_INLINE int64_t coefficients(int64_t inner) { return (inner + 1 + 3) /
 }  // namespace guided
 
 struct GuidedForward : Guided {
-  void* out;                           // [R, C]
+  const float* base;                   // [R, C], in place of x as part of out, or null
+  void* out;                           // [R, C] of the features' dtype; with base, float32
   float *mean, *deviation, *unbiased;  // [L, C]
   // For the backward pass, on CUDA: inner_means [V, R, K] by segment, means of [h; keep] over the cells,
   // zeros where there are none; agreement [2V + 1, R] of the adaptive ensemble: g_v . s of every view, then
@@ -93,7 +94,9 @@ struct GuidedProduct {
   int64_t rows, channels, columns;  // R, C, N
   float eps;
   const void* features;      // [R, C]
-  const void* weight;        // [N, C] of the features' dtype
+  const float* whole;        // [R, C], rounded to the dtype instead of features, or null
+  void* rounded;             // [R, C], of whole
+  const void* weight;        // [N, C] of the dtype
   const float *sums, *bias;  // [N], sums of the weight's rows
   float* out;                // [R, N]
   float* moments;            // [2, R]: mean and 1 / deviation of the tokens' channels

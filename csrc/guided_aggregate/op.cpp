@@ -123,21 +123,30 @@ std::tuple<Tensor, Tensor, Tensor> product_backward(const Tensor& grad_, const T
   return {grad_features, grad_weight, grad_bias};
 }
 
-std::tuple<Tensor, Tensor> product(const Tensor& features_, const Tensor&, const Tensor& low_,
-                                   const Tensor& sums, const Tensor& bias, double eps) {
+std::tuple<Tensor, Tensor, Tensor> product(const Tensor& features_, const Tensor&, const Tensor& low_,
+                                           const Tensor& sums, const Tensor& bias, double eps) {
   A2P_CHECK(features_.dim() == 3 && low_.dim() == 2, "features: expected [B, S, C]");
   const Tensor features = whole(features_), low = whole(low_);
   GuidedProduct args{};
-  args.dtype = dtype_of("features", features);
-  A2P_CHECK(args.dtype == Dtype::f16 || args.dtype == Dtype::bf16, "features: expected 16 bits");
+  args.dtype = dtype_of("low", low);
+  A2P_CHECK(args.dtype == Dtype::f16 || args.dtype == Dtype::bf16, "low: expected 16 bits");
+  const bool whole_features = dtype_of("features", features) == Dtype::f32;
   args.rows = features.size(0) * features.size(1);
   args.channels = features.size(2);
   args.columns = low.size(0);
   args.eps = static_cast<float>(eps);
   const OnDevice device(features);
   A2P_CHECK(guided_product_fits(args.channels), "features: expected fewer channels, a multiple of 8");
-  args.features = features.const_data_ptr();
-  args.weight = data_of("low", low, features.scalar_type(), {args.columns, args.channels}, features);
+  Tensor rounded = torch::stable::new_empty(low, {0});
+  if (whole_features) {
+    rounded = torch::stable::new_empty(low, {features.size(0), features.size(1), args.channels});
+    args.whole = features.const_data_ptr<float>();
+    args.rounded = rounded.mutable_data_ptr();
+  } else {
+    args.features = data_of("features", features, low.scalar_type(),
+                            {features.size(0), features.size(1), args.channels}, low);
+  }
+  args.weight = data_of("low", low, low.scalar_type(), {args.columns, args.channels}, features);
   args.sums = floats_of("sums", sums, {args.columns}, features);
   args.bias = floats_of("bias", bias, {args.columns}, features);
   Tensor out = torch::stable::new_empty(features, {features.size(0), features.size(1), args.columns},
@@ -146,7 +155,7 @@ std::tuple<Tensor, Tensor> product(const Tensor& features_, const Tensor&, const
   args.out = floats(out);
   args.moments = floats(moments);
   check_cuda("guided_product", guided_product_cuda(args, device.stream));
-  return {out, moments};
+  return {out, moments, rounded};
 }
 #endif
 
@@ -215,14 +224,14 @@ Args guided(const Tensor& features, const Tensor& qkv, const Tensor& proj, const
 Six forward(const Tensor& features_, const Tensor& qkv, const Tensor& proj_, std::vector<Tensor> norms_,
             std::vector<Tensor> running, const Tensor& order, const Tensor& segment, const Tensor& start,
             const Tensor& count, const OptionalTensor& keep, int64_t heads, double scale, double coefficient,
-            bool maximum, std::string ensemble, int64_t total, double eps, bool residual) {
+            bool maximum, std::string ensemble, int64_t total, double eps, const OptionalTensor& base) {
   const Tensor features = whole(features_), proj = whole(proj_);
   const std::vector<Tensor> norms = whole(norms_);
   GuidedForward args = guided<GuidedForward>(features, qkv, proj, norms, order, segment, start, count, keep,
                                              heads, scale, coefficient, maximum, ensemble, total);
   const int64_t views = args.views, width = args.channels;
   args.eps = static_cast<float>(eps);
-  args.residual = residual;
+  args.residual = !base;
   args.training = running.empty();
   A2P_CHECK(args.training || running.size() == norms.size(), "running: expected as many as norms");
   if (!args.training) {
@@ -233,7 +242,15 @@ Six forward(const Tensor& features_, const Tensor& qkv, const Tensor& proj_, std
       args.space_variance = floats_of("running", running[3], {width}, features);
     }
   }
-  Tensor out = torch::stable::new_empty(features, {args.clouds, args.tokens, width});
+  Tensor out, whole_base;
+  if (base) {
+    A2P_CHECK(features.is_cuda(), "base: expected None on a CPU");
+    whole_base = whole(*base);
+    args.base = floats_of("base", whole_base, {args.clouds, args.tokens, width}, features);
+    out = torch::stable::empty_like(whole_base);
+  } else {
+    out = torch::stable::new_empty(features, {args.clouds, args.tokens, width});
+  }
   const auto statistic = [&] {
     return torch::stable::new_empty(features, {order.size(0), width}, ScalarType::Float);
   };
@@ -254,7 +271,6 @@ Six forward(const Tensor& features_, const Tensor& qkv, const Tensor& proj_, std
     return {out, mean, deviation, unbiased, inner, agreement};
   }
 #endif
-  A2P_CHECK(residual, "residual: expected True on a CPU");
   guided_forward_cpu(args);
   return {out, mean, deviation, unbiased, inner, agreement};
 }

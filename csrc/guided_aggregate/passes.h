@@ -9,8 +9,10 @@ namespace any2point {
 namespace guided {
 
 // heads [V, R, K]: per token the heads' output and, at M, 1, both times keep; inner [V, R, K]: their means
-// over the cells, by segment.
-int attention_forward(const Guided& args, float* heads, float* inner, cudaStream_t stream);
+// over the cells, by segment. Unless `clouds` is null, it also makes what the kernels of clouds begin with.
+struct CloudWork;
+int attention_forward(const Guided& args, float* heads, float* inner, cudaStream_t stream,
+                      const CloudWork* clouds = nullptr);
 // parts [slices, V, R, K]: of the gradient of the heads, by token or by segment (the same for all tokens of a
 // cell). proj_parts [B, V, M + 1, C]: of the projection's gradient, which is summed up too.
 int64_t attention_backward_workspace(const Guided& args);
@@ -38,7 +40,13 @@ int blend_each_token(const GuidedForward& args, const float* z, cudaStream_t str
 // All passes behind the attention, for what fits_clouds says.
 bool fits_clouds(const Guided& args);
 int64_t clouds_workspace(const Guided& args);
+CloudWork work_of_clouds(const Guided& args, void* memory);
 int forward_of_clouds(const GuidedForward& args, void* memory, cudaStream_t stream);
+
+// The same in evaluation of few clouds, for what is_small_batch says, and the attention if it can.
+bool is_small_batch(const Guided& args);
+bool small_batch_attends(const Guided& args);
+int forward_of_small_batch(const GuidedForward& args, cudaStream_t stream);
 
 // What the gradient of the blend gives each token.
 struct Factors {

@@ -3,9 +3,10 @@
 //
 //   [membership (0 or 1)  n inner] [x; proj],
 //
-// whose first part is exact in 16 bits; inner and proj are split into two bfloat16 each, of whose products
-// the smallest is left out (2^-17 of the attention branch). A warp has kWide channels of all rows, so
-// that its sums for batch normalisation are complete.
+// whose first part is exact in 16 bits; inner and proj are split into two bfloat16 each. A warp has kWide
+// channels of all rows, so that its sums for batch normalisation are complete. Where all rows of a channel
+// are nearly the same, normalisation makes much of small errors: so the smallest product of the parts counts,
+// too, and squares are summed about a row.
 #include "guided_aggregate/copy.cuh"
 #include "guided_aggregate/matrix.cuh"
 #include "guided_aggregate/pool.cuh"
@@ -28,6 +29,7 @@ struct Memory {
   uint16_t x[kTokens][kTokenPitch];
   uint16_t rows[kChunk][kRowPitch];  // membership; n inner, rounded; what rounding left
   float share[kChunk];               // 1 / n
+  float pivot[kWidth];               // the view's first row
   int held[kViews];                  // rows of each view
 };
 struct VoxelMemory {
@@ -113,18 +115,12 @@ __global__ void __launch_bounds__(kThreads, 3)
   copy_wait<0>();
   __syncthreads();
   const uint16_t* const x_at = memory.x[lane % 16] + warp * kWide + lane / 16 * 8;
-  // Rows are near the first token's channels, about which squares are summed.
-  float pivot[2][2];
-#pragma unroll
-  for (int n = 0; n < 2; n++) {
-    const Lane<2> two = load<2>(reinterpret_cast<const T*>(memory.x[0]) + warp * kWide + 8 * n + 2 * q);
-    pivot[n][0] = two.at[0];
-    pivot[n][1] = two.at[1];
-  }
 
   constexpr uint16_t kOne = std::is_same<T, Half>::value ? 0x3c00 : 0x3f80;
   int32_t member = -1;  // row whose membership this thread's token has
+  // About the view's first row, not a token: the branch moves all rows away from their tokens.
   float sums[2][2] = {}, squares[2][2] = {};
+  float* const pivot_at = memory.pivot + warp * kWide + 2 * q;
   while (view < last_view) {
     // Each thread has a column of the membership and four coefficients of a row.
     if (member >= 0) memory.rows[member][threadIdx.x] = 0;
@@ -189,11 +185,21 @@ __global__ void __launch_bounds__(kThreads, 3)
       load_matrices(low, from + 16 * m * kRowPitch + kTokens + kFactors);
 #pragma unroll
       for (int n = 0; n < 2; n++) {
+        multiply<BFloat16>(sum[m][n], low, rest[n][0], rest[n][1]);
         multiply<BFloat16>(sum[m][n], low, proj[n][0], proj[n][1]);
         multiply<BFloat16>(sum[m][n], high, rest[n][0], rest[n][1]);
         multiply<BFloat16>(sum[m][n], high, proj[n][0], proj[n][1]);
       }
     }
+    if (own_chunk == 0) {
+#pragma unroll
+      for (int n = 0; n < 2; n++) {
+        const Lane<2> two{{sum[0][n][0] * memory.share[0], sum[0][n][1] * memory.share[0]}};
+        if (g == 0) store(pivot_at + 8 * n, two);
+      }
+      __syncwarp();
+    }
+    const Lane<2> pivot[2] = {load<2>(pivot_at), load<2>(pivot_at + 8)};
     float* const z_at = to.z + (own * rows + base + own_chunk + g) * channels + column + warp * kWide + 2 * q;
     const int left = own_held - own_chunk - g;
 #pragma unroll
@@ -208,7 +214,7 @@ __global__ void __launch_bounds__(kThreads, 3)
         for (int n = 0; n < 2; n++) {
           const float2 two = make_float2(sum[m][n][2 * i] * share, sum[m][n][2 * i + 1] * share);
           if (inside[n]) *reinterpret_cast<float2*>(z_at + row * pitch + 8 * n) = two;
-          const float away[2] = {two.x - pivot[n][0], two.y - pivot[n][1]};
+          const float away[2] = {two.x - pivot[n].at[0], two.y - pivot[n].at[1]};
 #pragma unroll
           for (int j = 0; j < 2; j++) {
             sums[n][j] += away[j];
@@ -232,7 +238,7 @@ __global__ void __launch_bounds__(kThreads, 3)
           const float mean = sums[n][j] * share;
           if (g == 0 && c < channels) {
             to.parts[(cloud * args.layers + own) * channels + c + j] =
-                make_float2(pivot[n][j] + mean, squares[n][j] - sums[n][j] * mean);
+                make_float2(pivot[n].at[j] + mean, squares[n][j] - sums[n][j] * mean);
           }
           sums[n][j] = squares[n][j] = 0.0f;
         }

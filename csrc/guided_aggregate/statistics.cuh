@@ -10,10 +10,11 @@ constexpr int kParts = 8;  // threads of a column
 
 // From parts [B, L, C] (mean, spread), in float64 and a fixed order, by kParts threads, `part` of which this
 // is; total(value): their sum, for all of them. voxels [B]: rows of the last layer's parts, or null: `count`.
+// Other blocks of the same kernel may have written them.
 template <typename Total>
-__device__ inline void batch_column(const GuidedForward& args, const float2* __restrict__ parts,
-                                    const int32_t* __restrict__ voxels, int64_t count, int64_t column,
-                                    int part, bool writes, const Total& total) {
+__device__ inline void batch_column(const GuidedForward& args, const float2* parts, const int32_t* voxels,
+                                    int64_t count, int64_t column, int part, bool writes,
+                                    const Total& total) {
   const int64_t columns = args.layers * args.channels, layer = column / args.channels;
   const int32_t* const sizes = voxels && layer == args.views ? voxels : args.count + layer * args.clouds;
   // The first of them at once, since each is far away.
@@ -24,8 +25,8 @@ __device__ inline void batch_column(const GuidedForward& args, const float2* __r
   for (int i = 0; i < kAtOnce; i++) {
     const int64_t p = part + i * kParts;
     if (p >= count) continue;
-    size_at[i] = sizes[p];
-    part_at[i] = parts[p * columns + column];
+    size_at[i] = __ldcg(sizes + p);
+    part_at[i] = __ldcg(parts + p * columns + column);
   }
   const auto each = [&](const auto& use) {  // of parts that have rows
 #pragma unroll
@@ -33,7 +34,8 @@ __device__ inline void batch_column(const GuidedForward& args, const float2* __r
       if (size_at[i] > 0) use(double(size_at[i]), part_at[i]);
     }
     for (int64_t p = part + kAtOnce * kParts; p < count; p += kParts) {
-      if (sizes[p] > 0) use(double(sizes[p]), parts[p * columns + column]);
+      const int32_t size = __ldcg(sizes + p);
+      if (size > 0) use(double(size), __ldcg(parts + p * columns + column));
     }
   };
   double rows = 0.0, sum = 0.0, spread = 0.0;

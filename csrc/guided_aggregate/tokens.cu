@@ -106,7 +106,6 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
   const T* features = static_cast<const T*>(args.features) + token.row * args.channels;
-  T* out = static_cast<T*>(args.out) + token.row * args.channels;
   for (int64_t c = threadIdx.x * N; c < args.channels; c += kThreads * N) {
     Lane<N> blend = none;
     for (int64_t v = 0; v < args.views; v++) {
@@ -121,9 +120,7 @@ __global__ void __launch_bounds__(kThreads)
         }
       }
     }
-    Lane<N> x = args.residual ? load<N>(features + c) : none;
-    add(&x, args.coefficient, blend);
-    store(out + c, x);
+    store_out<T>(args, token.row * args.channels + c, load<N>(features + c), args.coefficient, blend);
   }
 }
 

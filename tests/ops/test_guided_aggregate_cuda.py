@@ -204,6 +204,10 @@ CLOUDS = {
     "more clouds than run at once": (140, 20, 72, 6, 7, 12),
     "many views": (12, 50, 1536, 9, 20, 15),
     "one view of one cell": (80, 60, 8, 1, 1, 4),
+    "few clouds": (3, 128, 768, 6, 39, 12),
+    "one cloud": (1, 128, 768, 6, 39, 12),
+    "few clouds of cells with many tokens": (1, 100, 72, 3, 2, 12),
+    "few clouds of one cell": (2, 60, 10, 1, 1, 4),
 }
 
 
@@ -286,12 +290,51 @@ def test_gradients_of_clouds_in_low_precision(dtype: torch.dtype, name: str, opt
         assert float((x - y).norm()) <= bound * float(y.norm()) + 1e-3, (x - y).norm() / y.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["as in the model", "few clouds"])
+def test_what_all_rows_have_in_common_leaves_their_variance_exact(dtype: torch.dtype, name: str) -> None:
+    batch, count, width, views, cells, hidden = CLOUDS[name]
+    kwargs = make(batch=batch, s=count, width=width, views=views, cells=cells, hidden=hidden)
+    weight = kwargs["attention"].qkv_weight * width**-0.5
+    far = kwargs["attention"].proj_bias + 300
+    kwargs["attention"] = kwargs["attention"]._replace(qkv_weight=weight, proj_bias=far)
+    kwargs["features"] = kwargs["features"].to(dtype)
+    kwargs = on_cuda(kwargs | {"num_heads": 1, "training": True, "momentum": 1.0})
+    double = tree_map(lambda x: x.double() if _floats(x) else x, kwargs)
+    guided_aggregate(**kwargs)
+    composition(**double)
+    for norm in ("view_norm", "space_norm"):
+        got, want = (found[norm].running_var.double() for found in (kwargs, double))
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-6)
+
+
 def _floats(x: Any) -> bool:
     return isinstance(x, Tensor) and x.is_floating_point()
 
 
 # Tokens, channels and columns: less than a tile, no multiples, more than at once.
 PRODUCTS = [(5, 8, 3), (70, 104, 36), (128, 192, 224), (150, 200, 216), (300, 136, 250)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("sizes", [*PRODUCTS, (513, 768, 216), (700, 1024, 250)])
+def test_product(dtype: torch.dtype, sizes: tuple[int, int, int]) -> None:
+    """Operands in 16 bits, sums in float32; float32 tokens are rounded first."""
+    rows, width, columns = sizes
+    torch.manual_seed(rows)
+    whole = 2 + 3 * torch.randn(1, rows, width, device="cuda")
+    x, low = whole.to(dtype), torch.randn(columns, width, device="cuda").to(dtype)
+    bias = torch.randn(columns, device="cuda")
+    args = low.float(), low, low.float().sum(1), bias, 1e-5
+    got = torch.ops.any2point._guided_product(x, *args)
+    wide = x[0].double()
+    want = F.linear(F.layer_norm(wide, (width,)), low.double(), bias.double())
+    moments = torch.stack([wide.mean(1), (wide.var(1, unbiased=False) + 1e-5).rsqrt()])
+    for value, exact in zip(got, (want[None], moments), strict=False):
+        assert float((value.double() - exact).norm() / exact.norm()) < 1e-5
+    rounded = torch.ops.any2point._guided_product(whole, *args)
+    assert_same(rounded, [*got[:2], x])
+    assert_same(torch.ops.any2point._guided_product(x, *args), got)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -375,7 +418,8 @@ def test_no_tokens() -> None:
 
 def test_op_is_registered_as_torch_asks() -> None:
     for options in ({}, {"training": True, "pooling": "max+mean"}, {"ensemble": "max", "training": True}):
-        with Recorder() as recorder:
+        low = bool(options)  # with float32 features that the blend is added to
+        with Recorder() as recorder, torch.autocast("cuda", torch.bfloat16, enabled=low):
             guided_aggregate(**on_cuda(make(s=5) | options))
         for op, args, kwargs in recorder.calls:
             torch.library.opcheck(op, args, kwargs)
