@@ -262,7 +262,8 @@ __global__ void __launch_bounds__(kBlock, 3) pull_tiles_kernel(GuidedBackward ar
 }  // namespace
 
 bool has_tiles(const Guided& args) {
-  if (args.ensemble != Ensemble::adaptive || !pools_by_matrix(args)) return false;
+  // Of fewer channels than a slice most lanes have nothing to do.
+  if (args.ensemble != Ensemble::adaptive || args.channels < kSlice || !pools_by_matrix(args)) return false;
   const int64_t pull = Layout(args).bytes, rows = tile_rows_shared(args),
                 products = tile_products_shared(args);
   return std::max(pull, std::max(rows, products)) <= shared_limit(kOptIn);
