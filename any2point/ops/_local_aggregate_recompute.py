@@ -10,6 +10,13 @@ either there is one tensor [M, H], and of three units or more one [M, C], beside
               and is added when they are known.
 
 Sums go by chunks in a fixed order.
+
+H200, forward and backward of the tokenizer's three stages as a graph, 32 clouds, K = 81: in float16 10.3 ms
+and 397 MB, where with rows that are kept it is 6.4 ms and 1.17 GB; in TF32 10.6 ms and 422 MB. The floor, the
+products of all passes made once, is 1.9 ms. The first stage takes 6.2 ms for 3.3 with rows that are kept: y1
+made again 1.25 ms more, the gradient of the hidden channels in twice as many passes 0.5, passes over a chunk
+instead of all rows the rest. Chunks of 32 and of 64 MB instead of 48 make all stages 1.1 ms slower and 0.6 ms
+faster for 17 MB less and 22 MB more. Before gradients took the place of y1 it was 14.5 ms and 403 MB.
 """
 
 from __future__ import annotations

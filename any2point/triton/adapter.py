@@ -2,11 +2,13 @@
 
     out = x + s y + factor (up QuickGELU(down(s y)) + bias)
 
-with the source's layer scale s, if it has any. Backwards a second pass gives the gradient of y and, for each
-tile of rows, its part of the weights' gradients, which are then summed in order.
+with the source's layer scale s, if it has any. Backwards one pass gives the gradient of the hidden channels,
+another that of y and, for each tile of rows, its part of the weights' gradients, which are then summed in
+order.
 
-H200, 4128 rows of 768 in bfloat16, r = 16: 17 us forward, of which the memory traffic needs 9; 29 us backward
-and 7 us for the sum, where it needs 8. Limit: programs of few rows, whose loads wait for their products.
+H200, 4128 rows of 768 in bfloat16, r = 16, in the model's step: 18 us forward, of which the memory traffic
+needs 9; 8 + 18 us backward and 5 us for the sum, where it needs 8. Limit: programs of few rows, whose loads
+wait for their products. As CUDA kernels that read rows once a whole training step was 0.4 % faster.
 """
 
 from __future__ import annotations

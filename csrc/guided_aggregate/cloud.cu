@@ -12,7 +12,7 @@
 // Where a cloud has more rows than a block has room for, its views go in groups, of which all but the last
 // are kept in memory for the blend.
 //
-// H200, B = 32, S = 128, C = 768, V = 6, bfloat16: 48 us in training, 31 in evaluation with 39 cells, 82 and
+// H200, B = 32, S = 128, C = 768, V = 6, bfloat16: 49 us in training, 31 in evaluation with 39 cells, 84 and
 // 57 with 400. The floor, tokens read and written once, is 2.6 us.
 #include "guided_aggregate/cloud_parts.cuh"
 #include "guided_aggregate/statistics.cuh"

@@ -5,9 +5,9 @@
 // sums for the statistics (pool.cu), statistics, activation of the rows, blend (blend.cu).
 //
 // H200, B = 32, S = 128, C = 768, V = 6, M = 12, 39 cells, 12 blocks in a CUDA graph, forward: bfloat16
-// features 1.04 ms in training, 0.81 in evaluation (400 cells: 1.45, 1.12), float32 features that are rounded
-// 1.21 in training, with tf32 products 1.53 in training, 1.44 in evaluation. The floor, tokens read and
-// written once, is 0.07 ms (bfloat16: 0.04). Of a block in bfloat16 cloud.cu takes 48 us in training, 31 in
+// features 1.06 ms in training, 0.81 in evaluation (400 cells: 1.46, 1.07), float32 features that are rounded
+// 1.24 in training, with tf32 products 1.53 in training, 1.44 in evaluation. The floor, tokens read and
+// written once, is 0.07 ms (bfloat16: 0.04). Of a block in bfloat16 cloud.cu takes 49 us in training, 31 in
 // evaluation, LayerNorm and product 28, attention 8. The pool of bfloat16 features takes 32 us of a block
 // where cloud.cu is not used, activation 21, blend 11, statistics 3. The pool (13 M instructions, 0.51 a
 // cycle and scheduler) and the activation (10 M, 0.49) are limited by instructions that wait for one another,

@@ -3,9 +3,10 @@
 // at kSlice channels. A token's rows are pooled again for every token of the same cell, so that nothing but
 // the tokens' agreement passes from block to block.
 //
-// H200, 128 tokens of bfloat16, C = 768, V = 6, M = 12: 37 us with 39 cells, 24 with 400. Beyond a block for
-// each processor time grows with the tokens: 12 blocks take 0.50 ms for one cloud, 0.76 for
-// two, 1.24 for four, but in the kernels for more of them 0.63 for eight.
+// H200, 128 tokens of bfloat16, C = 768, V = 6, M = 12: 37 us with 39 cells, 24 with 400. Of one cloud 12
+// blocks take 0.50 ms, with 400 cells 0.34 (in the kernels of wide clouds before 0.53 and 0.60). Of two they
+// took 0.76 here, since time grows with the tokens beyond a block for each processor, and take 0.43 in the
+// kernels for more. Next: with few cells one cloud may be faster there, too.
 #include <cooperative_groups.h>
 
 #include "guided_aggregate/passes.h"

@@ -350,12 +350,6 @@ __device__ __forceinline__ void relu_channels(const float* d, uint32_t (&x)[2][4
   }
 }
 
-template <typename T, int H>
-__device__ __forceinline__ void relu_hidden(const float (&d)[H / 2], uint32_t (&h)[H / 16][4]) {
-#pragma unroll
-  for (int i = 0; i < H / 4; i++) h[i / 4][i % 4] = Two<T>::max(Two<T>::of(d[2 * i], d[2 * i + 1]), 0);
-}
-
 __device__ __forceinline__ int segment_after(const HopperAggregate& args, const Walk& walk, int tile,
                                              int segment) {
   while ((segment + 1) * args.neighbors - walk.begin <= (tile + 1) * kRows) segment++;
