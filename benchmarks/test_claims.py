@@ -6,7 +6,10 @@ slice); the ratio of the medians over all rounds is printed with it. Ours is the
 
 from __future__ import annotations
 
+import resource
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from typing import Any
 
 import numpy as np
@@ -146,6 +149,27 @@ def test_local_aggregate(
     what = "forward and backward" if training else "evaluation in bfloat16" if low else "evaluation"
     shape = f"{batch} clouds, three stages of the tokenizer, k=81, {what}"
     compare(functions, required, 3, shape, request, str(dtype).removeprefix("torch."))
+
+
+def peak_of_training(clouds: int) -> int:
+    """Bytes that this process has held at most, after forward and backward of the tokenizer's stages."""
+    points = torch.from_numpy(cloud("ball", clouds, STAGES[0][0]))
+    x = torch.randn(clouds, STAGES[0][0], STAGES[0][3], requires_grad=True)
+    for _, centers, k, width, hidden, count in STAGES:
+        center = torch.arange(centers).expand(clouds, -1)
+        near = ops.knn(points[:, :centers], points, k, sorted=False).index
+        weights = residual_units(2 * width, hidden, count, "cpu")
+        x = ops.local_aggregate(points, x, center, near, weights, training=True)
+        points = points[:, :centers]
+    x.sum().backward()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+
+
+def test_memory_of_training() -> None:
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        peak = pool.submit(peak_of_training, 32).result()
+    print(f"\ntraining of 32 clouds: {peak / 1e9:.2f} GB at most (required 6)")
+    assert peak < 6e9
 
 
 @pytest.mark.parametrize("training", [False, True])
