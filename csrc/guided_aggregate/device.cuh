@@ -1,6 +1,8 @@
 // What the passes on CUDA share: activation, packs of channels, sums over lanes, walks over segments.
 #pragma once
 
+#include <type_traits>
+
 #include "common/grid.cuh"
 #include "guided_aggregate/kernel.h"
 
@@ -105,6 +107,18 @@ __device__ inline uint32_t narrow_two(float low, float high, Half) {
   narrow(low, pair);
   narrow(high, pair + 1);
   return pair[0].bits | uint32_t(pair[1].bits) << 16;
+}
+// The same by an instruction, where there is one.
+template <typename T>
+__device__ inline uint32_t pack_two(float low, float high) {
+#if __CUDA_ARCH__ >= 800
+  if constexpr (std::is_same_v<T, Half>) {
+    uint32_t both;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+    return both;
+  }
+#endif
+  return narrow_two(low, high, T{});
 }
 
 template <int N, typename T>

@@ -30,25 +30,6 @@ constexpr int kWidePitch = kWide + 8;
 constexpr int kTalls[] = {256, 64};  // tokens of a block, as many as there is memory for
 static_assert(kTalls[0] % kScaled == 0 && kTalls[1] % kScaled == 0, "parts are whole");
 
-// Two numbers, rounded, the first in the low half.
-template <typename T>
-__device__ inline uint32_t rounded(float low, float high) {
-  uint32_t both = 0;
-#if __CUDA_ARCH__ >= 800
-  if constexpr (std::is_same_v<T, Half>) {
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-  } else {
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-  }
-#else
-  T parts[2];
-  narrow(low, parts);
-  narrow(high, parts + 1);
-  both = parts[0].bits | uint32_t(parts[1].bits) << 16;
-#endif
-  return both;
-}
-
 // Columns [first, first + 4) of a row of `columns`, zeros beyond.
 __device__ inline float4 four_of(const float* row, int first, int columns, bool aligned) {
   if (aligned && first + 4 <= columns) return *reinterpret_cast<const float4*>(row + first);
@@ -105,7 +86,7 @@ __global__ void __launch_bounds__(kThreads) scale_kernel(GuidedProductBackward a
       value[2 * j + 1] += fmaf(g.x, made[j].x - bias.x, g.y * (made[j].y - bias.y)) +
                           fmaf(g.z, made[j].z - bias.z, g.w * (made[j].w - bias.w));
       const uint2 four =
-          make_uint2(rounded<T>(g.x * inverse, g.y * inverse), rounded<T>(g.z * inverse, g.w * inverse));
+          make_uint2(pack_two<T>(g.x * inverse, g.y * inverse), pack_two<T>(g.z * inverse, g.w * inverse));
       const Lane<4> scaled = load<4>(reinterpret_cast<const T*>(&four));
       plain = make_float4(plain.x + g.x, plain.y + g.y, plain.z + g.z, plain.w + g.w);
       moved = make_float4(fmaf(scaled.at[0], mean, moved.x), fmaf(scaled.at[1], mean, moved.y),

@@ -22,21 +22,6 @@ constexpr int kPairs = kSlice / 16;           // of tiles of 8 channels
 constexpr int kTileWarps = kThreads / kWarp;  // of a block
 static_assert(kTokens == 16 * kTileWarps, "a warp for 16 tokens");
 
-// What 16 bits less than float32 keep of two numbers, the first in the low half.
-template <typename T>
-__device__ inline uint32_t pack_two(float low, float high) {
-  uint32_t both = 0;
-#if __CUDA_ARCH__ >= 800
-  if constexpr (std::is_same_v<T, Half>) {
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-  } else {
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-  }
-#else
-  both = narrow_two(low, high, T{});
-#endif
-  return both;
-}
 template <typename T>
 __device__ inline Lane<2> unpack_two(uint32_t both) {
   T low, high;
