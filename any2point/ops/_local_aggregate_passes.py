@@ -1,9 +1,9 @@
 """The passes of local aggregation in training, and what lies between them.
 
 csrc/local_aggregate/train.h has the identities and the passes, train_algebra.h the kernels for what lies
-between on sm_90, and _local_aggregate_triton.py the passes for other sizes and GPUs. Rows, y1, gradients of
-rows and the operands of products are in the dtype of the features: float32 on the CPU, 16 bits on sm_90, and
-either in Triton.
+between on sm_90, and any2point/triton/local_aggregate_train.py the passes for other sizes and GPUs. Rows, y1,
+gradients of rows and the operands of products are in the dtype of the features: float32 on the CPU, 16 bits
+on sm_90, and either in Triton.
 """
 
 from __future__ import annotations

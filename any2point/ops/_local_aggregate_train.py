@@ -44,7 +44,7 @@ def _kind(rows: tuple[Any, ...], parameters: list[Tensor]) -> type[Passes]:
         return Passes
     if on_hopper(rows[1], [len(weight) for weight in parameters[::PER_UNIT]], rows[1].dtype):
         return CudaPasses
-    from any2point.ops._local_aggregate_triton import TritonPasses
+    from any2point.triton.local_aggregate_train import TritonPasses
 
     return TritonPasses
 

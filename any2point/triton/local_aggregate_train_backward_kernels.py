@@ -1,7 +1,7 @@
-"""Kernels of the backward passes of local aggregation in training.
+"""Kernels of the backward passes of local aggregation in training; local_aggregate_train.py calls them.
 
-any2point/ops/_local_aggregate_triton.py calls them. du, the gradient after a unit's last ReLU, is `dense`
-rows [M, C], or below the maximum one entry per group and channel, at the neighbour `argmax`.
+du, the gradient after a unit's last ReLU, is `dense` rows [M, C], or below the maximum one entry per group
+and channel, at the neighbour `argmax`.
 """
 
 from __future__ import annotations

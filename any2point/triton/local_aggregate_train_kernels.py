@@ -1,8 +1,9 @@
 """Kernels of the forward passes of local aggregation in training, and what the backward ones share.
 
-any2point/ops/_local_aggregate_triton.py calls them. A row x of M = B S K is one pair, in the order of
-`neighbor`. Rows are built in chunks of channels where they are needed, in registers, and brought through the
-units before: their y1 [M, H] are in memory, so that a chunk of channels needs no other one."""
+local_aggregate_train.py calls them. A row x of M = B S K is one pair, in the order of `neighbor`. Rows are
+built in chunks of channels where they are needed, in registers, and brought through the units before: their
+y1 [M, H] are in memory, so that a chunk of channels needs no other one.
+"""
 
 from __future__ import annotations
 

@@ -12,8 +12,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 from any2point.ops import _local_aggregate_train as passes
-from any2point.ops._local_aggregate_triton import TritonPasses
 from any2point.reference.local_aggregate import wavelengths
+from any2point.triton.local_aggregate_train import TritonPasses
 
 compiled: list[tuple[str, int]] = []
 

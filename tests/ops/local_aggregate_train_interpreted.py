@@ -14,7 +14,7 @@ from test_local_aggregate import make, make_unit
 from any2point import ops, reference
 from any2point.ops import _local_aggregate_recompute
 from any2point.ops import _local_aggregate_train as passes
-from any2point.ops._local_aggregate_triton import TritonPasses
+from any2point.triton.local_aggregate_train import TritonPasses
 
 _patch = triton.runtime.interpreter._patch_lang_tensor
 
