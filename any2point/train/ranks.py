@@ -13,6 +13,7 @@ Fabric's own `all_reduce` waits for all ranks on the host before every call, hen
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import threading
@@ -114,12 +115,14 @@ class Ranks:
         world: Any = torch.distributed.group.WORLD
         store = world.get_group_store()
         done = threading.Event()
-        threading.Thread(target=_watch, args=(store, done), daemon=True).start()
+        watch = threading.Thread(target=_watch, args=(store, done), daemon=True)
+        watch.start()
         _together = True
         try:
             yield
             self.barrier()
         except BaseException as error:
+            atexit.unregister(leave)  # others may not answer any more
             if not self._fails_first(store):
                 time.sleep(_LINGER)  # a launcher would end the one that reports when it sees another end
                 os._exit(1)
@@ -134,6 +137,7 @@ class Ranks:
         finally:
             _together = False
             done.set()
+            watch.join(_LINGER)  # inside the store when Python ends, it would abort the process
 
     def _fails_first(self, store: torch.distributed.Store) -> bool:
         mine = str(self.rank)
@@ -141,6 +145,12 @@ class Ranks:
             return store.compare_set(_KEY, "", mine).decode() == mine
         except RuntimeError:  # rank 0, which keeps the store, has gone
             return False
+
+
+def leave() -> None:
+    """End what joins the processes: where this is left to the end of Python, that aborts now and then."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 class _Sum(torch.autograd.Function):

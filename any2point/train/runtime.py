@@ -7,6 +7,7 @@ this is done when a `Runtime` is made, which only training and evaluation do.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import importlib
 import logging
@@ -22,7 +23,7 @@ from torch import Tensor
 from any2point.nn.tokenizer import float16_operands
 from any2point.train.config import TrainConfig
 from any2point.train.optimizer import AdamW
-from any2point.train.ranks import Ranks
+from any2point.train.ranks import Ranks, leave
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _FABRIC = {"fp32": "32-true", "tf32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}
@@ -60,6 +61,8 @@ class Runtime:
             kind |= {"devices": [device.index or 0] if device.type == "cuda" else 1}
         self.fabric = import_fabric().Fabric(**kind)
         self.fabric.launch()
+        if local * nodes > 1:
+            atexit.register(leave)
         self.device: torch.device = self.fabric.device
         self.ranks = Ranks(self.device, self.fabric.global_rank, self.fabric.world_size)
         self.scaler: torch.amp.GradScaler | None = getattr(self.fabric.strategy.precision, "scaler", None)
