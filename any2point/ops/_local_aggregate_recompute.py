@@ -124,6 +124,11 @@ def _turned(unit: Unit) -> Unit:
     return replace(unit, in_weight=unit.in_weight.T.contiguous().T)
 
 
+def _carried(unit: Unit) -> Tensor:
+    """The second layer with its normalisation, as dense rows of du are multiplied with it."""
+    return ((unit.out_scale * unit.out_deviation)[:, None] * unit.out_weight).T.float().contiguous()
+
+
 def _past(whole: Passes) -> Tensor:
     """Room for sums over points, over the entries of clouds that are done if these are as many."""
     features, (entries, _) = whole.rows[1], whole.entry
@@ -226,7 +231,7 @@ class Backward:
         as_is = torch.zeros_like(second.in_single)  # dy1 in the place of dz
         as_is[0] = 1
         zeros = linear[0].new_zeros(linear[0].shape)
-        carried = ((first.out_scale * first.out_deviation)[:, None] * first.out_weight).T.float().contiguous()
+        carried = _carried(first)
         below = replace(first, folded=first.folded.float())
         above = replace(_turned(second), in_single=as_is)
         weights, sums = [], []
@@ -350,7 +355,7 @@ class Backward:
 
     def _divide(self, passes: Passes, unit: Unit, to: Tensor) -> None:
         """The gradient after the first of several units to its part of dz and past the unit."""
-        carried = ((unit.out_scale * unit.out_deviation)[:, None] * unit.out_weight).T.float().contiguous()
+        carried = _carried(unit)
         zeros = carried.new_zeros(len(carried), len(carried))
         self.above.append(passes.hidden_grad(unit, [zeros, zeros[0], carried]))
         assert passes.dz is not None

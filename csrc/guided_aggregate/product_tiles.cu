@@ -1,8 +1,8 @@
 // Gradients of all rows of views by tiles of 16 rows (tiles.cuh), and what follows from them: of
 // the tokens by sums over views and voxels, of the heads and of the projection by products.
 //
-// A block takes a cloud and 64 channels. A warp takes a tile, multiplies it with the projection in TF32 (of
-// binary16 as three products of high and low parts) and leaves it in shared memory in the features' type.
+// A block takes a cloud and 64 channels. A warp takes a tile, rounds it to the features' type, multiplies it
+// with the projection, which is two numbers of 16 bits that add up to it, and leaves it in shared memory.
 // From there every warp collects dx of 16 tokens, and the products with inner are taken. Views whose rows do
 // not fit at once are taken in turn.
 #include "guided_aggregate/tiles.cuh"

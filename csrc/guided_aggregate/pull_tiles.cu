@@ -3,8 +3,7 @@
 //
 // - rows are products of the membership with the tokens, and of inner with the projection as in
 //   pool_matrix.cu; they wait normalised for the passes to come,
-// - activated they stay where they are, as two numbers of 16 bits that add up to them, and are multiplied
-// with
+// - activated they stay where they are, as two numbers of 16 bits that add up to them, and are multiplied by
 //   the gradient of the tile's tokens. Of a token's products, that with its own row is kept.
 //
 // More blocks take the voxels.
